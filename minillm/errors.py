@@ -1,0 +1,63 @@
+"""What a user can get wrong, one type each.
+
+Every message says what was got, what was wanted and how to mend it, and the command line prints it
+without a traceback and ends with ``exit_code``. Our own mistakes are ``assert``s, not these.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MinillmError(Exception):
+    """Root of the errors that a user can mend."""
+
+    exit_code = 2
+
+
+class ConfigError(MinillmError, ValueError):
+    """A configuration, card or override is unknown, misspelt, of the wrong type or out of range."""
+
+
+class DataError(MinillmError, ValueError):
+    """A prompt file is missing, broken or holds nothing that can be used."""
+
+
+class ModelError(MinillmError, ValueError):
+    """A model folder cannot be read safely, or its model cannot do what the run asks of it."""
+
+
+class VocabularyMismatch(MinillmError, ValueError):
+    """Teacher and student do not read the same token ids."""
+
+
+class PositionsExceeded(ModelError):
+    """Prompt and response together are longer than a model has positions."""
+
+
+class UnsupportedCombination(ConfigError):
+    """Two settings, each right by itself, cannot be used together."""
+
+
+class ShapeMismatch(MinillmError, ValueError):
+    """Two tensors that must agree in shape do not."""
+
+    def __init__(self, what: str, got: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+        super().__init__(f"{what}: got shape {got}, wanted {wanted}")
+
+
+class NonFinite(MinillmError, ArithmeticError):
+    """A loss, a gradient or a teacher score is not a finite number; no update was made from it."""
+
+    exit_code = 3
+
+
+class RunExists(MinillmError, FileExistsError):
+    """The run folder holds another run, and nothing in it was touched."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'X'?"`` for the nearest known word, or ``""`` where none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
