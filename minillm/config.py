@@ -1,0 +1,288 @@
+"""A whole run as one frozen record, read from strict YAML.
+
+``load_config`` reads a file, ``dump_config`` writes one that reads back equal, and ``resolved_bias`` says why a stage's
+gradient is not unbiased. "Official" in a default's source is the paper's published code (Gu et al., ICLR 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from minillm.errors import ConfigError, UnsupportedCombination, did_you_mean
+from minillm.settings import Count, Positive, PositiveShare, Seed, Settings, Text, Whole, headed
+from minillm.stage_config import BETTER, KeepConfig, MinillmStage, OptimiserConfig, SftStage, is_component
+from minillm.yaml_reader import read_yaml, read_yaml_file, write_yaml
+
+__all__ = [
+    "BETTER",
+    "DataConfig",
+    "DecodingConfig",
+    "EngineConfig",
+    "EvaluationConfig",
+    "KeepConfig",
+    "MinillmStage",
+    "OptimiserConfig",
+    "RunConfig",
+    "SftStage",
+    "dump_config",
+    "load_config",
+    "resolved_bias",
+]
+
+WORLD_SPLITS = ("train", "validation", "test")
+FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
+
+
+class DecodingConfig(Settings):
+    """How text is drawn, in training, validation and evaluation alike."""
+
+    max_new_tokens: Count
+    """Longest response in tokens, its closing EOS included."""
+    temperature: Positive = 1.0
+    """Divides the logits of student and teacher, above 0; 1 as in the paper."""
+    top_k: Whole = 0
+    """Keep the student's k likeliest ids; 0 keeps all, as in the paper."""
+    top_p: PositiveShare = 1.0
+    """Keep the smallest set of ids with this share of the student's mass, above 0; 1 keeps all, as in the paper."""
+
+
+class DataConfig(Settings):
+    """Where rows come from and how they are read.
+
+    A source is 'world:SPLIT', a .jsonl, .jsonl.gz or .parquet file, or 'hub:NAME@SPLIT'.
+    """
+
+    train: Text | None = None
+    """Rows to train on; every stage needs them."""
+    validation: Text | None = None
+    """Rows for choosing the best step; needed where a stage has validate_every above 0."""
+    test: Text | None = None
+    """Rows for the final evaluation only."""
+    template: Literal["plain", "alpaca", "chat"] = "plain"
+    """How a row becomes a prompt: its text as it is, the Alpaca frame, or the tokenizer's chat template."""
+    max_prompt_tokens: Count
+    """Longest prompt in tokens, template included."""
+    over_long: Literal["error", "drop", "keep_right"] = "error"
+    """What happens to longer ones: stop, leave the row out, or keep the prompt's last tokens; counted and printed."""
+    broken: Literal["error", "skip"] = "error"
+    """What happens to rows that cannot be read: stop, or leave them out; counted and printed."""
+    max_broken: Whole = 0
+    """Most rows that 'broken: skip' may leave out."""
+    validation_limit: Count | None = None
+    """Use the first N rows of the validation split; all where not given."""
+    test_limit: Count | None = None
+    """Use the first N rows of the test split; all where not given."""
+
+    @field_validator("train", "validation", "test")
+    @classmethod
+    def _known_source(cls, source: str | None) -> str | None:
+        if source is not None:
+            _check_source(source)
+        return source
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.broken == "skip") != (self.max_broken > 0):
+            raise UnsupportedCombination(
+                f"broken '{self.broken}' with max_broken {self.max_broken}: "
+                "give 'broken: skip' and the most rows it may leave out, or neither"
+            )
+        return self
+
+
+class EngineConfig(Settings):
+    """The DeepSpeed engine of the student."""
+
+    student: Text = "zero2"
+    """A name in ds_configs/ or a path to a DeepSpeed JSON file of engine settings."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What the student computes in; the optimiser always keeps 32-bit weights."""
+
+
+class EvaluationConfig(Settings):
+    """How a finished model is measured."""
+
+    seeds: tuple[Seed, ...] = (10, 20, 30, 40, 50)
+    """One sample per prompt and seed; the paper's five."""
+    temperatures: tuple[Positive, ...] = (1.0,)
+    """Temperatures to measure at, each above 0; the paper's 1."""
+    batch: Count = 256
+    """Responses decoded at once on each rank. Changes memory and speed, never the result."""
+    bootstrap: Count = 2000
+    """Resamples of the prompts behind each interval."""
+
+    @field_validator("seeds", "temperatures")
+    @classmethod
+    def _different(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if not values:
+            raise ConfigError("got an empty list, wanted at least one value")
+        if len(set(values)) < len(values):
+            raise ConfigError(f"got {list(values)}, wanted each value once")
+        return values
+
+
+class RunConfig(Settings):
+    """Everything that decides a run's result."""
+
+    name: Text
+    """Folder of the run below ``out``: one or more components of letters, digits, '.', '_' and '-', joined by '/'."""
+    out: Text = "runs"
+    """Folder that holds all runs."""
+    seed: Seed = 10
+    """Key of all random numbers, from 0; official 10."""
+    threads: Whole = 0
+    """CPU threads per rank; 0 leaves torch's own choice."""
+    student: Text
+    """Student to start from: a card's name, a model folder or a hub name."""
+    teacher: Text | None = None
+    """Frozen teacher, named in the same ways; a minillm stage needs one."""
+    data: DataConfig
+    """Prompts and references."""
+    decoding: DecodingConfig
+    """How text is drawn, everywhere in the run."""
+    stages: tuple[Annotated[SftStage | MinillmStage, Field(discriminator="kind")], ...]
+    """What is trained, in order; each stage starts from the weights that the one before hands on."""
+    engine: EngineConfig = EngineConfig()
+    """DeepSpeed settings of the student."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """How the result is measured."""
+
+    @field_validator("name")
+    @classmethod
+    def _safe_name(cls, name: str) -> str:
+        if not all(is_component(part) for part in name.split("/")):
+            raise ConfigError(
+                f"got {name!r}, wanted letters, digits, '.', '_' and '-', in one or more parts joined by '/' (no '..')"
+            )
+        return name
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.stages:
+            raise ConfigError("stages: got an empty list, wanted at least one stage")
+        if self.data.train is None:
+            raise ConfigError("data.train is missing; every stage trains on its rows")
+        names = [stage.name for stage in self.stages]
+        for index, stage in enumerate(self.stages):
+            at = f"stages.{index} ('{stage.name}')"
+            if stage.name in names[:index]:
+                raise ConfigError(f"{at} has the name of an earlier stage; give it another name")
+            if stage.kind == "minillm" and self.teacher is None:
+                raise UnsupportedCombination(f"{at} distils a teacher, but the run names none; add 'teacher: NAME'")
+            if stage.validate_every > 0 and self.data.validation is None:
+                raise UnsupportedCombination(
+                    f"{at} validates every {stage.validate_every} steps without rows to validate on; "
+                    "add data.validation, or set validate_every: 0"
+                )
+            if stage.keep.metric == "validity" and not (self.data.validation or "world:").startswith("world:"):
+                raise UnsupportedCombination(
+                    f"{at} keeps by 'validity', which only the embedded world can judge, "
+                    f"but data.validation is {self.data.validation!r}; set keep.metric: rouge_l or reverse_kl"
+                )
+            if stage.optimiser.name == "muon" and PurePath(self.engine.student).stem != "zero0":
+                raise UnsupportedCombination(
+                    f"{at} uses muon, which needs whole matrices, but engine.student {self.engine.student!r} may cut "
+                    "them into shards; set engine.student: zero0, or optimiser.name: adamw"
+                )
+        return self
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that a YAML file describes, with ``a.b=value`` overrides applied in order.
+
+    An override's value is read as YAML and a number in its path is a list index (``stages.0.steps=5``); sections that
+    the file leaves out are made. Raises ``ConfigError``, or its child ``UnsupportedCombination``, naming every problem.
+    """
+    values = read_yaml_file(Path(path))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds {'nothing' if values is None else 'no mapping'}; wanted 'name: value' lines")
+    for override in overrides:
+        _apply(values, override)
+    try:
+        return RunConfig(**values)
+    except ConfigError as error:
+        source = f"{path} with {', '.join(overrides)}" if overrides else str(path)
+        raise type(error)(headed(str(error).split("\n"), source=source)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """YAML with every setting written out, defaults too; ``load_config`` reads it back to an equal record."""
+    return write_yaml(_listed(config.model_dump()))
+
+
+def resolved_bias(stage: MinillmStage, decoding: DecodingConfig) -> list[str]:
+    """Why the stage's gradient is not, in expectation, that of KL(student || teacher) per response; empty if it is.
+
+    A positive constant factor (equal weights other than 1, ``expected_length``) is no bias. Sources: design of the
+    estimator in docs, enumerated in tests/exact.
+    """
+    reasons = {
+        "per_step weights": stage.teacher_mix > 0 and stage.importance == "per_step",
+        "teacher mixing weighs the token only, not the prefix": stage.teacher_mix > 0,
+        "length normalisation": stage.length_norm,
+        "inner updates": stage.inner_updates > 1,
+        "single-step and long-horizon terms weighted differently": stage.single_weight != stage.long_weight,
+        "neither single-step nor long-horizon term": stage.single_weight == stage.long_weight == 0,
+        "language-model anchor": stage.lm_coefficient > 0,
+        "truncated sampling": decoding.top_k > 0 or decoding.top_p < 1,
+        "temperature other than 1: tempered student against tempered teacher": decoding.temperature != 1,
+    }
+    return [reason for reason, holds in reasons.items() if holds]
+
+
+def _check_source(source: str) -> None:
+    scheme, _, rest = source.partition(":")
+    if scheme == "world":
+        if rest not in WORLD_SPLITS:
+            raise ConfigError(
+                f"got {source!r}, wanted world: and one of {', '.join(WORLD_SPLITS)}{did_you_mean(rest, WORLD_SPLITS)}"
+            )
+    elif scheme == "hub":
+        name, at, split = rest.rpartition("@")
+        if not (name and at and split):
+            raise ConfigError(
+                f"got {source!r}, wanted 'hub:NAME@SPLIT' such as 'hub:databricks/databricks-dolly-15k@train'"
+            )
+    elif not source.endswith(FILE_ENDINGS):
+        raise ConfigError(
+            f"got {source!r}, wanted 'world:SPLIT', 'hub:NAME@SPLIT' or a file ending in {', '.join(FILE_ENDINGS)}"
+        )
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Set one ``a.b=value`` in place."""
+    path, equals, text = override.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"override {override!r}: wanted PATH=VALUE such as stages.0.steps=5")
+    value = read_yaml(text, source=f"override {override!r}")
+    here: Any = values
+    for depth, key in enumerate(keys):
+        at = ".".join(keys[:depth]) or "the file"
+        last = depth == len(keys) - 1
+        slot: str | int = key
+        if isinstance(here, list):
+            if not (key.isascii() and key.isdigit() and int(key) < len(here)):
+                raise ConfigError(
+                    f"override {override!r}: {at} is a list of {len(here)}; wanted an index from 0, got {key!r}"
+                )
+            slot = int(key)
+        elif not isinstance(here, dict):
+            raise ConfigError(f"override {override!r}: {at} is {here!r}, which has nothing inside it")
+        elif not last and here.get(key) is None:
+            here[key] = {}
+        if last:
+            here[slot] = value
+        else:
+            here = here[slot]
+
+
+def _listed(value: Any) -> Any:
+    """The same value with tuples as lists, the only sequence that YAML has."""
+    if isinstance(value, dict):
+        return {key: _listed(inner) for key, inner in value.items()}
+    return [_listed(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,239 @@
+"""One stage of a run: its optimiser, what it trains, and which settings of it exclude each other.
+
+"Official" in a default's source is the paper's published code (Gu et al., ICLR 2024).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from minillm.errors import ConfigError, UnsupportedCombination, did_you_mean
+from minillm.settings import Count, Flag, NonNegative, Positive, Settings, Share, ShareBelowOne, Text, Whole
+
+BETTER: dict[str, Literal["min", "max"] | None] = {
+    "loss": "min",
+    "reverse_kl": "min",
+    "reverse_kl_per_token": "min",
+    "rouge_l": "max",
+    "validity": "max",
+    "distinct_4": "max",
+    "repetition_3": "min",
+    "mean_length": None,
+}
+"""Every validation measure and which way is better; ``None`` where neither is."""
+_COMPONENT = re.compile(r"[A-Za-z0-9._-]+")
+
+
+class OptimiserConfig(Settings):
+    """The optimiser of one stage and how its learning rate moves."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """'muon' takes the hidden matrices and leaves embeddings and norms to AdamW; engine.student zero0 only."""
+    lr: Positive
+    """Highest learning rate (of AdamW), above 0."""
+    muon_lr: Positive | None = None
+    """Highest learning rate of Muon's matrices; as lr where not given. Only with 'name: muon'."""
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
+    """AdamW's decay of the two moments, each from 0 to below 1; official."""
+    eps: Positive = 1e-8
+    """AdamW's smallest denominator; official."""
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay per step, times the learning rate, from 0; the official code's 1e-6 rounded to none."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape of the learning rate after the warm-up."""
+    warmup_steps: Whole = 0
+    """Updates over which the learning rate rises from 0; no more than the stage has."""
+    final_fraction: Share = 0.0
+    """Where 'linear' and 'cosine' end, as a share of lr, 0 to 1."""
+    clip_grad: NonNegative = 1.0
+    """Largest norm of the gradient; 0 never clips. Official."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.muon_lr is not None and self.name != "muon":
+            raise UnsupportedCombination(
+                f"muon_lr {self.muon_lr:g} with name '{self.name}': set name: muon, or leave it out"
+            )
+        return self
+
+
+class KeepConfig(Settings):
+    """Which validation decides on the weights that the stage hands on."""
+
+    metric: Text = "loss"
+    """A validation measure: 'loss' in an sft stage; 'reverse_kl', 'rouge_l', … in a minillm stage."""
+    mode: Literal["min", "max"] = "min"
+    """Whether the smallest or the largest value is best."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.metric not in BETTER:
+            near = did_you_mean(self.metric, BETTER) or f"; wanted one of {', '.join(BETTER)}"
+            raise ConfigError(f"metric {self.metric!r}: no validation measure of this name{near}")
+        better = BETTER[self.metric]
+        if better is not None and self.mode != better:
+            raise UnsupportedCombination(
+                f"metric '{self.metric}' with mode '{self.mode}' would keep the worst weights; set mode: {better}"
+            )
+        return self
+
+
+class _Stage(Settings):
+    """What both kinds of stage have; the first three are narrowed or explained by each kind."""
+
+    kind: str
+    """Says which kind of stage this is."""
+    name: Text
+    """Names the stage in folders, logs and random keys; different from the other stages' names."""
+    steps: Count
+    """Optimiser steps, or rollouts."""
+    micro_batch: Whole = 0
+    """Rows per forward pass and rank; 0 takes all of the rank's rows at once. Changes memory, never the result."""
+    optimiser: OptimiserConfig
+    """Optimiser, learning rate and schedule."""
+    validate_every: Whole = 0
+    """Steps between validations; 0 never validates and hands on the last weights."""
+    patience: Whole = 0
+    """Validations without improvement before an early stop; 0 never stops early."""
+
+
+class SftStage(_Stage):
+    """Supervised fine-tuning on the reference responses."""
+
+    kind: Literal["sft"] = "sft"
+    """Says which kind of stage this is."""
+    name: Text = "sft"
+    """Names the stage in folders, logs and random keys; different from the other stages' names."""
+    steps: Count
+    """Optimiser steps."""
+    batch: Count
+    """Rows per optimiser step, all ranks together."""
+    keep: KeepConfig = KeepConfig()
+    """Which weights the stage hands on; lowest validation loss, as official."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_stage(self, updates=self.steps, measures=("loss",))
+        return self
+
+
+class MinillmStage(_Stage):
+    """Reverse-KL distillation by policy gradient on the student's own text."""
+
+    kind: Literal["minillm"] = "minillm"
+    """Says which kind of stage this is."""
+    name: Text = "minillm"
+    """Names the stage in folders, logs and random keys; different from the other stages' names."""
+    steps: Count
+    """Rollouts."""
+    prompts: Count
+    """Prompts per rollout, all ranks together."""
+    samples_per_prompt: Count = 1
+    """Responses drawn for each prompt; official 1."""
+    inner_updates: Count = 1
+    """Optimiser steps on each rollout; 1 keeps the gradient on-policy, official 4."""
+    estimator: Literal["exact"] = "exact"
+    """'exact': single-step KL over the vocabulary, and the return from the next token on for the long horizon."""
+    teacher_mix: Share = 0.2
+    """Chance of a token being drawn from the teacher, 0 to 1; official."""
+    coin_groups: Count = 1
+    """Groups of rows with coins of their own: more groups, more teacher calls and less variance."""
+    future: Literal["sampled", "expected"] = "expected"
+    """Future rewards as sampled, or as minus the KL at each visited state, which has less variance."""
+    baseline: Literal["none", "position_mean", "leave_one_out"] = "position_mean"
+    """What is subtracted from the return: nothing, the other prompts' mean at that position, or the siblings' mean."""
+    length_norm: Flag = False
+    """Divide returns by the number of tokens that they sum, as official; another objective, so off."""
+    single_weight: NonNegative = 1.0
+    """Weight of the single-step term, from 0; 1 is the exact gradient."""
+    long_weight: NonNegative = 1.0
+    """Weight of the long-horizon term, from 0; 1 is the exact gradient."""
+    importance: Literal["none", "per_step", "coin"] = "coin"
+    """A token's weight under teacher mixing: 1, q/m, or 1/(1 - teacher_mix) where the student drew it, else 0."""
+    clip: Positive | None = 0.2
+    """PPO clip of q_new/q_old around 1, above 0; none where null. No effect at one inner update. Official."""
+    max_log_ratio: Positive = 20.0
+    """Log-ratios are held within plus and minus this many nats, so that their exponential stays finite."""
+    expected_length: Positive | None = None
+    """Tokens; the loss is divided by this constant, never by a sampled length. max_new_tokens where not given."""
+    lm_coefficient: NonNegative = 0.0
+    """Weight of a language-model loss on the reference responses, from 0; official 1 (on pre-training text)."""
+    lm_batch: Whole = 0
+    """Rows of that loss per optimiser step, all ranks together."""
+    keep: KeepConfig = KeepConfig(metric="reverse_kl")
+    """Which weights the stage hands on; lowest validation reverse KL per response."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _check_stage(self, updates=self.steps * self.inner_updates, measures=tuple(BETTER)[1:])
+        _check_mixing(self)
+        if self.baseline == "leave_one_out" and self.samples_per_prompt == 1:
+            raise UnsupportedCombination(
+                "baseline 'leave_one_out' with samples_per_prompt 1: a response has no siblings to compare with; "
+                "set samples_per_prompt: 2 or more, or baseline: position_mean"
+            )
+        if self.lm_coefficient > 0 and self.lm_batch == 0:
+            raise UnsupportedCombination(
+                f"lm_coefficient {self.lm_coefficient:g} with lm_batch 0: the loss has no rows; "
+                "set lm_batch: 1 or more, or lm_coefficient: 0"
+            )
+        if self.single_weight == self.long_weight == self.lm_coefficient == 0:
+            raise UnsupportedCombination("single_weight, long_weight and lm_coefficient are all 0: nothing is trained")
+        return self
+
+
+def is_component(name: str) -> bool:
+    """Whether a name is safe as one part of a path: letters, digits, '.', '_' and '-', and not only dots."""
+    return _COMPONENT.fullmatch(name) is not None and set(name) != {"."}
+
+
+def _check_stage(stage: SftStage | MinillmStage, *, updates: int, measures: tuple[str, ...]) -> None:
+    """Checks that both kinds of stage share; ``updates`` is how many optimiser steps the stage makes."""
+    if not is_component(stage.name):
+        raise ConfigError(f"name: got {stage.name!r}, wanted letters, digits, '.', '_' and '-' only")
+    if stage.keep.metric not in measures:
+        raise ConfigError(
+            f"keep.metric: validation of a stage of kind {stage.kind} does not measure '{stage.keep.metric}'; "
+            f"wanted {', '.join(measures)}"
+        )
+    if stage.patience > 0 and stage.validate_every == 0:
+        raise UnsupportedCombination(
+            f"patience {stage.patience} with validate_every 0: nothing is validated; set validate_every, or patience: 0"
+        )
+    if stage.optimiser.warmup_steps > updates:
+        raise UnsupportedCombination(
+            f"optimiser.warmup_steps {stage.optimiser.warmup_steps} with {updates} updates in the stage: "
+            "the learning rate would never arrive; set fewer warm-up steps"
+        )
+
+
+def _check_mixing(stage: MinillmStage) -> None:
+    """What teacher mixing needs from importance weights and baselines (enumerated in tests/exact)."""
+    mix = f"teacher_mix {stage.teacher_mix:g} with importance '{stage.importance}'"
+    if stage.teacher_mix == 0:
+        return
+    if stage.importance == "none":
+        raise UnsupportedCombination(
+            f"{mix}: tokens drawn from the teacher would count as the student's own; "
+            "set importance: coin (or per_step), or teacher_mix: 0"
+        )
+    if stage.importance == "coin" and stage.teacher_mix == 1:
+        raise UnsupportedCombination(
+            f"{mix}: the weight 1/(1 - teacher_mix) is infinite, no token is the student's; "
+            "set teacher_mix below 1, or importance: per_step"
+        )
+    if stage.importance == "per_step" and stage.baseline == "leave_one_out":
+        raise UnsupportedCombination(
+            f"{mix} and baseline 'leave_one_out': all responses to one prompt share their coins, "
+            "so that baseline bends the gradient; set importance: coin, "
+            "or baseline: position_mean with coin_groups: 2 or more"
+        )
+    if stage.importance == "per_step" and stage.baseline != "none" and stage.coin_groups == 1:
+        raise UnsupportedCombination(
+            f"{mix}, baseline '{stage.baseline}' and coin_groups 1: a baseline from rows that share this row's coins "
+            "bends the gradient; two cures, both exact: set coin_groups: 2 or more (the baseline then comes from rows "
+            "of other groups), or importance: coin (any baseline is then right)"
+        )
