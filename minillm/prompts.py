@@ -1,0 +1,280 @@
+"""Prompts ready for a model: rows through a template and a tokenizer, with every drop counted."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Literal
+
+from minillm.errors import DataError
+from minillm.records import Row, plain_name, shown
+from minillm.rows import ReadReport, counted, listed, read_rows
+from minillm.templates import Template, is_blank, render
+from minillm.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["OverLong", "PrepareReport", "ReadReport", "Row", "data_hash", "encode", "prepare", "read_rows"]
+
+OverLong = Literal["error", "drop", "keep_right"]
+ENCODE_ROWS = 1000
+"""Texts per tokenizer call: enough to keep it busy, few enough to keep memory flat."""
+
+
+class Fate(StrEnum):
+    """What can happen to a row on its way to the model, as the noun of its sentence."""
+
+    BLANK = "blank prompt"
+    LONG_PROMPT = "over-long prompt"
+    NO_RESPONSE = "prompt without a response"
+    BLANK_RESPONSE = "blank response"
+    LONG_RESPONSE = "over-long response"
+    EARLY_EOS = "response with the end-of-text token inside"
+
+
+_SETTING = {Fate.LONG_PROMPT: "data.max_prompt_tokens", Fate.LONG_RESPONSE: "decoding.max_new_tokens"}
+_CHOICE = {
+    Fate.LONG_PROMPT: "data.over_long: drop (leave such rows out) or keep_right (keep the end of each prompt)",
+    Fate.LONG_RESPONSE: "data.over_long: drop (leave such rows out, counted)",
+}
+_CHANGE = {
+    Fate.LONG_PROMPT: "kept the right end of",
+    Fate.LONG_RESPONSE: "kept as text, not as token ids,",
+    Fate.EARLY_EOS: "kept as text, not as token ids,",
+}
+_REMEDY = {
+    Fate.BLANK: "write something into the rows' prompt or instruction",
+    Fate.LONG_PROMPT: "raise data.max_prompt_tokens",
+    Fate.NO_RESPONSE: "this stage learns from reference responses: give the rows a 'response' field",
+    Fate.BLANK_RESPONSE: "this stage learns from reference responses: fill the rows' response field",
+    Fate.LONG_RESPONSE: "raise decoding.max_new_tokens",
+    Fate.EARLY_EOS: "take the end-of-text token out of the responses; it is added by itself",
+}
+_NO_ROWS = "give at least one row"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Rows of one fate, in their order."""
+
+    fate: Fate
+    detail: str
+    """The limit in brackets, such as ' (> 256 tokens)', or ''."""
+    uids: tuple[str, ...]
+
+    def __str__(self) -> str:
+        # 'responses with …', not 'response with …s': the plural belongs to the first noun for the 'with' fates.
+        head, joint, tail = self.fate.value.partition(" with")
+        return f"{counted(len(self.uids), head)}{joint}{tail}{self.detail}: {listed(list(map(plain_name, self.uids)))}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareReport:
+    """What became of the rows. ``str()`` is the counted sentence for the terminal.
+
+    Example: ``train: 7,473 rows read, 7,470 used; dropped 3 over-long prompts (> 256 tokens): gsm8k-12, …``
+    """
+
+    name: str
+    rows: int
+    used: int
+    dropped: tuple[Group, ...] = ()
+    changed: tuple[Group, ...] = ()
+    """Rows used, but not whole: a prompt cut at its left, a response kept as text and not as ids."""
+
+    def __str__(self) -> str:
+        parts = [f"{self.name}: {counted(self.rows, 'row')} read, {self.used:,} used"]
+        parts += [f"dropped {group}" for group in self.dropped]
+        parts += [f"{_CHANGE[group.fate]} {group}" for group in self.changed]
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Limits:
+    prompt: int
+    response: int
+    over_long: OverLong
+    need_response: bool
+
+    def detail(self, fate: Fate) -> str:
+        tokens = {Fate.LONG_PROMPT: self.prompt, Fate.LONG_RESPONSE: self.response}.get(fate)
+        return "" if tokens is None else f" (> {tokens:,} tokens)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Encoded:
+    row: Row
+    text: str
+    ids: tuple[int, ...]
+    """() where the user wrote nothing but white space."""
+    response_ids: tuple[int, ...]
+    """With the closing EOS; () where the row has no response."""
+
+
+def prepare(
+    rows: Sequence[Row],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    max_prompt_tokens: int,
+    over_long: OverLong,
+    max_response_tokens: int,
+    eos_id: int,
+    need_response: bool,
+    name: str = "prompts",
+) -> tuple[list[Prompt], PrepareReport]:
+    """Rows as token ids, in the rows' order, and the report of what was dropped or cut.
+
+    The response is tokenised apart from the prompt, so that no token spans the border, and closed
+    with ``eos_id``; ``max_response_tokens`` counts that EOS. ``over_long`` decides about prompts:
+    'error' raises, 'drop' drops, 'keep_right' keeps the last ``max_prompt_tokens`` ids, and ``text``
+    is then what those ids spell. Over-long responses are never cut: with ``need_response`` they are
+    an error ('error') or the row is dropped; without it the row stays and ``response_ids`` is ().
+    Blank prompts are always dropped, blank or missing responses where ``need_response``.
+
+    Raises ``DataError`` for what the policy forbids, for a template that does not fit, and where
+    no row is left.
+    """
+    limits = _Limits(
+        prompt=max_prompt_tokens, response=max_response_tokens, over_long=over_long, need_response=need_response
+    )
+    dropped: dict[Fate, list[str]] = {}
+    changed: dict[Fate, list[str]] = {}
+    prompts: list[Prompt] = []
+    longest: dict[Fate, int] = {}
+    for item in _encoded(rows, tokenizer, template, eos_id):
+        prompt_fate, response_fate = _prompt_fate(item, limits), _response_fate(item, limits, eos_id)
+        for fate, size in ((prompt_fate, len(item.ids)), (response_fate, len(item.response_ids))):
+            if fate is not None:
+                longest[fate] = max(longest.get(fate, 0), size)
+        lost = _loss(prompt_fate, response_fate, limits)
+        if lost is not None:
+            dropped.setdefault(lost, []).append(item.row.uid)
+            continue
+        for fate in (prompt_fate, response_fate):
+            if fate is not None:
+                changed.setdefault(fate, []).append(item.row.uid)
+        prompts.append(_prompt(item, tokenizer, cut_to=limits.prompt, keep_response=response_fate is None))
+    report = PrepareReport(
+        name=name, rows=len(rows), used=len(prompts), dropped=_groups(dropped, limits), changed=_groups(changed, limits)
+    )
+    _enforce(report, limits, longest)
+    return prompts, report
+
+
+def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, uids: Sequence[str]) -> list[tuple[int, ...]]:
+    """Token ids of each text, with nothing added: no BOS, no EOS, no cut.
+
+    Raises ``DataError`` that names the row where the tokenizer cannot read a text: one with a closed
+    vocabulary and no token for unknown words refuses a word it does not know.
+    """
+    ids: list[tuple[int, ...]] = []
+    for start in range(0, len(texts), ENCODE_ROWS):
+        batch = list(texts[start : start + ENCODE_ROWS])
+        try:
+            ids += map(tuple, tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"])
+        # The tokenizers library raises bare Exception; and of a whole batch it does not say which text it was.
+        except Exception as error:
+            raise _unreadable(batch, uids[start:], tokenizer) from error
+    return ids
+
+
+def _unreadable(texts: Sequence[str], uids: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> DataError:
+    for text, uid in zip(texts, uids, strict=False):
+        try:
+            tokenizer(text, add_special_tokens=False, verbose=False)
+        except Exception as error:
+            words = [word for word in text.split() if word not in tokenizer.get_vocab()]
+            unknown = f" (not in its vocabulary: {listed([shown(word) for word in words])})" if words else ""
+            return DataError(
+                f"row {shown(uid)}: the tokenizer cannot read the text{unknown}: {error}\n"
+                "  use a model whose vocabulary covers these prompts, or prompts made for this model"
+            )
+    raise AssertionError("a batch failed to encode and each of its texts alone did not")
+
+
+def data_hash(prompts: Sequence[Prompt]) -> str:
+    """SHA-256 in hex over uid, ids and response ids of every prompt, in order: what a resumed run compares."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        # JSON closes every list, so no two different sequences of prompts give the same bytes.
+        digest.update(json.dumps([prompt.uid, prompt.ids, prompt.response_ids]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _encoded(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, template: Template, eos_id: int
+) -> Iterator[_Encoded]:
+    texts = ["" if is_blank(row) else render(row, template=template, tokenizer=tokenizer) for row in rows]
+    answers = [row.responses[0] if row.responses else "" for row in rows]
+    uids = [row.uid for row in rows]
+    for row, text, ids, answer_ids in zip(
+        rows, texts, encode(texts, tokenizer, uids=uids), encode(answers, tokenizer, uids=uids), strict=True
+    ):
+        response_ids = (*answer_ids, eos_id) if row.responses else ()
+        yield _Encoded(row=row, text=text, ids=ids if text else (), response_ids=response_ids)
+
+
+def _prompt_fate(item: _Encoded, limits: _Limits) -> Fate | None:
+    if not item.ids:
+        return Fate.BLANK
+    return Fate.LONG_PROMPT if len(item.ids) > limits.prompt else None
+
+
+def _response_fate(item: _Encoded, limits: _Limits, eos_id: int) -> Fate | None:
+    """Why the first response cannot be learnt from, or None. A missing one matters only where it is needed."""
+    if not item.row.responses or not item.row.responses[0].strip():
+        blank = Fate.BLANK_RESPONSE if item.row.responses else Fate.NO_RESPONSE
+        return blank if limits.need_response else None
+    if len(item.response_ids) > limits.response:
+        return Fate.LONG_RESPONSE
+    # Decoding ends at the first EOS, so no student could ever write what stands behind one.
+    return Fate.EARLY_EOS if eos_id in item.response_ids[:-1] else None
+
+
+def _loss(prompt_fate: Fate | None, response_fate: Fate | None, limits: _Limits) -> Fate | None:
+    """The fate for which the row is dropped, or None where it stays."""
+    kept_right = prompt_fate is Fate.LONG_PROMPT and limits.over_long == "keep_right"
+    if prompt_fate is not None and not kept_right:
+        return prompt_fate
+    return response_fate if limits.need_response else None
+
+
+def _prompt(item: _Encoded, tokenizer: PreTrainedTokenizerBase, *, cut_to: int, keep_response: bool) -> Prompt:
+    ids, text = item.ids, item.text
+    if len(ids) > cut_to:
+        ids = ids[-cut_to:]
+        text = str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return Prompt(
+        uid=item.row.uid,
+        text=text,
+        ids=ids,
+        responses=item.row.responses,
+        response_ids=item.response_ids if keep_response else (),
+        extra=item.row.extra,
+    )
+
+
+def _groups(fates: dict[Fate, list[str]], limits: _Limits) -> tuple[Group, ...]:
+    return tuple(
+        Group(fate=fate, detail=limits.detail(fate), uids=tuple(fates[fate])) for fate in Fate if fate in fates
+    )
+
+
+def _enforce(report: PrepareReport, limits: _Limits, longest: dict[Fate, int]) -> None:
+    """Raise ``DataError`` for over-long rows under 'error', and where nothing is left."""
+    for group in report.dropped if limits.over_long == "error" else ():
+        setting = _SETTING.get(group.fate)
+        if setting is not None:
+            raise DataError(
+                f"{report.name}: {group}\n  the longest has {longest[group.fate]:,} tokens; raise {setting}, "
+                f"or choose {_CHOICE[group.fate]}"
+            )
+    if not report.used:
+        raise DataError(
+            f"{report}\n  no prompt is left; {_REMEDY[report.dropped[0].fate] if report.dropped else _NO_ROWS}"
+        )

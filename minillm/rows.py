@@ -1,0 +1,283 @@
+"""Rows of a prompt file, read strictly: a broken row is an error with its line, or it is counted.
+
+One record per row, from JSON Lines (``.jsonl``, ``.jsonl.gz``), Parquet, a hub data set
+(``hub:NAME@SPLIT``, ``hub:NAME:CONFIG@SPLIT``) or the embedded world (``world:SPLIT``).
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from minillm.errors import DataError, did_you_mean
+from minillm.records import Row, RowFault, parse_line, parse_record, shown
+
+Broken = Literal["error", "skip"]
+Record = Mapping[str, object]
+Numbered = Iterator[tuple[int, Record | RowFault]]
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+WORLD_SPLITS = ("train", "validation", "test")
+MAX_LINE_BYTES = 16 * 2**20
+"""A longer line is broken: it is never a prompt, and it must not fill the memory of every rank."""
+SHOWN = 3
+"""How many rows a message lists before it says '…'."""
+SKIP_REMEDY = "mend the row, or leave broken rows out, counted: data.broken: skip and data.max_broken: N (the most)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skipped:
+    """One row that ``broken: skip`` left out, and why."""
+
+    where: str
+    """'line 5' of a text file, 'row 5' elsewhere; counted from 1."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadReport:
+    """What reading found. ``str()`` is the line for the terminal."""
+
+    source: str
+    rows: int
+    """Rows met, the skipped ones included."""
+    skipped: tuple[Skipped, ...] = ()
+    ignored: Mapping[str, int] = field(default_factory=dict)
+    """Fields that are neither text nor number, with how many rows carried them."""
+
+    @property
+    def used(self) -> int:
+        """Rows handed on."""
+        return self.rows - len(self.skipped)
+
+    def __str__(self) -> str:
+        parts = [f"{self.source}: {counted(self.rows, 'row')} read"]
+        if self.skipped:
+            names = [f"{skip.where} ({skip.reason})" for skip in self.skipped]
+            parts.append(f"skipped {counted(len(names), 'broken row')}: {listed(names)}")
+        if self.ignored:
+            names = [f"{shown(name)} (in {counted(count, 'row')})" for name, count in self.ignored.items()]
+            parts.append(f"left out {counted(len(names), 'field')} not read here: {listed(names)}")
+        return "; ".join(parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Source:
+    """Where records come from, and how their places are spoken of."""
+
+    name: str
+    stem: str
+    """Begins the uid of a row that has none of its own."""
+    unit: Literal["line", "row"]
+    records: Callable[[], Numbered]
+
+
+def read_rows(source: str, *, broken: Broken = "error", max_broken: int = 0) -> tuple[list[Row], ReadReport]:
+    """Every row of ``source`` in its order, and the report of what was left out.
+
+    ``broken='error'`` raises ``DataError`` with file, line and column at the first broken row.
+    ``broken='skip'`` counts broken rows and raises once there are more than ``max_broken``. A source
+    that cannot be read at all, or holds no usable row, is a ``DataError`` in both modes.
+    """
+    origin = _locate(source)
+    allowed = max_broken if broken == "skip" else 0
+    rows: list[Row] = []
+    skipped: list[Skipped] = []
+    ignored: dict[str, int] = {}
+    first_seen: dict[str, int] = {}
+    number = 0
+    for number, record in origin.records():
+        try:
+            row, left_out = _parse(record, default_uid=f"{origin.stem}-{number}")
+            if row.uid in first_seen:
+                raise RowFault(f"id {shown(row.uid)} already names {origin.unit} {first_seen[row.uid]}; ids are unique")
+        except RowFault as fault:
+            skipped.append(Skipped(where=f"{origin.unit} {number}", reason=fault.reason))
+            if len(skipped) > allowed:
+                column = "" if fault.column is None else f", column {fault.column}"
+                where = f"{origin.name}, {origin.unit} {number}{column}: {fault.reason}"
+                message = _too_broken(where, skipped=skipped, broken=broken, max_broken=max_broken)
+                raise DataError(message) from fault
+            continue
+        first_seen[row.uid] = number
+        rows.append(row)
+        for name in left_out:
+            ignored[name] = ignored.get(name, 0) + 1
+    report = ReadReport(source=origin.name, rows=number, skipped=tuple(skipped), ignored=ignored)
+    if not rows:
+        what = f"{report}; no row is left" if skipped else f"{origin.name} is empty: it holds no rows"
+        raise DataError(f"{what}\n  wanted one JSON object a line (or a Parquet row) for each prompt")
+    return rows, report
+
+
+def counted(count: int, noun: str) -> str:
+    """``'7,473 rows'``, ``'1 row'``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def listed(names: list[str]) -> str:
+    """The first few names, then an ellipsis where there are more."""
+    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+
+
+def _parse(record: Record | RowFault, *, default_uid: str) -> tuple[Row, list[str]]:
+    if isinstance(record, RowFault):
+        raise record
+    return parse_record(record, default_uid=default_uid)
+
+
+def _too_broken(where: str, *, skipped: list[Skipped], broken: Broken, max_broken: int) -> str:
+    if broken == "error":
+        return f"{where}\n  {SKIP_REMEDY}"
+    earlier = [skip.where for skip in skipped[:-1]]
+    before = f"; broken before it: {listed(earlier)}" if earlier else ""
+    return (
+        f"{where}\n  this is broken row {len(skipped):,} and data.max_broken allows {max_broken:,}{before}\n"
+        "  mend the file, or raise data.max_broken if losing these rows is right"
+    )
+
+
+def _locate(source: str) -> _Source:
+    scheme, _, rest = source.partition(":")
+    if scheme == "world":
+        return _world(rest)
+    if scheme == "hub":
+        return _hub(source, rest)
+    return _file(source)
+
+
+def _file(source: str) -> _Source:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise DataError(
+            f"{source} is a folder, wanted a file{_files_in(path)}\n  name one {' or '.join(SUFFIXES)} file"
+        )
+    if not path.exists():
+        raise DataError(f"{source} does not exist{_near_files(path)}")
+    suffix = next((end for end in SUFFIXES if path.name.endswith(end)), None)
+    if suffix is None or not path.is_file():
+        raise DataError(
+            f"{source} is not a kind of prompt file known here\n  wanted a {', '.join(SUFFIXES)} file, "
+            "'world:SPLIT' or 'hub:NAME@SPLIT'; JSON Lines holds one JSON object a line"
+        )
+    stem = path.name.removesuffix(suffix)
+    if suffix == ".parquet":
+        return _Source(name=source, stem=stem, unit="row", records=lambda: _parquet(path, source))
+    return _Source(name=source, stem=stem, unit="line", records=lambda: _jsonl(path, source))
+
+
+def _data_files(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(SUFFIXES))
+
+
+def _files_in(folder: Path) -> str:
+    names = _data_files(folder)
+    return f"; it holds {listed(names)}" if names else f"; no {' or '.join(SUFFIXES)} file lies in it"
+
+
+def _near_files(path: Path) -> str:
+    if not path.parent.is_dir():
+        return (
+            f"; neither does its folder {path.parent}\n"
+            f"  paths start at the working folder {Path.cwd()}; a hub data set is written 'hub:NAME@SPLIT'"
+        )
+    names = _data_files(path.parent)
+    return did_you_mean(path.name, names) or f"; its folder {path.parent} is there{_files_in(path.parent)}"
+
+
+def _jsonl(path: Path, name: str) -> Numbered:
+    """Records of a JSON Lines file; damage to the file as a whole (gzip, disk) is a ``DataError``."""
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+            for number, line in _lines(stream):
+                try:
+                    record: Record | RowFault = parse_line(line, first=number == 1)
+                except RowFault as fault:
+                    record = fault
+                yield number, record
+    except (OSError, EOFError, zlib.error) as error:
+        # A cut or damaged archive may hide any number of rows, so it is never skipped.
+        raise DataError(
+            f"{name} cannot be read{_beyond('line', number)}: {error}\n  the file is damaged; fetch or write it again"
+        ) from error
+
+
+def _lines(stream: BinaryIO | gzip.GzipFile) -> Iterator[tuple[int, bytes | None]]:
+    """Numbered lines with their newline; None in place of a line over ``MAX_LINE_BYTES``."""
+    number = 0
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        too_long = len(line) > MAX_LINE_BYTES
+        while too_long and line and not line.endswith(b"\n"):
+            line = stream.readline(MAX_LINE_BYTES)
+        yield number, None if too_long else line
+
+
+def _beyond(unit: str, number: int) -> str:
+    return f" beyond {unit} {number}" if number else ""
+
+
+def _parquet(path: Path, name: str) -> Numbered:
+    # Heavy, and needed by no other kind of source; so are the next two imports like this one.
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches():
+                for record in batch.to_pylist():
+                    number += 1
+                    yield number, record
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise DataError(
+            f"{name} cannot be read as Parquet{_beyond('row', number)}: {first_line}\n  write the file again"
+        ) from error
+
+
+def _world(split: str) -> _Source:
+    if split not in WORLD_SPLITS:
+        raise DataError(
+            f"the embedded world has no split {split!r}{did_you_mean(split, WORLD_SPLITS)}\n"
+            f"  wanted one of {', '.join('world:' + name for name in WORLD_SPLITS)}"
+        )
+
+    def records() -> Numbered:
+        from minillm.world import rows
+
+        yield from enumerate(rows(split), start=1)
+
+    return _Source(name=f"world:{split}", stem=split, unit="row", records=records)
+
+
+def _hub(source: str, rest: str) -> _Source:
+    whole, at, split = rest.rpartition("@")
+    name, _, config = whole.partition(":")
+    if not (at and split and name):
+        raise DataError(
+            f"{source!r} does not name a hub data set and its split\n"
+            "  wanted 'hub:NAME@SPLIT', such as hub:openai/gsm8k:main@train (with the config 'main')"
+        )
+    return _Source(
+        name=source, stem=name.rpartition("/")[2], unit="row", records=lambda: _hub_records(source, name, config, split)
+    )
+
+
+def _hub_records(source: str, name: str, config: str, split: str) -> Numbered:
+    import datasets
+
+    try:
+        table = datasets.load_dataset(name, config or None, split=split)
+    # The library raises what its network, cache and format readers raise; all of it is one fault to the user.
+    except Exception as error:
+        reason = " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
+        raise DataError(
+            f"{source} could not be loaded: {reason}\n"
+            "  check name, split and network; a data set with several configs is named hub:NAME:CONFIG@SPLIT"
+        ) from error
+    yield from enumerate(table, start=1)
