@@ -1,0 +1,80 @@
+"""The policy-gradient part of the objective: importance weights, and the clipped surrogate.
+
+Legend: B sequences, T response positions. ``logq_new`` carries the gradient; ``logq_old`` is the student as it
+sampled, ``logp`` the teacher. Weights say how a token was drawn, the ratio q_new / q_old says how far the student has
+moved since: the PPO clip acts on the second only and weights multiply outside it (design D6). Clipping ratio times
+weight, as the paper's Algorithm 1 has it, deletes gradient at the very first update (docs/methods/minillm.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minillm.types import require_shape
+
+
+@torch.no_grad()
+def importance_weights(
+    kind: str, *, logq_BT: Tensor, logp_BT: Tensor, teacher_drew_BT: Tensor, teacher_mix: float, max_log_ratio: float
+) -> Tensor:
+    """Weight of each token's policy-gradient term under teacher mixing ``m = (1 - a) q + a p``, [B, T].
+
+    ``none``: 1, a bias of its own at a > 0. ``per_step``: q(y_t) / m(y_t), between 0 and 1 / (1 - a), mean 1 under m
+    (Gu et al. 2024, after eq. 5). ``coin``: 1 / (1 - a) where the student drew and 0 where the teacher did; also mean
+    1, and any function of coins and of other rows is a valid baseline (design D5). At a = 0 each of them is exactly
+    1. None corrects the distribution of *prefixes*: that needs the product over past tokens.
+    ``max_log_ratio`` = c clamps log p - log q (nats) so that ``exp`` cannot overflow; it moves a weight by less than
+    e^-c / a where the teacher's probability is the larger, and a e^-c / (1 - a)^2 where it is the smaller. Off the
+    mask a weight means nothing.
+    """
+    if kind == "none" or teacher_mix == 0.0:
+        return torch.ones_like(logq_BT)
+    if kind == "per_step":
+        log_ratio_BT = (logp_BT - logq_BT).clamp(-max_log_ratio, max_log_ratio)
+        return 1.0 / ((1.0 - teacher_mix) + teacher_mix * log_ratio_BT.exp())
+    assert kind == "coin" and teacher_mix < 1.0, (kind, teacher_mix)
+    return torch.full_like(logq_BT, 1.0 / (1.0 - teacher_mix)).masked_fill(teacher_drew_BT, 0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surrogate:
+    """Loss per token (its gradient is the policy gradient) and two shares to watch, each bool per token."""
+
+    loss: Tensor
+    clipped: Tensor
+    clamped: Tensor
+
+
+def clipped_surrogate(
+    logq_new: Tensor,
+    logq_old: Tensor,
+    *,
+    advantage: Tensor,
+    importance: Tensor,
+    clip: float | None,
+    max_log_ratio: float,
+) -> Surrogate:
+    """``-w min(ratio A, clip(ratio) A)`` for each token, any shape (PPO, Schulman et al. 2017, eq. 7; w outside the
+    clip).
+
+    ``clip`` is the half-width of the trusted band around ratio 1, or None for the plain importance-weighted gradient.
+    The ratio is clamped in log space to +-``max_log_ratio`` nats, never multiplied into an infinity. At logq_new =
+    logq_old the gradient is exactly ``-w A grad log q`` whatever the clip.
+    """
+    fixed = (logq_old, advantage, importance)
+    assert not any(value.requires_grad for value in fixed), "credit and the old log-probs must be detached"
+    for what, value in zip(("old log-probs", "advantages", "importance weights"), fixed, strict=True):
+        require_shape(what, value, tuple(logq_new.shape))
+    log_ratio = logq_new - logq_old
+    clamped = (log_ratio.abs() > max_log_ratio).detach()
+    ratio = log_ratio.clamp(-max_log_ratio, max_log_ratio).exp()
+    gain = ratio * advantage
+    clipped = torch.zeros_like(clamped)
+    if clip is not None:
+        trusted = ratio.clamp(1.0 - clip, 1.0 + clip) * advantage
+        clipped = (trusted < gain).detach()
+        gain = torch.minimum(gain, trusted)
+    return Surrogate(loss=-importance * gain, clipped=clipped, clamped=clamped)
