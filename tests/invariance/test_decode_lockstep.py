@@ -1,0 +1,170 @@
+"""Ranks whose readers hold sharded weights make the same calls, whatever rows they have.
+
+Two threads stand for two ranks. Every call of a lockstep reader waits for the other rank's and compares its name, as a
+collective would; a rank that calls alone, or calls something else, fails.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from minillm.decode import roll_out
+from minillm.sampling import coin_group
+from minillm.types import Decoding, DrawKey, Purpose, Rollout
+from tests.readers import EOS, PAD, Recorder, TinyReader, batch_of, some_prompts
+
+KEY = DrawKey(seed=4, stage="minillm", purpose=Purpose.TOKEN, rollout=9)
+ROWS = 9
+UIDS = [f"row-{n}" for n in range(ROWS)]
+PROMPTS = some_prompts(ROWS, seed=5)
+GROUPS = 3
+PATIENCE = 20.0
+STUDENT, TEACHER = TinyReader("llama", seed=1), TinyReader("llama", seed=2)
+
+
+class Mismatch(AssertionError):
+    """Two ranks made different calls at the same time."""
+
+
+class Meeting:
+    """Where two ranks exchange a word."""
+
+    def __init__(self, patience: float) -> None:
+        self.barrier = threading.Barrier(2, timeout=patience)
+        self.words: list[object] = [None, None]
+
+    def exchange(self, rank: int, word: object) -> list[object]:
+        self.words[rank] = word
+        self.barrier.wait()
+        words = list(self.words)
+        self.barrier.wait()
+        return words
+
+
+def run_rank(
+    rank: int, rows: list[int], meeting: Meeting, *, mix: float, drop: bool, lockstep: tuple[bool, bool]
+) -> tuple[Rollout, list[str]]:
+    calls: list[str] = []
+
+    def told(name: str) -> None:
+        calls.append(name)
+        if len(set(meeting.exchange(rank, name))) > 1:
+            raise Mismatch(name)
+
+    def anyone(alive: bool) -> bool:
+        calls.append("anyone")
+        return any(meeting.exchange(rank, alive))
+
+    # Both readers are sharded here, and wait for the other rank; ``lockstep`` is what they tell the loop.
+    rollout = roll_out(
+        batch_of([PROMPTS[row] for row in rows], uids=[UIDS[row] for row in rows]),
+        student=Recorder(STUDENT, told, name="student", lockstep=lockstep[0]),
+        teacher=Recorder(TEACHER, told, name="teacher", lockstep=lockstep[1]),
+        teacher_mix=mix,
+        coin_groups=GROUPS,
+        decoding=Decoding(max_new_tokens=8, top_k=12),
+        key=KEY,
+        eos_ids=(EOS, 5),
+        pad_id=PAD,
+        keep_hidden=True,
+        drop_finished=drop,
+        anyone=anyone,
+    )
+    return rollout, calls
+
+
+def run_both(
+    shares: tuple[list[int], list[int]],
+    *,
+    mix: float = 0.4,
+    drop: bool = True,
+    lockstep: tuple[bool, bool] = (True, True),
+    patience: float = PATIENCE,
+) -> list[tuple[Rollout, list[str]]]:
+    meeting = Meeting(patience)
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        ranks = [
+            pool.submit(run_rank, rank, rows, meeting, mix=mix, drop=drop, lockstep=lockstep)
+            for rank, rows in enumerate(shares)
+        ]
+        return [rank.result() for rank in ranks]
+
+
+def one_group() -> list[int]:
+    """Rows of a single coin group: the other groups have no row on the rank that holds these."""
+    return [row for row in range(ROWS) if coin_group(UIDS[row], GROUPS) == coin_group(UIDS[0], GROUPS)]
+
+
+SHARES = {
+    "alternating": ([0, 2, 4, 6, 8], [1, 3, 5, 7]),
+    "one-row": ([0, 1, 2, 3, 4, 6, 7, 8], [5]),
+    "no-row": (list(range(ROWS)), []),
+    "one-group": (one_group(), [row for row in range(ROWS) if row not in one_group()]),
+    "nobody": ([], []),
+}
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("drop", [True, False])
+@pytest.mark.parametrize("share", SHARES)
+def test_ranks_make_the_same_calls_and_draw_what_one_rank_would(share: str, drop: bool, mix: float) -> None:
+    results = run_both(SHARES[share], mix=mix, drop=drop)
+    assert results[0][1] == results[1][1]
+    want = whole(mix)
+    for (rollout, _), rows in zip(results, SHARES[share], strict=True):
+        for at, row in enumerate(rows):
+            kept, same = rollout.mask_BT[at], want.mask_BT[row]
+            assert rollout.response_BT[at][kept].tolist() == want.response_BT[row][same].tolist()
+            assert rollout.teacher_hidden_BTH is not None and want.teacher_hidden_BTH is not None
+            got_TH, want_TH = rollout.teacher_hidden_BTH[at][kept], want.teacher_hidden_BTH[row][same]
+            torch.testing.assert_close(got_TH, want_TH, rtol=0, atol=1e-9)
+
+
+def whole(mix: float) -> Rollout:
+    return roll_out(
+        batch_of(PROMPTS, uids=UIDS),
+        student=STUDENT,
+        teacher=TEACHER,
+        teacher_mix=mix,
+        coin_groups=GROUPS,
+        decoding=Decoding(max_new_tokens=8, top_k=12),
+        key=KEY,
+        eos_ids=(EOS, 5),
+        pad_id=PAD,
+    )
+
+
+def test_the_case_is_hard_enough() -> None:
+    """Rows end at different times, the ranks of each share differ in length, and every group has a row."""
+    lengths = whole(0.4).length_B
+    assert len(set(lengths.tolist())) > 3
+    assert int(lengths[5]) < int(lengths.max())
+    assert {coin_group(uid, GROUPS) for uid in UIDS} == set(range(GROUPS))
+    assert 0 < len(one_group()) < ROWS
+
+
+@pytest.mark.parametrize("lockstep", [(False, True), (True, False)])
+def test_a_reader_that_does_not_say_it_is_sharded_hangs_or_mismatches(lockstep: tuple[bool, bool]) -> None:
+    """Negative control: what a sharded model that claims to be replicated would do."""
+    with pytest.raises((Mismatch, threading.BrokenBarrierError)):
+        run_both(SHARES["one-row"], lockstep=lockstep, patience=0.5)
+
+
+def test_replicated_readers_make_no_dummy_calls() -> None:
+    """The dummies are the price of sharding only."""
+    calls: list[str] = []
+    reader = Recorder(STUDENT, calls.append, name="student")
+    roll_out(
+        batch_of([PROMPTS[5]], uids=[UIDS[5]]),
+        student=reader,
+        decoding=Decoding(max_new_tokens=8, top_k=12),
+        key=KEY,
+        eos_ids=(EOS, 5),
+        pad_id=PAD,
+        anyone=lambda alive: True,
+    )
+    assert calls.count("student.extend") == int(whole(0.0).length_B[5]) < 8
