@@ -1,0 +1,165 @@
+"""Small plots as SVG text that sits inside an HTML page and takes its colours and font from the page.
+
+matplotlib draws with stand-in colours; they are replaced by CSS variables afterwards (``--ink``, ``--grid``,
+``--c0`` to ``--c7``), so that one plot serves a light and a dark page. Text stays text. Nothing global is touched:
+no pyplot, no backend switch, settings in a context of their own.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLOURS = 8
+INK, GRID = "#010a0b", "#010a0c"
+STAND_IN = tuple(f"#010b0{n}" for n in range(COLOURS))
+MARKERS = "os^Dv<P*"
+SIZE_INCHES = (4.4, 3.0)
+POINTS_AT_MOST = 240
+"""Longer curves are averaged in blocks: a curve of 10,000 steps would weigh more than the whole page."""
+SETTINGS: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "minillm",
+    "text.parse_math": False,  # a model named $x$ is a name, not a formula
+    "font.size": 10.0,
+    "axes.titlesize": 11.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    **{key: INK for key in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")},
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """Points of one model or run, joined in the order given.
+
+    Example: validity of one model over three temperatures, with intervals:
+    ``Series(colour=1, x=(1.0, 0.8, 0.6), y=(.73, .79, .82), low=(.70, .76, .79), high=(.76, .82, .85))``.
+    """
+
+    colour: int
+    """Which of the page's colours; counts round after ``COLOURS``. The marker goes with it."""
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    low: tuple[float, ...] | None = None
+    high: tuple[float, ...] | None = None
+    faint: bool = False
+    """Thin, pale and without markers: the noisy figures of single training steps."""
+    labels: tuple[str, ...] = ()
+    """A few characters beside each point, or none."""
+
+
+def lines(series: Sequence[Series], *, key: str, title: str, x: str, y: str, falling: bool = False) -> str:
+    """SVG of curves; ``key`` makes the ids of this plot unique in its page. ``falling`` turns the x axis round."""
+
+    def draw(axes: Axes) -> None:
+        for one in series:
+            _curve(axes, one)
+        axes.set(xlabel=x, ylabel=y)
+        if falling:
+            axes.invert_xaxis()
+
+    return _svg(draw, key=key, title=title)
+
+
+def bars(
+    rows: Sequence[tuple[str, int, float, tuple[float, float] | None]], *, key: str, title: str, digits: int
+) -> str:
+    """SVG of horizontal bars, first row on top: (name, colour, value, interval or None)."""
+
+    def draw(axes: Axes) -> None:
+        places = list(range(len(rows)))
+        for place, (_, colour, value, ends) in zip(places, rows, strict=True):
+            axes.barh(place, value, color=STAND_IN[colour % COLOURS], height=0.62)
+            if ends is not None:
+                # An interval of a skewed bootstrap may lie beside its mean; a negative length is not drawable.
+                reach = [[max(value - ends[0], 0.0)], [max(ends[1] - value, 0.0)]]
+                axes.errorbar(value, place, xerr=reach, fmt="none", ecolor=INK, elinewidth=1.2, capsize=3)
+            edge = max([value, *(ends or ())])
+            axes.annotate(
+                f"{value:.{digits}f}", (max(edge, 0.0), place), (5, 0), textcoords="offset points", va="center"
+            )
+        axes.set_yticks(places, [_short(name) for name, *_ in rows])
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.margins(x=0.22)
+
+    return _svg(draw, key=key, title=title)
+
+
+def block_means(x: Sequence[float], y: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...], int]:
+    """The points, or their means in equal blocks when they are too many to draw, and the block's size."""
+    block = -(-len(x) // POINTS_AT_MOST) if x else 1
+    if block == 1:
+        return tuple(x), tuple(y), 1
+
+    def mean(values: Sequence[float], start: int) -> float:
+        part = values[start : start + block]
+        return sum(part) / len(part)
+
+    starts = range(0, len(x), block)
+    return tuple(mean(x, s) for s in starts), tuple(mean(y, s) for s in starts), block
+
+
+def _curve(axes: Axes, one: Series) -> None:
+    colour, marker = STAND_IN[one.colour % COLOURS], MARKERS[one.colour % COLOURS]
+    if one.faint:
+        axes.plot(one.x, one.y, color=colour, linewidth=1.0, alpha=0.45)
+        return
+    if one.low is not None and one.high is not None:
+        reach = [
+            [max(y - low, 0.0) for y, low in zip(one.y, one.low, strict=True)],
+            [max(high - y, 0.0) for y, high in zip(one.y, one.high, strict=True)],
+        ]
+        axes.errorbar(one.x, one.y, yerr=reach, fmt="none", ecolor=colour, elinewidth=1.0, capsize=2.5, alpha=0.7)
+    axes.plot(one.x, one.y, color=colour, marker=marker, markersize=4.5, linewidth=1.6)
+    for x, y, label in zip(one.x, one.y, one.labels, strict=False):
+        axes.annotate(label, (x, y), (5, 4), textcoords="offset points", fontsize=8)
+
+
+def _svg(draw: Callable[[Axes], None], *, key: str, title: str) -> str:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    out = io.StringIO()
+    with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
+        # The browser draws the letters; whether matplotlib's own font has them does not matter.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        made = Figure(figsize=SIZE_INCHES, layout="constrained")
+        axes = made.add_subplot()
+        draw(axes)
+        axes.set_title(title, loc="left")
+        made.savefig(out, format="svg", transparent=True)
+    return _inline(out.getvalue(), key=key, title=title)
+
+
+def _inline(svg: str, *, key: str, title: str) -> str:
+    """The drawing as an element of a page: no prolog, metadata or namespaces, ids of its own, the page's colours."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg).replace("xlink:href", "href")
+    svg = re.sub(r'\bid="', f'id="{key}-', svg)
+    svg = svg.replace('href="#', f'href="#{key}-').replace("url(#", f"url(#{key}-")
+    for number, colour in enumerate(STAND_IN):
+        svg = svg.replace(colour, f"var(--c{number})")
+    svg = svg.replace(INK, "var(--ink)").replace(GRID, "var(--grid)")
+    svg = re.sub(
+        r'^<svg[^>]*?viewBox="([^"]*)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-labelledby="{key}-t">', svg
+    )
+    label = title.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return svg.replace(">", f'><title id="{key}-t">{label}</title>', 1)
+
+
+def _short(name: str, most: int = 18) -> str:
+    return name if len(name) <= most else name[: most - 1] + "\N{HORIZONTAL ELLIPSIS}"

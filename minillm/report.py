@@ -1,0 +1,223 @@
+"""Evaluated models side by side: the combined results, the tables in a terminal, and one HTML page.
+
+Reads what evaluations and runs left behind (``results.json`` and ``samples.jsonl`` of evaluation folders,
+``metrics.jsonl`` of runs) and no model. The words that go with the tables are in ``report_words``, the page in
+``report_html``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minillm.errors import ConfigError, DataError, did_you_mean
+from minillm.measures import MAIN_TEMPERATURE, MEASURES, NAMES, ratios_of, temperature_key
+from minillm.report_files import SCHEMA, read_course, read_results, read_samples
+from minillm.report_html import page
+from minillm.report_text import AT_EACH_TEMPERATURE, DASH, MINUS, figure, interval, plain, reading
+from minillm.report_words import describe
+from minillm.statistics import difference
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+
+def combine(
+    evaluations: Mapping[str, Path],
+    *,
+    differences: Sequence[tuple[str, str]],
+    resamples: int,
+    seed: int,
+    seconds: Mapping[str, float] | None,
+) -> dict[str, Any]:
+    """The results of several evaluation folders as one JSON-ready dict, with paired differences ``left - right``.
+
+    ``models`` and ``differences`` hold the measures at temperature 1 (at ``temperature``, the first one, where 1 was
+    not evaluated), ``temperatures`` the same at every temperature that was. ``pairs`` says which two models a
+    difference is of, ``evaluations`` what each folder says about itself. No folder at all is allowed.
+    Raises ``ConfigError`` for a difference of a model that is not there, and ``DataError`` for a folder without
+    results and for a difference of models that were not asked the same prompts in the same way.
+    """
+    results = {name: read_results(Path(folder)) for name, folder in evaluations.items()}
+    for pair in differences:
+        for name in pair:
+            if name not in results:
+                known = ", ".join(results) or "none"
+                raise ConfigError(f"difference of {name!r}: no such model among {known}{did_you_mean(name, results)}")
+        _require_comparable(pair, results[pair[0]], results[pair[1]])
+    at = _temperatures(results)
+    compared = {name: read_samples(Path(evaluations[name])) for name in {name for pair in differences for name in pair}}
+    temperatures = {}
+    for key in at:
+        ratios = {
+            name: ratios_of([row for row in rows if temperature_key(row["temperature"]) == key])
+            for name, rows in compared.items()
+            if key in results[name]["temperatures"]
+        }
+        temperatures[key] = {
+            "models": {name: r["temperatures"][key] for name, r in results.items() if key in r["temperatures"]},
+            "differences": {
+                _pair_key(pair): difference(ratios[pair[0]], ratios[pair[1]], resamples=resamples, seed=seed)
+                for pair in differences
+                if pair[0] in ratios and pair[1] in ratios
+            },
+        }
+    main = temperature_key(MAIN_TEMPERATURE)
+    main = main if main in at or not at else at[0]
+    headline = temperatures.get(main, {"models": {}, "differences": {}})
+    return {
+        "schema": SCHEMA,
+        "temperature": main,
+        "models": headline["models"],
+        "differences": headline["differences"],
+        "pairs": {_pair_key(pair): list(pair) for pair in differences if _pair_key(pair) in headline["differences"]},
+        "temperatures": temperatures,
+        "seconds": dict(seconds or {}),
+        "bootstrap": {"resamples": resamples, "seed": seed},
+        "evaluations": {
+            name: {key: value for key, value in r.items() if key not in ("schema", "measures", "temperatures")}
+            for name, r in results.items()
+        },
+    }
+
+
+def print_tables(combined: Mapping[str, Any], console: Console) -> None:
+    """Print the figures at the main temperature, the differences, the other temperatures, seconds, and the words.
+
+    Fits 80 columns for up to four models. Prints the words alone when no model was evaluated.
+    """
+    from rich.text import Text
+
+    if combined["models"]:
+        console.print(_main_table(combined))
+        for key, pair in combined["pairs"].items():
+            console.print(_difference_table(combined["differences"][key], pair, temperature=combined["temperature"]))
+        if len(combined["temperatures"]) > 1:
+            console.print(_temperature_table(combined))
+    if combined["seconds"]:
+        spent = ", ".join(f"{plain(stage)} {seconds:.1f}" for stage, seconds in combined["seconds"].items())
+        console.print(Text(f"Seconds: {spent}"))
+    for paragraph in describe(combined):
+        console.print()
+        console.print(Text(plain(paragraph)))
+
+
+def write_report(
+    combined: Mapping[str, Any],
+    *,
+    evaluations: Mapping[str, Path],
+    training: Mapping[str, Path],
+    out: Path,
+    title: str,
+    settings: Mapping[str, Any],
+) -> Path:
+    """Write one self-contained HTML page to ``out`` and return its path.
+
+    An older page stays until the new one is whole.
+    ``training`` names runs by folder or by metrics.jsonl. Each of ``evaluations``, ``training`` and ``settings`` may be
+    empty; the page then says what is missing. Raises ``DataError`` when a named file is missing or broken.
+    """
+    text = page(
+        combined,
+        samples={name: read_samples(Path(folder)) for name, folder in evaluations.items()},
+        courses={name: read_course(Path(path)) for name, path in training.items()},
+        title=title,
+        settings=settings,
+    )
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(out.name + ".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, out)
+    return out
+
+
+def _pair_key(pair: tuple[str, str]) -> str:
+    return f"{pair[0]}-{pair[1]}"
+
+
+def _temperatures(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Every temperature that some model was evaluated at, hottest first."""
+    return sorted({key for r in results.values() for key in r["temperatures"]}, key=float, reverse=True)
+
+
+def _require_comparable(pair: tuple[str, str], left: Mapping[str, Any], right: Mapping[str, Any]) -> None:
+    """Raise ``DataError`` when the two were evaluated on other data or with another decoding."""
+
+    def asked(results: Mapping[str, Any]) -> dict[str, Any]:
+        decoding = {k: v for k, v in (results.get("decoding") or {}).items() if k != "temperature"}
+        return {"data": (results.get("data") or {}).get("sha256"), "decoding": decoding}
+
+    ours, theirs = asked(left), asked(right)
+    for what in ours:
+        if ours[what] != theirs[what]:
+            raise DataError(
+                f"difference {_pair_key(pair)}: {what} is {ours[what]} for {pair[0]} and {theirs[what]} for {pair[1]}, "
+                "wanted the same; evaluate both with the same configuration"
+            )
+
+
+def _estimate_cell(estimate: Mapping[str, Any] | None, name: str) -> str:
+    if estimate is None or estimate.get("mean") is None:
+        return DASH
+    ends = estimate.get("ci95")
+    if ends is None:
+        return figure(estimate["mean"], name)
+    return f"{figure(estimate['mean'], name)}\n{figure(ends[0], name)}{DASH}{figure(ends[1], name)}"
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(plain(title), style="bold"), box=SIMPLE_HEAD, title_justify="left", padding=(0, 1))
+    for number, column in enumerate(columns):
+        # Too narrow a terminal breaks a number over two lines: ugly, but never cut short.
+        left = number == 0
+        table.add_column(Text(plain(column)), justify="left" if left else "right", no_wrap=left, overflow="fold")
+    return table
+
+
+def _main_table(combined: Mapping[str, Any]) -> Table:
+    table = _table(
+        f"Held-out prompts at temperature {combined['temperature']} (95 % intervals over prompts)",
+        ["", *combined["models"]],
+    )
+    for name in NAMES:
+        cells = [_estimate_cell(measures.get(name), name) for measures in combined["models"].values()]
+        table.add_row(MEASURES[name].label, *cells)
+    return table
+
+
+def _difference_table(change: Mapping[str, Any], pair: Sequence[str], *, temperature: str) -> Table:
+    title = f"{pair[0]} {MINUS} {pair[1]}, paired, at temperature {temperature}"
+    table = _table(title, ["", "difference", "95 % interval", "interval"])
+    for name in (name for name in NAMES if name in change):
+        mean = figure(change[name]["mean"], name, signed=True)
+        table.add_row(MEASURES[name].label, mean, interval(change[name], name, signed=True), reading(change[name]))
+    return table
+
+
+def _temperature_table(combined: Mapping[str, Any]) -> Table:
+    pairs = [f"{left} {MINUS} {right}" for left, right in combined["pairs"].values()]
+    title = "At each temperature" + ("; * the paired interval of a difference excludes zero" if pairs else "")
+    if len(pairs) == 1:  # spelt out above the table, which then fits a narrow terminal
+        title, pairs = (
+            f"At each temperature; difference: {pairs[0]}, * its paired interval excludes zero",
+            ["difference"],
+        )
+    table = _table(title, ["", *combined["models"], *pairs])
+    for key, found in combined["temperatures"].items():
+        for name in AT_EACH_TEMPERATURE:
+            cells = [figure(found["models"].get(m, {}).get(name, {}).get("mean"), name) for m in combined["models"]]
+            for pair in combined["pairs"]:
+                change = found["differences"].get(pair, {}).get(name, {"mean": None})
+                star = "*" if reading(change) == "excludes zero" else " "
+                cells.append(figure(change["mean"], name, signed=True) + star)
+            label = f"{key if name == AT_EACH_TEMPERATURE[0] else '':4} {MEASURES[name].label}"
+            table.add_row(label, *cells, end_section=name == AT_EACH_TEMPERATURE[-1])
+    return table

@@ -1,0 +1,89 @@
+"""What evaluations and runs left on the disk, read strictly."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minillm.errors import DataError
+from minillm.measures import MAIN_TEMPERATURE, temperature_key
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """The lines of a run's metrics.jsonl, in order, a repeated step only as last written."""
+
+    rows: tuple[dict[str, Any], ...]
+    notes: tuple[str, ...]
+    """What a reader should know about the file: an unfinished last line, steps written twice."""
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """results.json of an evaluation folder. Raises ``DataError`` when it is missing, broken or of another schema."""
+    path = folder / "results.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; `minillm evaluate MODEL --out {folder}` writes it") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    schema = found.get("schema") if isinstance(found, dict) else None
+    if schema != SCHEMA:
+        raise DataError(f"{path}: schema {schema!r}, wanted {SCHEMA}; evaluate the model again with this version")
+    if not isinstance(found.get("measures"), dict):
+        raise DataError(f"{path}: no 'measures'; evaluate the model again")
+    if not found.get("temperatures"):
+        found["temperatures"] = {temperature_key(MAIN_TEMPERATURE): found["measures"]}
+    return found  # type: ignore[no-any-return]
+
+
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """The rows of an evaluation's samples.jsonl. Raises ``DataError`` with file and line when one is broken."""
+    rows, unfinished = _read_jsonl(folder / "samples.jsonl")
+    if unfinished:
+        raise DataError(f"{unfinished}; the evaluation was broken off, evaluate the model again")
+    return rows
+
+
+def read_course(path: Path) -> Course:
+    """metrics.jsonl of a run (its folder or the file). An unfinished last line is left out and noted."""
+    path = path / "metrics.jsonl" if path.is_dir() else path
+    rows, unfinished = _read_jsonl(path)
+    notes = [f"{unfinished}; it is left out"] if unfinished else []
+    # A run that was taken up again writes the steps since its last checkpoint twice: the later lines count.
+    kept = {(row.get("kind"), row.get("stage"), row.get("step"), row.get("update")): row for row in rows}
+    if len(kept) < len(rows):
+        notes.append(f"{path.name}: {len(rows) - len(kept)} steps were written twice, the later ones are shown")
+    ordered = sorted(kept.values(), key=lambda row: (float(row.get("step", 0)), float(row.get("update", 0))))
+    return Course(rows=tuple(ordered), notes=tuple(notes))
+
+
+def _read_jsonl(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """The objects of a file, and what is wrong with an unfinished last line ("" when nothing is)."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; name the folder of a finished evaluation or run") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            told = f"{path}, line {number}, column {error.colno}: not JSON ({error.msg})"
+            if number == len(lines):  # without its newline: a process was killed while writing
+                return rows, told
+            raise DataError(told) from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: got {type(row).__name__}, wanted an object")
+        rows.append(row)
+    return rows, ""

@@ -1,0 +1,345 @@
+"""The report as one HTML page: no script, nothing loaded from anywhere, light or dark as the reader's system is.
+
+Whatever came out of a model or a file is cleaned of control characters and escaped before it is put on the page,
+and a content policy in the page's head forbids scripts and every request besides.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from minillm import plots
+from minillm.measures import MEASURES, NAMES
+from minillm.report_files import Course
+from minillm.report_style import STYLE
+from minillm.report_text import (
+    AT_EACH_TEMPERATURE,
+    DASH,
+    MINUS,
+    clean,
+    figure,
+    finite,
+    interval,
+    reading,
+    safe,
+)
+from minillm.report_words import describe
+
+SAMPLES_SHOWN = 12
+CURVES = ("reverse_kl", "validity", "mean_length", "repetition_3", "loss")
+OVER_TEMPERATURE = ("validity", "reverse_kl", "distinct_4", "rouge_l")
+
+
+def page(
+    combined: Mapping[str, Any],
+    *,
+    samples: Mapping[str, Sequence[Mapping[str, Any]]],
+    courses: Mapping[str, Course],
+    title: str,
+    settings: Mapping[str, Any],
+) -> str:
+    """The whole page. Sections without anything to show say so or are left out."""
+    names = [*combined["models"], *(name for name in courses if name not in combined["models"])]
+    colour = {name: number for number, name in enumerate(names)}
+    body = "\n".join(
+        part
+        for part in (
+            f"<header><h1>{safe(title)}</h1></header>",
+            _section("In words", "".join(f"<p>{safe(text)}</p>" for text in describe(combined))),
+            _figures(combined, colour),
+            _temperatures(combined, colour),
+            _training(courses, colour),
+            _samples(combined, samples, colour),
+            _about(combined, settings),
+        )
+        if part
+    )
+    # No default-src exception for scripts or images: a tag that slipped through would still do nothing.
+    policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta name="color-scheme" content="light dark">\n<title>{safe(title)}</title>\n'
+        f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def _section(heading: str, content: str) -> str:
+    return f"<section><h2>{safe(heading)}</h2>{content}</section>" if content else ""
+
+
+def _legend(names: Sequence[str], colour: Mapping[str, int]) -> str:
+    items = (f'<li><i class="k{colour[name] % plots.COLOURS}"></i>{safe(name)}</li>' for name in names)
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def _grid(drawings: Sequence[str]) -> str:
+    return f'<div class="plots">{"".join(f"<figure>{drawing}</figure>" for drawing in drawings)}</div>'
+
+
+def _scrolling(rows: str) -> str:
+    # Focusable, so that a keyboard can scroll it too.
+    return f'<div class="wide" tabindex="0"><table>{rows}</table></div>'
+
+
+def _head(cells: Sequence[str]) -> str:
+    return "<thead><tr>" + "".join(f'<th scope="col">{safe(cell)}</th>' for cell in cells) + "</tr></thead>"
+
+
+def _estimate_cell(estimate: Mapping[str, Any] | None, name: str) -> str:
+    if estimate is None or estimate.get("mean") is None:
+        return f"<td>{DASH}</td>"
+    ends = "" if estimate.get("ci95") is None else f"<small>{interval(estimate, name)}</small>"
+    return f"<td>{figure(estimate['mean'], name)}{ends}</td>"
+
+
+def _change_cell(change: Mapping[str, Any] | None, name: str) -> str:
+    if change is None or change.get("mean") is None:
+        return f"<td>{DASH}</td>"
+    ends = "" if change["ci95"] is None else f"<small>{interval(change, name, signed=True)}, {reading(change)}</small>"
+    kind = ' class="sure"' if reading(change) == "excludes zero" else ""
+    return f"<td{kind}>{figure(change['mean'], name, signed=True)}{ends}</td>"
+
+
+def _figures(combined: Mapping[str, Any], colour: Mapping[str, int]) -> str:
+    """The table and the bars at the main temperature."""
+    models = combined["models"]
+    if not models:
+        return ""
+    pairs = combined["pairs"]
+    rows = [_head(["", *models, *(f"{left} {MINUS} {right}, paired" for left, right in pairs.values())])]
+    for name in NAMES:
+        measure = MEASURES[name]
+        way = f", {measure.better} is better" if measure.better else ""
+        cells = [_estimate_cell(measures.get(name), name) for measures in models.values()]
+        cells += [_change_cell(combined["differences"][pair].get(name), name) for pair in pairs]
+        head = f'<th scope="row">{safe(measure.label)}<small>{safe(measure.meaning + way)}</small></th>'
+        rows.append(f"<tr>{head}{''.join(cells)}</tr>")
+    drawings = [drawing for name in NAMES if (drawing := _bars(models, name, colour))]
+    return _section(
+        f"Held-out prompts, temperature {combined['temperature']}",
+        _scrolling("".join(rows))
+        + "<p class='note'>Below each figure: its 95 % bootstrap interval over prompts.</p>"
+        + _grid(drawings),
+    )
+
+
+def _bars(models: Mapping[str, Any], name: str, colour: Mapping[str, int]) -> str:
+    rows = []
+    for model, measures in models.items():
+        estimate = measures.get(name) or {}
+        if estimate.get("mean") is not None:
+            ends = None if estimate.get("ci95") is None else (estimate["ci95"][0], estimate["ci95"][1])
+            rows.append((clean(model), colour[model], estimate["mean"], ends))
+    if not rows:
+        return ""
+    return plots.bars(rows, key=f"bar-{name}", title=MEASURES[name].label, digits=MEASURES[name].digits)
+
+
+def _temperatures(combined: Mapping[str, Any], colour: Mapping[str, int]) -> str:
+    """Each measure over temperature, quality against variety, and the table behind them; "" with one temperature."""
+    if len(combined["temperatures"]) <= 1:
+        return ""
+    drawings = [drawing for name in OVER_TEMPERATURE if (drawing := _over_temperature(combined, name, colour))]
+    scatter = _against_variety(combined, colour)
+    note = (
+        "<p class='note'>The last plot has one point for each temperature. A lower one as a rule makes a model more "
+        "often right and less varied: left and up along its own line. A better model has a line that lies higher; "
+        "a model that is only sharper has its points further along the same line.</p>"
+    )
+    plotted = _grid([*drawings, scatter] if scatter else drawings)
+    return _section(
+        "At several temperatures",
+        _legend(list(combined["models"]), colour) + plotted + (note if scatter else "") + _temperature_table(combined),
+    )
+
+
+def _temperature_table(combined: Mapping[str, Any]) -> str:
+    pairs = combined["pairs"]
+    rows = [_head(["", *combined["models"], *(f"{left} {MINUS} {right}" for left, right in pairs.values())])]
+    for key, found in combined["temperatures"].items():
+        width = 1 + len(combined["models"]) + len(pairs)
+        rows.append(
+            f'<tr class="part"><th scope="rowgroup" colspan="{width}"><span>temperature {safe(key)}</span></th></tr>'
+        )
+        for name in AT_EACH_TEMPERATURE:
+            cells = [_estimate_cell(found["models"].get(m, {}).get(name), name) for m in combined["models"]]
+            cells += [_change_cell(found["differences"].get(pair, {}).get(name), name) for pair in pairs]
+            rows.append(f'<tr><th scope="row">{safe(MEASURES[name].label)}</th>{"".join(cells)}</tr>')
+    return _scrolling("".join(rows))
+
+
+def _points(
+    combined: Mapping[str, Any], model: str, names: Sequence[str]
+) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
+    """(temperature, the estimates of the named measures) wherever a model has all of them."""
+    for key, found in combined["temperatures"].items():
+        estimates = [found["models"].get(model, {}).get(name, {}) for name in names]
+        if all(estimate.get("mean") is not None for estimate in estimates):
+            yield key, estimates
+
+
+def _over_temperature(combined: Mapping[str, Any], name: str, colour: Mapping[str, int]) -> str:
+    series = []
+    for model in combined["models"]:
+        found = [(float(key), estimates[0]) for key, estimates in _points(combined, model, [name])]
+        if not found:
+            continue
+        bounded = all(estimate.get("ci95") is not None for _, estimate in found)
+        series.append(
+            plots.Series(
+                colour=colour[model],
+                x=tuple(temperature for temperature, _ in found),
+                y=tuple(estimate["mean"] for _, estimate in found),
+                low=tuple(estimate["ci95"][0] for _, estimate in found) if bounded else None,
+                high=tuple(estimate["ci95"][1] for _, estimate in found) if bounded else None,
+            )
+        )
+    label = MEASURES[name].label
+    return plots.lines(series, key=f"t-{name}", title=label, x="temperature", y="") if series else ""
+
+
+def _against_variety(combined: Mapping[str, Any], colour: Mapping[str, int]) -> str:
+    """Validity (ROUGE-L where there is none) against distinct-4, a point for each temperature."""
+    for name in ("validity", "rouge_l"):
+        series = []
+        for model in combined["models"]:
+            found = list(_points(combined, model, [name, "distinct_4"]))
+            if found:
+                series.append(
+                    plots.Series(
+                        colour=colour[model],
+                        x=tuple(estimates[1]["mean"] for _, estimates in found),
+                        y=tuple(estimates[0]["mean"] for _, estimates in found),
+                        labels=tuple(key for key, _ in found),
+                    )
+                )
+        if series:
+            title = f"{MEASURES[name].label} against variety, by temperature"
+            return plots.lines(series, key="variety", title=title, x="distinct-4", y=MEASURES[name].label)
+    return ""
+
+
+def _training(courses: Mapping[str, Course], colour: Mapping[str, int]) -> str:
+    """Curves over the steps of each stage, one plot for each measure and stage name."""
+    if not courses:
+        return ""
+    notes = [f"{name}: {note}" for name, course in courses.items() for note in course.notes]
+    stages = dict.fromkeys(str(row.get("stage", "")) for course in courses.values() for row in course.rows)
+    drawings: list[str] = []
+    shown: set[str] = set()
+    for name in CURVES:
+        having = [stage for stage in stages if any(_curves(course, stage, name) for course in courses.values())]
+        for stage in having:
+            series = [
+                _drawn(points, colour[run], kind=kind, notes=notes, what=f"{run}, {name}")
+                for run, course in courses.items()
+                for kind, points in _curves(course, stage, name).items()
+            ]
+            shown.update(run for run, course in courses.items() if _curves(course, stage, name))
+            label = MEASURES[name].label if name in MEASURES else name
+            title = label if len(having) == 1 else f"{label}, stage {clean(stage)}"
+            drawings.append(plots.lines(series, key=f"run-{len(drawings)}", title=title, x="step", y=""))
+    missing = [run for run in courses if run not in shown]
+    if missing:
+        notes.append(f"nothing to draw for {', '.join(missing)}")
+    told = "<p class='note'>Pale lines: training steps, on the text that was trained on. Marked lines: validation.</p>"
+    if notes:
+        told += f"<p class='note'>{safe('; '.join(dict.fromkeys(notes)))}.</p>"
+    return _section("Training", _legend([run for run in courses if run in shown], colour) + _grid(drawings) + told)
+
+
+def _curves(course: Course, stage: str, name: str) -> dict[str, list[tuple[float, float]]]:
+    """{"train" | "validation": points} of one measure in one stage; kinds without a number left out."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for row in course.rows:
+        if str(row.get("stage", "")) == stage and isinstance(row.get(name), int | float):
+            found.setdefault(str(row.get("kind")), []).append((float(row.get("step", 0)), float(row[name])))
+    return found
+
+
+def _drawn(
+    points: Sequence[tuple[float, float]], colour: int, *, kind: str, notes: list[str], what: str
+) -> plots.Series:
+    """A curve of finite points, averaged in blocks where there are very many; what was done is added to the notes."""
+    kept = [(x, y) for x, y in points if finite(y)]
+    if len(kept) < len(points):
+        notes.append(f"{what}: {len(points) - len(kept)} values are not finite numbers and are not drawn")
+    x, y, block = plots.block_means([x for x, _ in kept], [y for _, y in kept])
+    if block > 1:
+        notes.append(f"{what}: drawn as means of {block} steps")
+    return plots.Series(colour=colour, x=x, y=y, faint=kind == "train")
+
+
+def _samples(
+    combined: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]], colour: Mapping[str, int]
+) -> str:
+    """The same prompts answered by each model under the first sampling seed, evenly spaced over the file."""
+    first: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for name, rows in samples.items():
+        here = [row for row in rows if str(float(row["temperature"])) == combined["temperature"]]
+        first[name] = {str(row["uid"]): row for row in here if row["seed"] == here[0]["seed"]}
+    uids = list(dict.fromkeys(uid for rows in first.values() for uid in rows))
+    if not uids:
+        return ""
+    shown = [uids[n * len(uids) // SAMPLES_SHOWN] for n in range(SAMPLES_SHOWN)] if len(uids) > SAMPLES_SHOWN else uids
+    note = (
+        f"<p class='note'>{len(shown)} of {len(uids)} prompts, evenly spaced over the file and not chosen by "
+        f"result; the first sampling seed at temperature {safe(combined['temperature'])}.</p>"
+    )
+    cards = []
+    for uid in shown:
+        rows = [rows[uid] for rows in first.values() if uid in rows]
+        answers = "".join(_answer(name, rows.get(uid), colour) for name, rows in first.items())
+        references = [str(text) for text in rows[0].get("references") or []]
+        more = f" <small>and {len(references) - 1} more</small>" if len(references) > 1 else ""
+        wanted = f'<div class="said"><b>reference{more}</b>{_text(references[0])}</div>' if references else ""
+        cards.append(
+            f'<article><h3>{safe(uid)}</h3><div class="prompt">{_text(rows[0]["prompt"])}</div>'
+            f'<div class="answers">{wanted}{answers}</div></article>'
+        )
+    return _section("Samples", note + "".join(cards))
+
+
+def _answer(name: str, row: Mapping[str, Any] | None, colour: Mapping[str, int]) -> str:
+    head = f'<b><i class="k{colour.get(name, 0) % plots.COLOURS}"></i>{safe(name)}</b>'
+    if row is None:
+        return f'<div class="said">{head}<p>{DASH} (not asked)</p></div>'
+    own = row.get("measures", {})
+    told = []
+    if "validity" in own:
+        good = bool(own["validity"])
+        word = "valid" if good else f"not valid: {own.get('reason') or 'no reason given'}"
+        told.append(f'<span class="{"good" if good else "bad"}">{safe(word)}</span>')
+    for key in ("rouge_l", "reverse_kl"):
+        if finite(own.get(key)):
+            told.append(f"<span>{safe(MEASURES[key].label)} {own[key]:.2f}</span>".replace("-0.00", "0.00"))
+    if row.get("stop") == "length":
+        told.append("<span>cut at the length limit</span>")
+    return f'<div class="said">{head}{_text(row["response"])}<small class="told">{"".join(told)}</small></div>'
+
+
+def _text(text: Any) -> str:
+    cleaned = safe(text)
+    # bdi: right-to-left text cannot pull the text around it along.
+    return f"<p><bdi>{cleaned}</bdi></p>" if cleaned.strip() else '<p class="empty">(empty)</p>'
+
+
+def _about(combined: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Seconds, settings and what each evaluation says about itself."""
+    parts = []
+    if combined["seconds"]:
+        rows = "".join(
+            f'<tr><th scope="row">{safe(stage)}</th><td>{seconds:.1f}</td></tr>'
+            for stage, seconds in combined["seconds"].items()
+        )
+        parts.append(f"<h3>Seconds</h3>{_scrolling(rows)}")
+    told = [("settings", settings)] if settings else []
+    told += [(f"evaluation of {name}", about) for name, about in combined["evaluations"].items()]
+    for name, values in told:
+        text = json.dumps(values, indent=2, ensure_ascii=False, default=str)
+        parts.append(f'<details><summary>{safe(name)}</summary><pre tabindex="0">{safe(text)}</pre></details>')
+    return _section("How it was made", "".join(parts))
