@@ -1,0 +1,383 @@
+"""The public Python API: the same runs as the command line, in a notebook (one process) or under a launcher."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from minillm.config import MinillmStage, RunConfig, SftStage, dump_config
+from minillm.engines import Ranks, Student, Teacher
+from minillm.errors import DataError
+from minillm.evaluation import Judge, Record, sample_and_judge, validator
+from minillm.measures import summarise
+from minillm.model_card import CardFacts, render
+from minillm.models import CausalLM, ModelReader, inspect, load, probe_head
+from minillm.preflight import Pair, Split, check_pair, decoding_record, read_split
+from minillm.report import combine, print_tables, write_report
+from minillm.stages import Start, run_stage, unbiased_words
+from minillm.store import Clock, RunFolder, write_jsonl, write_text
+from minillm.types import Purpose
+
+SHOWN_PACKAGES = ("minillm", "torch", "transformers", "deepspeed")
+
+
+def distill(config: RunConfig, *, fresh: bool = False) -> Path:
+    """Runs all stages of a configuration and its final evaluation; the run's folder.
+
+    Works for a single process and for every rank of a launcher alike. A run that is done already is left as it is;
+    one that was interrupted starts again. ``fresh`` starts over. Errors are those of ``minillm.errors``, and anything
+    wrong with files or settings is found before any model is loaded.
+    """
+    pair = check_pair(config)
+    splits = _read_splits(config, pair)
+    ranks = Ranks(threads=config.threads)
+    folder = RunFolder(Path(config.out) / config.name, writes=ranks.first)
+    done = folder.open(config_text=dump_config(config), fresh=fresh)
+    ranks.barrier()
+    if done:
+        _say(ranks, f"{folder.path}: done already; --fresh starts over")
+        return folder.path
+    folder.set_status(state="running", seconds={}, ranks=ranks.size, versions=_versions())
+    _introduce(config, pair, splits, ranks)
+    teacher = _load_teacher(pair, ranks) if _needs_teacher(config, splits) else None
+    start = Start(card=pair.student_card, facts=pair.student)
+    seconds: dict[str, float] = {}
+    for stage in config.stages:
+        done_stage = run_stage(
+            config,
+            stage,
+            start=start,
+            pair=pair,
+            prompts=splits["train"].prompts,
+            teacher=teacher,
+            validate=_validator(config, stage, pair=pair, split=splits.get("validation"), teacher=teacher, ranks=ranks),
+            ranks=ranks,
+            folder=folder,
+            model_card=lambda student, scores, stage=stage, card=start.card: render(  # type: ignore[misc]
+                _card_facts(config, stage, pair, splits["train"], start=card.name, student=student, teacher=teacher),
+                scores,
+                step=student.updates_done,
+            ),
+        )
+        seconds[stage.name] = round(done_stage.seconds, 2)
+        folder.set_status(seconds=seconds)
+        card = pair.student_card.model_copy(update={"model": str(folder.student), "build": None, "revision": None})
+        start = Start(card=card, facts=inspect(card))
+    if "test" in splits:
+        clock = Clock()
+        _evaluate_folder(
+            config, pair, splits["test"], start=start, teacher=teacher, ranks=ranks, out=folder.path, shown=config.name
+        )
+        seconds["evaluation"] = round(clock(), 2)
+    if ranks.first:
+        _write_run_report(config, folder, seconds)
+    folder.set_status(state="done", seconds=seconds)
+    ranks.barrier()
+    _say(ranks, f"student: {folder.student}   report: {folder.path / 'report.html'}")
+    return folder.path
+
+
+def evaluate(model: str | Path, config: RunConfig, *, out: str | Path, fresh: bool = False) -> dict[str, Any]:
+    """Measures a model on the test prompts of a configuration and writes ``results.json`` and ``samples.jsonl`` into
+    ``out``.
+
+    ``config.teacher`` gives the reverse KL, ``config.decoding`` and ``config.evaluation`` everything else. Results of
+    the same model and settings that are already there are returned as they are. Raises ``DataError`` if ``out`` holds
+    results of another model or other settings, unless ``fresh``.
+    """
+    if config.data.test is None:
+        raise DataError("data.test is missing; wanted the held-out prompts to evaluate on")
+    pair = check_pair(config, student=str(model))
+    split = read_split(
+        config, config.data.test, pair=pair, name="test", need_response=False, limit=config.data.test_limit
+    )
+    ranks = Ranks(threads=config.threads)
+    out = Path(out)
+    start = Start(card=pair.student_card, facts=pair.student)
+    stored = _stored_results(out)
+    if stored is not None and not fresh:
+        if stored.get("asked") == _asked(config, split, model=str(model)):
+            _say(ranks, f"{out}: evaluated already; --fresh starts over")
+            return stored
+        raise DataError(
+            f"{out} holds results of {stored.get('model', {}).get('path')} or of other settings; nothing was touched.\n"
+            "  give another --out, or --fresh to replace them"
+        )
+    for line in split.words:
+        _say(ranks, line)
+    teacher = _load_teacher(pair, ranks) if pair.teacher is not None else None
+    ranks.barrier()
+    return _evaluate_folder(config, pair, split, start=start, teacher=teacher, ranks=ranks, out=out, shown=str(model))
+
+
+def build_report(
+    evaluations: Mapping[str, Path],
+    *,
+    out: str | Path,
+    differences: Sequence[tuple[str, str]] = (),
+    training: Mapping[str, Path] | None = None,
+    title: str = "minillm report",
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Puts evaluation folders side by side: ``results.json`` and ``report.html`` in ``out``, and the tables in the
+    terminal."""
+    from rich.console import Console
+
+    training = training or {}
+    seconds: dict[str, float] = {}
+    for name, folder in training.items():
+        spent = dict(RunFolder(Path(folder), writes=False).status().get("seconds", {}))
+        evaluation = spent.pop("evaluation", None)
+        seconds[name] = round(sum(spent.values()), 2)
+        if evaluation is not None:
+            seconds[f"{name}, evaluation"] = evaluation
+    combined = combine(evaluations, differences=differences, resamples=resamples, seed=seed, seconds=seconds)
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "results.json", json.dumps(combined, indent=2) + "\n")
+    write_report(
+        combined, evaluations=evaluations, training=training, out=out / "report.html", title=title, settings={}
+    )
+    print_tables(combined, Console())
+    return combined
+
+
+def _read_splits(config: RunConfig, pair: Pair) -> dict[str, Split]:
+    data = config.data
+    assert data.train is not None, "the configuration refuses a run without training rows"
+    only_sft = all(isinstance(stage, SftStage) for stage in config.stages)
+    splits = {"train": read_split(config, data.train, pair=pair, name="train", need_response=only_sft)}
+    needs = any(not prompt.response_ids for prompt in splits["train"].prompts)
+    if needs and any(isinstance(s, SftStage) or s.lm_coefficient > 0 for s in config.stages):
+        answered = sum(bool(prompt.response_ids) for prompt in splits["train"].prompts)
+        if not answered:
+            raise DataError(f"{data.train}: no row has a response, and a stage of this run learns from responses")
+    if data.validation is not None and any(stage.validate_every for stage in config.stages):
+        splits["validation"] = read_split(
+            config, data.validation, pair=pair, name="validation", need_response=False, limit=data.validation_limit
+        )
+    if data.test is not None:
+        splits["test"] = read_split(
+            config, data.test, pair=pair, name="test", need_response=False, limit=data.test_limit
+        )
+    return splits
+
+
+def _needs_teacher(config: RunConfig, splits: Mapping[str, Split]) -> bool:
+    distils = any(isinstance(stage, MinillmStage) for stage in config.stages)
+    return config.teacher is not None and (distils or "test" in splits)
+
+
+def _load_teacher(pair: Pair, ranks: Ranks) -> Teacher:
+    card, facts = pair.teacher_card, pair.teacher
+    assert card is not None and facts is not None
+    teacher = Teacher(
+        lambda: load(card, facts, seed=0),
+        ranks=ranks,
+        placement=card.placement,
+        precision="bf16" if card.dtype == "bfloat16" else "fp32",
+        real_ids=pair.real_ids,
+    )
+    for rank, kept in enumerate(teacher.check_share()):
+        _say(
+            ranks,
+            f"rank {rank}: teacher {card.name} ({card.placement}) keeps {kept:,} of {teacher.whole_bytes:,} bytes "
+            f"between forwards ({kept / teacher.whole_bytes:.1%})",
+        )
+    return teacher
+
+
+def _validator(
+    config: RunConfig,
+    stage: SftStage | MinillmStage,
+    *,
+    pair: Pair,
+    split: Split | None,
+    teacher: Teacher | None,
+    ranks: Ranks,
+) -> Any:
+    if split is None or not stage.validate_every:
+        return None
+    judge = Judge(
+        prompts=split.prompts,
+        decoding=decoding_record(config.decoding),
+        tokenizer=pair.tokenizer,
+        ids=pair.ids,
+        teacher=teacher,
+        in_world=split.source.startswith("world:"),
+        batch=config.evaluation.batch,
+        seed=config.seed,
+        purpose=Purpose.VALIDATION,
+    )
+    has_references = any(prompt.response_ids for prompt in split.prompts)
+    if isinstance(stage, SftStage) and not has_references:
+        raise DataError(f"{split.source}: no validation row has a response, and stage {stage.name} validates by loss")
+    return validator(judge, ranks=ranks, generate=isinstance(stage, MinillmStage), loss=has_references)
+
+
+def _evaluate_folder(
+    config: RunConfig,
+    pair: Pair,
+    split: Split,
+    *,
+    start: Start,
+    teacher: Teacher | None,
+    ranks: Ranks,
+    out: Path,
+    shown: str,
+) -> dict[str, Any]:
+    """Evaluates the weights of ``start`` on ``split`` and writes ``results.json`` and ``samples.jsonl`` (rank 0)."""
+    settings = config.evaluation
+    model = load(start.card, start.facts, seed=config.seed)
+    root = CausalLM(model)
+    probe_head(model, root)
+    root.head.real_ids = pair.real_ids
+    reader = ModelReader(root.eval().to(ranks.device), device=ranks.device, lockstep=False)
+    judge = Judge(
+        prompts=split.prompts,
+        decoding=decoding_record(config.decoding),
+        tokenizer=pair.tokenizer,
+        ids=pair.ids,
+        teacher=teacher,
+        in_world=split.source.startswith("world:"),
+        batch=settings.batch,
+        seed=config.seed,
+        purpose=Purpose.EVALUATION,
+    )
+    clock = Clock()
+    samples = sample_and_judge(
+        reader, judge, seeds=settings.seeds, temperatures=settings.temperatures, ranks=ranks, title=f"evaluate {shown}"
+    )
+    measures, by_temperature = summarise(
+        samples, temperatures=settings.temperatures, resamples=settings.bootstrap, seed=config.seed
+    )
+    results = {
+        "schema": 1,
+        "model": {
+            "name": start.card.name,
+            "path": str(start.card.model),
+            "parameters": sum(p.numel() for p in root.parameters()),
+        },
+        "teacher": None if teacher is None else {"name": config.teacher, "parameters": teacher.parameters},
+        "data": {"source": split.source, "rows": len(split.prompts), "sha256": split.sha256},
+        "decoding": config.decoding.model_dump(),
+        "seeds": list(settings.seeds),
+        "bootstrap": settings.bootstrap,
+        "asked": _asked(config, split, model=str(start.card.model)),
+        "measures": measures,
+        "temperatures": by_temperature,
+        "seconds": {"evaluation": round(clock(), 2)},
+        "versions": _versions(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    if ranks.first:
+        out.mkdir(parents=True, exist_ok=True)
+        write_jsonl(out / "samples.jsonl", samples)
+        write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
+    ranks.barrier()
+    return results
+
+
+def _asked(config: RunConfig, split: Split, *, model: str) -> dict[str, Any]:
+    """What an evaluation was asked: two with equal answers here need not be made twice."""
+    return {
+        "model": model,
+        "teacher": config.teacher,
+        "data": split.sha256,
+        "decoding": config.decoding.model_dump(),
+        "evaluation": config.evaluation.model_dump(mode="json", exclude={"batch"}),
+        "seed": config.seed,
+    }
+
+
+def _stored_results(out: Path) -> dict[str, Any] | None:
+    file = out / "results.json"
+    if not file.is_file():
+        return None
+    try:
+        stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file}: not JSON: {error}; move it away or give --fresh") from error
+    return stored
+
+
+def _write_run_report(config: RunConfig, folder: RunFolder, seconds: Mapping[str, float]) -> None:
+    evaluations = {config.name: folder.path} if (folder.path / "results.json").is_file() else {}
+    combined = combine(
+        evaluations, differences=[], resamples=config.evaluation.bootstrap, seed=config.seed, seconds=seconds
+    )
+    write_report(
+        combined,
+        evaluations=evaluations,
+        training={config.name: folder.path},
+        out=folder.path / "report.html",
+        title=config.name,
+        settings=config.model_dump(mode="json"),
+    )
+
+
+def _card_facts(
+    config: RunConfig,
+    stage: SftStage | MinillmStage,
+    pair: Pair,
+    split: Split,
+    *,
+    start: str,
+    student: Student,
+    teacher: Teacher | None,
+) -> CardFacts:
+    cards = [pair.student_card] + ([pair.teacher_card] if pair.teacher_card is not None else [])
+    return CardFacts(
+        name=config.name,
+        stage=stage.name,
+        start=start,
+        teacher=config.teacher,
+        teacher_parameters=None if teacher is None else teacher.parameters,
+        parameters=student.parameters,
+        data_source=split.source,
+        data_rows=len(split.prompts),
+        data_sha256=split.sha256,
+        unbiased=unbiased_words(config, stage),
+        config_text=dump_config(config),
+        versions=_versions(),
+        licence_notes="; ".join(f"{card.name}: {card.licence}" for card in cards if card.licence),
+    )
+
+
+def _introduce(config: RunConfig, pair: Pair, splits: Mapping[str, Split], ranks: Ranks) -> None:
+    _say(ranks, f"{config.name}: {ranks.size} process{'es' if ranks.size > 1 else ''} on {ranks.device.type}")
+    for split in splits.values():
+        for line in split.words:
+            _say(ranks, line)
+    for stage in config.stages:
+        if words := unbiased_words(config, stage):
+            _say(ranks, f"stage {stage.name}: gradient unbiased: {words}")
+    for card in (pair.teacher_card, pair.student_card):
+        if card is not None and card.template not in {None, config.data.template}:
+            _say(
+                ranks,
+                f"note: {card.name} was made for template '{card.template}'; data.template is '{config.data.template}'",
+            )
+
+
+def _versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for package in SHOWN_PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def _say(ranks: Ranks, line: str) -> None:
+    if ranks.first:
+        print(line, flush=True)
+
+
+__all__ = ["Record", "build_report", "distill", "evaluate"]

@@ -1,0 +1,202 @@
+"""The command line: thin commands over the Python API, with errors told in a few lines and no traceback.
+
+Exit codes: 0 done; 2 something the user can mend (nothing was trained); 3 numbers that are not finite; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from minillm.errors import ConfigError, DataError, MinillmError
+
+if TYPE_CHECKING:
+    from minillm.config import RunConfig
+
+app = typer.Typer(
+    name="minillm",
+    help="Distil a large language model into a small one, on the small one's own text, and prove what it is worth.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Config = Annotated[Path, typer.Option("--config", help="The run's YAML file, such as recipes/quickstart/minillm.yaml.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE ...]", help="Settings that replace the file's: stages.0.steps=5"),
+]
+Fresh = Annotated[
+    bool, typer.Option("--fresh", help="Start over: replace what an earlier run left in the same folder.")
+]
+
+
+@app.callback()
+def _common(
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
+) -> None:
+    # DeepSpeed's launcher puts --local_rank before the command; the environment says the same, and libraries read it
+    # there.
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))
+
+
+@app.command()
+def sft(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> None:
+    """Train a model on reference responses (supervised fine-tuning).
+
+    Example: minillm sft --config recipes/quickstart/teacher.yaml threads=2
+    """
+    settings = _load(config, overrides)
+    if any(stage.kind != "sft" for stage in settings.stages):
+        raise ConfigError(f"{config}: holds a stage that is not sft; run it with: minillm distill --config {config}")
+    _run(settings, fresh=fresh)
+
+
+@app.command()
+def distill(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> None:
+    """Run all stages of a configuration: distil a teacher into a student, evaluate it, write the report.
+
+    Example: deepspeed --num_accelerators 2 --module minillm distill --config recipes/quickstart/minillm.yaml
+    """
+    _run(_load(config, overrides), fresh=fresh)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a student card or a hub name.")],
+    config: Config,
+    out: Annotated[Path, typer.Option("--out", help="Folder for results.json and samples.jsonl.")],
+    overrides: Overrides = None,
+    fresh: Fresh = False,
+) -> None:
+    """Measure a model on the test prompts of a configuration: results.json and samples.jsonl.
+
+    Example: minillm evaluate runs/quickstart/sft/student --config recipes/quickstart/minillm.yaml --out
+    runs/quickstart/sft
+    """
+    settings = _load(config, overrides)
+    from minillm import api
+
+    api.evaluate(model, settings, out=out, fresh=fresh)
+
+
+@app.command()
+def report(
+    evaluations: Annotated[
+        list[str], typer.Argument(metavar="NAME=FOLDER ...", help="Evaluation folders, by the name to show.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for results.json and report.html.")],
+    difference: Annotated[
+        list[str] | None,
+        typer.Option("--difference", metavar="A,B", help="Add the paired difference A - B; may be repeated."),
+    ] = None,
+    training: Annotated[
+        list[str] | None,
+        typer.Option("--training", metavar="NAME=RUN", help="Add a run's training curves; may be repeated."),
+    ] = None,
+    title: Annotated[str, typer.Option("--title", help="Heading of the page.")] = "minillm report",
+) -> None:
+    """Put evaluated models side by side: tables here, report.html and results.json in a folder.
+
+    Example: minillm report sft=runs/quickstart/sft minillm=runs/quickstart/minillm --difference minillm,sft --out
+    runs/quickstart
+    """
+    named = _named_folders(evaluations)
+    runs = _named_folders(training or [])
+    pairs: list[tuple[str, str]] = []
+    for text in difference or []:
+        left, comma, right = text.partition(",")
+        if not comma or not left or not right:
+            raise ConfigError(f"--difference {text!r}: wanted two names with a comma between them, such as minillm,sft")
+        pairs.append((left, right))
+    from minillm import api
+
+    api.build_report(named, out=out, differences=pairs, training=runs, title=title)
+
+
+@app.command()
+def world(
+    out: Annotated[Path, typer.Option("--out", help="Folder for train.jsonl, validation.jsonl and test.jsonl.")],
+    fresh: Fresh = False,
+) -> None:
+    """Write the embedded micro-world as JSONL files, to read or to use as an example of the format.
+
+    Example: minillm world --out world
+    """
+    from minillm.store import write_jsonl
+    from minillm.world import rows
+
+    splits = ("train", "validation", "test")
+    standing = [out / f"{split}.jsonl" for split in splits if (out / f"{split}.jsonl").exists()]
+    if standing and not fresh:
+        raise DataError(f"{standing[0]} exists already; give another --out, or --fresh to replace it")
+    out.mkdir(parents=True, exist_ok=True)
+    for split in splits:
+        records = rows(split)
+        write_jsonl(out / f"{split}.jsonl", records)
+        print(f"{out / f'{split}.jsonl'}: {len(records):,} rows")
+
+
+def main() -> None:
+    """Entry point of ``minillm`` and ``python -m minillm``."""
+    sys.exit(_guarded(app))
+
+
+def _guarded(command: Callable[..., object]) -> int:
+    """Runs a command; its exit code, with an error of the user's told in a few lines."""
+    rank = os.environ.get("RANK", "0")
+    try:
+        result = command(standalone_mode=False)
+    except MinillmError as error:
+        text = f"{type(error).__name__}: {error}"
+        # All ranks find the same mistake; one of them tells it whole.
+        print(text if rank == "0" else f"rank {rank}: {text.splitlines()[0]}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:
+        if not _is_usage_error(error):
+            raise
+        error.show()  # type: ignore[attr-defined]
+        return 2
+    return result if isinstance(result, int) else 0
+
+
+def _is_usage_error(error: Exception) -> bool:
+    """Whether the command line itself was wrong: an unknown option, a missing argument."""
+    return hasattr(error, "show") and hasattr(error, "exit_code")
+
+
+def _load(config: Path, overrides: list[str] | None) -> RunConfig:
+    from minillm.config import load_config
+
+    return load_config(config, overrides or [])
+
+
+def _run(settings: RunConfig, *, fresh: bool) -> None:
+    from minillm import api
+
+    api.distill(settings, fresh=fresh)
+
+
+def _named_folders(pairs: list[str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for pair in pairs:
+        name, equals, folder = pair.partition("=")
+        if not equals or not name or not folder:
+            raise ConfigError(f"{pair!r}: wanted NAME=FOLDER, such as sft=runs/quickstart/sft")
+        if not Path(folder).exists():
+            raise DataError(f"{name}: there is no folder {folder}")
+        found[name] = Path(folder)
+    return found

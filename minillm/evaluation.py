@@ -1,0 +1,175 @@
+"""What a model is worth on held-out prompts: text drawn from it with keyed randomness, judged, and kept.
+
+Legend: B rows of a batch, T response positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from minillm.batches import example_batch, prompt_batch
+from minillm.decode import roll_out
+from minillm.engines import Ranks, Student, Teacher
+from minillm.measures import ratios_of, repetition_3, rouge_l
+from minillm.models import ModelReader
+from minillm.objectives import Ids
+from minillm.progress import Progress
+from minillm.scoring import score
+from minillm.statistics import mean_over_seeds
+from minillm.types import Decoding, DrawKey, Prompt, Purpose, Rollout, Scored
+from minillm.world import check
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judge:
+    """All that an evaluation needs beside the model: one record for validation and for the final test (design D12)."""
+
+    prompts: Sequence[Prompt]
+    decoding: Decoding
+    tokenizer: PreTrainedTokenizerBase
+    ids: Ids
+    teacher: Teacher | None
+    """Gives the reverse KL; None leaves that measure out."""
+    in_world: bool
+    """Whether the prompts are the embedded world's, whose checker knows a right answer."""
+    batch: int
+    """Rows decoded at once on a rank: memory and speed, never the result."""
+    seed: int
+    purpose: Purpose
+
+
+def sample_and_judge(
+    reader: ModelReader,
+    judge: Judge,
+    *,
+    seeds: Sequence[int],
+    temperatures: Sequence[float],
+    ranks: Ranks,
+    title: str = "",
+) -> list[Record]:
+    """One record a prompt, seed and temperature (a row of ``samples.jsonl``): all of them on every rank, in a fixed
+    order.
+
+    Randomness is keyed by (run seed, uid, sampling seed), so neither batch size nor ranks change a token. At
+    temperature t the reverse KL is that of the t-scaled model from the t-scaled teacher, exact over the vocabulary at
+    each state that the model itself visited. With a ``title`` there is a progress bar.
+    """
+    cells = [(place, seed) for seed in seeds for place in range(len(judge.prompts))]
+    # Rows of similar length stand side by side, and each rank takes every n-th.
+    cells.sort(key=lambda cell: (len(judge.prompts[cell[0]].ids), cell))
+    mine = cells[ranks.rank :: ranks.size]
+    pieces = max(1, -(-ranks.most(len(mine)) // judge.batch))
+    bar = Progress(title, total=pieces * len(temperatures), unit="batches", shown=bool(title) and ranks.first)
+    records: list[tuple[tuple[int, int, int], Record]] = []
+    for turn, temperature in enumerate(temperatures):
+        decoding = dataclasses.replace(judge.decoding, temperature=temperature)
+        for piece in range(pieces):
+            batch = mine[piece::pieces]
+            judged = _judge_batch(reader, judge, batch, decoding=decoding, ranks=ranks)
+            records += [((turn, seed, place), record) for (place, seed), record in zip(batch, judged, strict=True)]
+            bar.advance(turn * pieces + piece + 1, {})
+    bar.close()
+    everything = ranks.gather_objects(records)
+    return [record for _, record in sorted(everything, key=lambda keyed: keyed[0])]
+
+
+def validator(judge: Judge, *, ranks: Ranks, generate: bool, loss: bool) -> Callable[[Student], dict[str, float]]:
+    """Measures of a student in training: those of one sample a prompt (``generate``), and the loss on references
+    (``loss``)."""
+
+    def measure(student: Student) -> dict[str, float]:
+        figures: dict[str, float] = {}
+        with student.whole() as reader:
+            if loss:
+                figures["loss"] = reference_loss(reader, judge, ranks=ranks)
+            if generate:
+                records = sample_and_judge(
+                    reader, judge, seeds=(0,), temperatures=(judge.decoding.temperature,), ranks=ranks
+                )
+                figures.update({name: mean_over_seeds(ratio) for name, ratio in ratios_of(records).items()})
+        return figures
+
+    return measure
+
+
+@torch.no_grad()
+def reference_loss(reader: ModelReader, judge: Judge, *, ranks: Ranks) -> float:
+    """Mean cross-entropy of the reference responses, nats a token (closing EOS included), over the prompts that have
+    one."""
+    answered = [prompt for prompt in judge.prompts if prompt.response_ids]
+    answered.sort(key=lambda prompt: len(prompt.ids) + len(prompt.response_ids))
+    mine = answered[ranks.rank :: ranks.size]
+    total, tokens = 0.0, 0
+    for start in range(0, len(mine), judge.batch):
+        batch = example_batch(mine[start : start + judge.batch], pad_id=judge.ids.pad, device=reader.device)
+        hidden_BLH, _ = reader.extend(batch.ids_BL, batch.mask_BL, None)
+        values = reader.statistics(
+            hidden_BLH[:, :-1][batch.target_BL[:, 1:]], taken_N=batch.ids_BL[batch.target_BL], wanted=("logq",)
+        )
+        total -= float(values["logq"].double().sum())
+        tokens += int(batch.target_BL.sum())
+    summed = ranks.sum([total, float(tokens)]).tolist()
+    return float(summed[0] / max(summed[1], 1.0))
+
+
+def _judge_batch(
+    reader: ModelReader, judge: Judge, cells: Sequence[tuple[int, int]], *, decoding: Decoding, ranks: Ranks
+) -> list[Record]:
+    rows = [judge.prompts[place] for place, _ in cells]
+    batch = prompt_batch(rows, [seed for _, seed in cells], pad_id=judge.ids.pad, device=reader.device)
+    rollout = roll_out(
+        batch,
+        student=reader,
+        teacher=None if judge.teacher is None else judge.teacher.reader,
+        decoding=decoding,
+        key=DrawKey(seed=judge.seed, stage="", purpose=judge.purpose, rollout=0),
+        eos_ids=judge.ids.eos,
+        pad_id=judge.ids.pad,
+        keep_hidden=judge.teacher is not None,
+        anyone=ranks.anyone,
+    )
+    scored = None
+    if judge.teacher is not None:
+        with judge.teacher.head() as head:
+            scored = score(rollout, student=reader, teacher_head=head, temperature=decoding.temperature)
+    return [
+        _record(row, judge, rollout, scored, index=index, seed=cells[index][1], temperature=decoding.temperature)
+        for index, row in enumerate(rows)
+    ]
+
+
+def _record(
+    row: Prompt, judge: Judge, rollout: Rollout, scored: Scored | None, *, index: int, seed: int, temperature: float
+) -> Record:
+    kept = int(rollout.length_B[index])
+    ended = rollout.stop_B[index] != "length"
+    ids = rollout.response_BT[index, : kept - int(ended)].tolist()
+    text = str(judge.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+    measures: dict[str, Any] = {"repetition_3": int(repetition_3(text))}
+    if row.responses:
+        measures["rouge_l"] = rouge_l(text, row.responses)
+    if judge.in_world:
+        verdict = check(row.text, text)
+        measures.update(validity=int(verdict.valid), reason=verdict.reason)
+    if scored is not None:
+        measures.update(reverse_kl=float(scored.reverse_kl_BT[index].double().sum()), kl_tokens=kept)
+    return {
+        "uid": row.uid,
+        "temperature": temperature,
+        "seed": seed,
+        "prompt": row.text,
+        "response": text,
+        "references": list(row.responses),
+        "stop": str(rollout.stop_B[index]),
+        "tokens": len(ids),
+        "extra": dict(row.extra),
+        "measures": measures,
+    }

@@ -1,0 +1,301 @@
+"""Any transformers causal LM as one root module {backbone, head}, read safely from a folder, a hub name or a card.
+
+Legend: B rows, L positions in the attention mask, S new positions, N tokens, H hidden width, V real ids.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from minillm.cards import BuildSpec, Card
+from minillm.errors import ModelError, PositionsExceeded
+from minillm.scoring import HeadWeights, TeacherView, token_statistics
+
+PROBE_TOLERANCE = 1e-3
+
+
+class Head(nn.Module):
+    """Owns the output weight (tied to the embedding or not) and turns hidden states into numbers, all tiles in one
+    forward.
+
+    Under ZeRO-3 a weight is whole only while the module that owns it runs, so everything that multiplies by it is in
+    here.
+    """
+
+    def __init__(self, projection: nn.Linear, *, real_ids: int, scale: float, softcap: float | None) -> None:
+        super().__init__()
+        self.weight = projection.weight
+        self.bias = projection.bias
+        self.real_ids = real_ids
+        """Rows from here on are padding of the matrix: cut off before every softmax (design D9)."""
+        self.scale = scale
+        self.softcap = softcap
+
+    def weights(self) -> HeadWeights:
+        """The rows of real ids, as views; under ZeRO-3 only valid while they are gathered."""
+        bias = None if self.bias is None else self.bias[: self.real_ids]
+        return HeadWeights(weight_VH=self.weight[: self.real_ids], bias_V=bias, scale=self.scale, softcap=self.softcap)
+
+    def forward(self, hidden_NH: Tensor, **statistics: Any) -> Tensor | dict[str, Tensor]:
+        """Logits [N, V] of real ids, or with ``taken_N`` and ``wanted`` the numbers of ``scoring.token_statistics``."""
+        if not statistics:
+            return self.weights().logits(hidden_NH)
+        return token_statistics(hidden_NH, head=self.weights(), **statistics)
+
+
+class CausalLM(nn.Module):
+    """Root module {backbone, head}. Every use is one call with a mode, so that engine hooks see each of them (design
+    D2)."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.backbone: nn.Module = model.base_model
+        config = model.config
+        self.head = Head(
+            model.get_output_embeddings(),
+            real_ids=model.get_output_embeddings().weight.shape[0],
+            scale=float(getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)),
+            softcap=getattr(config, "final_logit_softcapping", None),
+        )
+
+    def forward(self, mode: str, **inputs: Any) -> Any:
+        """``read``: (hidden, cache). ``logits``: [N, V]. ``statistics``: dict of [N] from hidden states. ``train``:
+        dict of [N] from ids."""
+        if mode == "read":
+            return self._read(**inputs)
+        if mode == "train":
+            return self._train(**inputs)
+        assert mode in {"logits", "statistics"}, mode
+        return self.head(**inputs)
+
+    def _read(self, ids_BS: Tensor, mask_BL: Tensor, cache: DynamicCache | None) -> tuple[Tensor, DynamicCache]:
+        cache = DynamicCache() if cache is None else cache
+        position_BL = (mask_BL.long().cumsum(dim=1) - 1).clamp(min=0)
+        output = self.backbone(
+            input_ids=ids_BS,
+            attention_mask=mask_BL.long(),
+            position_ids=position_BL[:, -ids_BS.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state, output.past_key_values
+
+    def _train(
+        self,
+        *,
+        ids_BL: Tensor,
+        mask_BL: Tensor,
+        predict_BL: Tensor,
+        wanted: tuple[str, ...],
+        temperature: float = 1.0,
+        teacher: TeacherView | None = None,
+        support_NC: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Statistics with gradient for the tokens at the columns where ``predict_BL`` is true (column 0 never is)."""
+        output = self.backbone(
+            input_ids=ids_BL,
+            attention_mask=mask_BL.long(),
+            position_ids=(mask_BL.long().cumsum(dim=1) - 1).clamp(min=0),
+            use_cache=False,
+        )
+        hidden_NH = output.last_hidden_state[:, :-1][predict_BL[:, 1:]]
+        statistics: dict[str, Tensor] = self.head(
+            hidden_NH,
+            taken_N=ids_BL[predict_BL],
+            wanted=wanted,
+            temperature=temperature,
+            teacher=teacher,
+            support_NC=support_NC,
+        )
+        return statistics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What can be known of a model before its weights are read."""
+
+    name: str
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    generation: GenerationConfig | None
+    positions: int | None
+    """Longest sequence it has positions for; None where the architecture sets no limit."""
+
+    def require_positions(self, wanted: int, *, what: str) -> None:
+        """Raise ``PositionsExceeded`` if a sequence of ``wanted`` tokens does not fit."""
+        if self.positions is not None and wanted > self.positions:
+            raise PositionsExceeded(
+                f"{what} {self.name} has {self.positions} positions; prompt + response may be {wanted} tokens.\n"
+                f"  lower data.max_prompt_tokens or decoding.max_new_tokens by {wanted - self.positions} in all"
+            )
+
+
+def inspect(card: Card) -> ModelFacts:
+    """Configuration and tokenizer of a card's model, without its weights; ``ModelError`` where it cannot be read
+    safely."""
+    if card.build is not None:
+        tokenizer = _load_tokenizer(card.build.tokenizer, revision=None)
+        config = _build_config(card.build, tokenizer)
+        generation = None
+    else:
+        assert card.model is not None
+        folder = Path(card.model)
+        if folder.exists():
+            _require_safe_folder(folder)
+        tokenizer = _load_tokenizer(card.model, revision=card.revision)
+        config = _hub_call(AutoConfig.from_pretrained, card.model, revision=card.revision)
+        try:
+            generation = GenerationConfig.from_pretrained(card.model, revision=card.revision or "main")
+        except OSError:
+            generation = None
+    positions = getattr(config, "max_position_embeddings", None)
+    return ModelFacts(name=card.name, config=config, tokenizer=tokenizer, generation=generation, positions=positions)
+
+
+def load(card: Card, facts: ModelFacts, *, seed: int, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model in ``dtype`` (the card's by default): safetensors only, no remote code; built from its card with
+    ``seed`` if it has no weights."""
+    dtype = dtype or getattr(torch, card.dtype)
+    if card.build is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            built: PreTrainedModel = AutoModelForCausalLM.from_config(facts.config, dtype=dtype)
+        return built
+    with quiet_transformers():
+        model: PreTrainedModel = _hub_call(
+            AutoModelForCausalLM.from_pretrained, card.model, revision=card.revision, dtype=dtype, use_safetensors=True
+        )
+    return model
+
+
+def probe_head(model: PreTrainedModel, root: CausalLM) -> None:
+    """Raise ``ModelError`` unless head(backbone(x)) gives the logits that the model itself gives for a few tokens.
+
+    Some architectures do something between the two that a configuration does not show; distilling those would train
+    another model than the one that is published. Needs whole (unsharded) weights.
+    """
+    ids_BS = torch.arange(1, 9, device=model.device)[None] % model.config.vocab_size
+    with torch.no_grad():
+        hidden, _ = root("read", ids_BS=ids_BS, mask_BL=torch.ones_like(ids_BS), cache=None)
+        ours = root.head(hidden[0])
+        theirs = model(input_ids=ids_BS).logits[0].to(ours.dtype)
+    gap = float((ours - theirs[:, : ours.shape[1]]).abs().max())
+    limit = PROBE_TOLERANCE if model.dtype in {torch.float32, torch.float64} else 0.1
+    if not gap <= limit * max(1.0, float(theirs.abs().max())):
+        raise ModelError(
+            f"{type(model).__name__}: logits differ by {gap:.3g} from output embedding x final hidden state.\n"
+            "  this architecture transforms its logits in a way that minillm does not know; it cannot be distilled yet"
+        )
+
+
+class ModelReader:
+    """A ``decode.Reader`` over a root module, or over anything that is called as one (an engine)."""
+
+    def __init__(self, root: Any, *, device: torch.device, lockstep: bool) -> None:
+        self._root = root
+        self.device = device
+        self.lockstep = lockstep
+
+    @torch.no_grad()
+    def extend(self, ids_BS: Tensor, mask_BL: Tensor, cache: DynamicCache | None) -> tuple[Tensor, DynamicCache]:
+        """Reads S more tokens after those in the cache; hidden states [B, S, H] and the longer cache."""
+        hidden, cache = self._root("read", ids_BS=ids_BS, mask_BL=mask_BL, cache=cache)
+        return hidden, cache
+
+    @torch.no_grad()
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """[N, V] over real ids, fp32 (float64 if the hidden states are), before temperature."""
+        logits: Tensor = self._root("logits", hidden_NH=hidden_NH)
+        return logits
+
+    @torch.no_grad()
+    def statistics(self, hidden_NH: Tensor, **arguments: Any) -> dict[str, Tensor]:
+        """``scoring.token_statistics`` with this model's head."""
+        values: dict[str, Tensor] = self._root("statistics", hidden_NH=hidden_NH, **arguments)
+        return values
+
+    def select_rows(self, cache: DynamicCache, index: Tensor) -> DynamicCache:
+        """The cache with only these rows, in this order."""
+        cache.batch_select_indices(index)
+        return cache
+
+
+def _require_safe_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder}: no config.json in it.\n"
+            "  give a folder that transformers' save_pretrained wrote, a card name, or a hub name"
+        )
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
+        found = f"only pickled weights ({', '.join(pickles[:3])})" if pickles else "no weights"
+        raise ModelError(
+            f"{folder}: {found}; wanted *.safetensors, because a pickle runs code when it is read.\n"
+            "  convert it where you trust it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+        )
+
+
+def _load_tokenizer(name: str, *, revision: str | None) -> PreTrainedTokenizerBase:
+    if name == "world":
+        from minillm.world import build_tokenizer
+
+        return build_tokenizer()
+    tokenizer: PreTrainedTokenizerBase = _hub_call(AutoTokenizer.from_pretrained, name, revision=revision)
+    return tokenizer
+
+
+def _hub_call(function: Any, name: Any, **options: Any) -> Any:
+    """``from_pretrained`` with its errors told in two lines. Remote code stays off: nothing here can switch it on."""
+    try:
+        return function(name, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"{name}: transformers cannot load it: {first}\n"
+            "  wanted a model folder or a reachable hub name, with safetensors"
+        ) from error
+
+
+def _build_config(build: BuildSpec, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    ids = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    try:
+        return AutoConfig.for_model(build.architecture, **{**ids, **build.config})
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"build.config of a {build.architecture}: {error}") from error
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' own progress bars, one for each tensor file of each rank."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,381 @@
+"""Objectives: from prompts to losses that an engine can step on. Each is assembled from plugs and knows nothing of
+the others.
+
+Legend: B this rank's rows, A all ranks' rows, P prompt positions, T response positions, L = P + T, N kept tokens of a
+micro-batch.
+
+An objective has two halves. ``collect`` does everything that needs no gradient (for MiniLLM: prompts -> rollout ->
+scored -> targets). ``updates`` turns the result into optimiser steps, each a list of micro-batch losses divided by
+*global* denominators (design D7), so that ranks, micro-batches and padding change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from minillm import credit
+from minillm.batches import ExampleBatch, example_batch, prompt_batch
+from minillm.config import MinillmStage, SftStage
+from minillm.decode import roll_out
+from minillm.engines import Ranks, Student, Teacher
+from minillm.order import GlobalOrder, WindowedOrder, occurrences, share
+from minillm.policy_loss import clipped_surrogate, importance_weights
+from minillm.sampling import coin_group
+from minillm.scoring import HeadWeights, TeacherView, score
+from minillm.types import Decoding, DrawKey, Prompt, Purpose, Rollout, Scored, Stop, Targets
+
+Loss = Callable[[], Tensor]
+
+
+@dataclass(slots=True)
+class Sums:
+    """Sums over this rank's tokens or rows, added up over micro-batches and then over ranks."""
+
+    values: dict[str, float] = field(default_factory=dict)
+
+    def add(self, **more: float | Tensor) -> None:
+        """Adds each named value to its sum."""
+        for name, value in more.items():
+            self.values[name] = self.values.get(name, 0.0) + float(value)
+
+    def over_ranks(self, ranks: Ranks) -> dict[str, float]:
+        """The sums of all ranks; each rank must have added the same names."""
+        names = sorted(self.values)
+        return dict(zip(names, ranks.sum([self.values[name] for name in names]).tolist(), strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One optimiser step: its micro-batch losses, and the figures that exist once they have run."""
+
+    losses: Sequence[Loss]
+    figures: Callable[[], dict[str, float]]
+
+
+class Objective(Protocol):
+    """What the loop needs of an objective."""
+
+    updates_per_step: int
+
+    def collect(self, step: int, student: Student) -> tuple[Any, dict[str, float]]:
+        """Everything before learning, and figures for the log."""
+
+    def updates(self, collected: Any, student: Student) -> Iterator[Update]:
+        """The optimiser steps of one loop step, in order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ids:
+    """The special ids that batches and rollouts need."""
+
+    eos: tuple[int, ...]
+    pad: int
+
+
+class Sft:
+    """Cross-entropy on reference responses, averaged over the kept tokens of the whole step."""
+
+    updates_per_step = 1
+
+    def __init__(self, stage: SftStage, *, prompts: Sequence[Prompt], ids: Ids, ranks: Ranks, seed: int) -> None:
+        self._stage, self._prompts, self._ids, self._ranks = stage, prompts, ids, ranks
+        lengths = [len(prompt.ids) + len(prompt.response_ids) for prompt in prompts]
+        self._order = WindowedOrder(lengths, batch=stage.batch, window=50, seed=seed)
+
+    def collect(self, step: int, student: Student) -> tuple[list[Prompt], dict[str, float]]:
+        """The step's rows, the same list on every rank."""
+        rows = [self._prompts[index] for index in self._order.batch(step)]
+        return rows, {"tokens": float(sum(len(row.ids) + len(row.response_ids) for row in rows))}
+
+    def updates(self, collected: list[Prompt], student: Student) -> Iterator[Update]:
+        """One step on them."""
+        losses, sums = lm_losses(
+            collected,
+            student=student,
+            ids=self._ids,
+            ranks=self._ranks,
+            micro_batch=self._stage.micro_batch,
+            weight=1.0,
+        )
+        yield Update(losses, lambda: {"loss": sums.over_ranks(self._ranks)["lm"]})
+
+
+def lm_losses(
+    rows: Sequence[Prompt], *, student: Student, ids: Ids, ranks: Ranks, micro_batch: int, weight: float
+) -> tuple[list[Loss], Sums]:
+    """Micro-batch losses of this rank's share of ``rows``: cross-entropy over the kept tokens of *all* rows, times
+    ``weight``.
+
+    The sums hold the unweighted loss under ``lm``.
+    """
+    tokens = sum(len(row.response_ids) for row in rows)
+    lengths = [len(row.ids) + len(row.response_ids) for row in rows]
+    mine = share(range(len(rows)), lengths=lengths, rank=ranks.rank, ranks=ranks.size)
+    sums = Sums({"lm": 0.0})
+
+    def loss_of(indices: Sequence[int]) -> Tensor:
+        batch = example_batch([rows[i] for i in indices], pad_id=ids.pad, device=ranks.device)
+        logq_N = student.statistics(**_example_inputs(batch), wanted=("logq",))["logq"]
+        loss = -logq_N.sum() / max(tokens, 1)
+        sums.add(lm=loss.detach())
+        return weight * loss
+
+    # Every rank runs as many micro-batches as the fullest one (rank 0, by the way rows are shared).
+    cuts = cut(mine, size=micro_batch, pieces=_pieces(-(-len(rows) // ranks.size), micro_batch))
+    return [lambda indices=indices: loss_of(indices) for indices in cuts], sums  # type: ignore[misc]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collected:
+    """What one MiniLLM rollout left behind: the targets, and rows for the language-model anchor if there is one."""
+
+    targets: Targets
+    anchor: list[Prompt]
+    sequences: int
+    """Rows of all ranks: the denominator of the policy gradient (design D7)."""
+
+
+class Minillm:
+    """MiniLLM (Gu et al., ICLR 2024): exact single-step reverse KL plus a long-horizon policy gradient on the
+    student's own text."""
+
+    def __init__(
+        self, stage: MinillmStage, *, prompts: Sequence[Prompt], decoding: Decoding, teacher: Teacher,
+        ids: Ids, ranks: Ranks, seed: int,
+    ) -> None:  # fmt: skip
+        self._stage, self._prompts, self._decoding = stage, prompts, decoding
+        self._teacher, self._ids, self._ranks, self._seed = teacher, ids, ranks, seed
+        self._order = GlobalOrder(len(prompts), seed)
+        self.updates_per_step = stage.inner_updates
+        self._constant = stage.expected_length or float(decoding.max_new_tokens)
+        self._anchor_order = None
+        if stage.lm_coefficient > 0.0:
+            self._anchored = [index for index, prompt in enumerate(prompts) if prompt.response_ids]
+            self._anchor_order = GlobalOrder(len(self._anchored), seed + 1)
+
+    def collect(self, step: int, student: Student) -> tuple[Collected, dict[str, float]]:
+        """Prompts -> rollout -> scored -> targets, without gradient."""
+        stage = self._stage
+        indices = self._order.take(step * stage.prompts, stage.prompts)
+        # A prompt that stands twice where epochs meet gets other samples, not the same ones again.
+        rows = [
+            (index, again * stage.samples_per_prompt + sample)
+            for index, again in zip(indices, occurrences(indices), strict=True)
+            for sample in range(stage.samples_per_prompt)
+        ]
+        lengths = [len(self._prompts[index].ids) for index, _ in rows]
+        mine = share(range(len(rows)), lengths=lengths, rank=self._ranks.rank, ranks=self._ranks.size)
+        with student.whole() as reader, self._teacher.head() as head:
+            rollout = self._roll_out(reader, [rows[i] for i in mine], step=step, policy_step=student.updates_done)
+            scored = score(rollout, student=reader, teacher_head=head, temperature=self._decoding.temperature)
+        targets = self._credit(scored, prompt=[rows[i][0] for i in mine], row=mine)
+        anchor = []
+        if self._anchor_order is not None:
+            taken = self._anchor_order.take(step * stage.lm_batch, stage.lm_batch)
+            anchor = [self._prompts[self._anchored[i]] for i in taken]
+        return Collected(targets=targets, anchor=anchor, sequences=len(rows)), self._rollout_figures(targets, len(rows))
+
+    def updates(self, collected: Collected, student: Student) -> Iterator[Update]:
+        """``inner_updates`` steps over the same rollout; the teacher's head is gathered once for all of them."""
+        rollout = collected.targets.scored.rollout
+        by_length = sorted(range(len(rollout.stop_B)), key=lambda i: int(rollout.length_B[i]))
+        pieces = _pieces(-(-collected.sequences // self._ranks.size), self._stage.micro_batch)
+        with self._teacher.head() as head:
+            for _ in range(self._stage.inner_updates):
+                sums = Sums({"single": 0.0, "long": 0.0, "clipped": 0.0, "clamped": 0.0, "kept": 0.0})
+                losses: list[Loss] = [
+                    lambda rows=rows, sums=sums: self._loss(rows, collected, student=student, head=head, sums=sums)  # type: ignore[misc]
+                    for rows in cut(by_length, size=self._stage.micro_batch, pieces=pieces)
+                ]
+                anchor_sums = Sums({"lm": 0.0})
+                if collected.anchor:
+                    more, anchor_sums = lm_losses(
+                        collected.anchor, student=student, ids=self._ids, ranks=self._ranks,
+                        micro_batch=self._stage.micro_batch, weight=self._stage.lm_coefficient,
+                    )  # fmt: skip
+                    losses += more
+                yield Update(losses, lambda s=sums, a=anchor_sums: self._update_figures(s, a))  # type: ignore[misc]
+
+    def _roll_out(self, reader: Any, rows: Sequence[tuple[int, int]], *, step: int, policy_step: int) -> Rollout:
+        batch = prompt_batch(
+            [self._prompts[index] for index, _ in rows],
+            [sample for _, sample in rows],
+            pad_id=self._ids.pad,
+            device=self._ranks.device,
+        )
+        return roll_out(
+            batch,
+            student=reader,
+            teacher=self._teacher.reader,
+            decoding=self._decoding,
+            key=DrawKey(seed=self._seed, stage=self._stage.name, purpose=Purpose.TOKEN, rollout=step),
+            eos_ids=self._ids.eos,
+            pad_id=self._ids.pad,
+            teacher_mix=self._stage.teacher_mix,
+            coin_groups=self._stage.coin_groups,
+            keep_hidden=True,
+            anyone=self._ranks.anyone,
+            policy_step=policy_step,
+        )
+
+    def _credit(self, scored: Scored, *, prompt: Sequence[int], row: Sequence[int]) -> Targets:
+        """Rewards -> returns -> advantages and weights, all detached."""
+        stage, rollout = self._stage, scored.rollout
+        mask_BT = rollout.mask_BT
+        reward_BT = scored.logp_BT - scored.logq_BT if stage.future == "sampled" else -scored.reverse_kl_BT
+        advantage_BT = credit.future_return(reward_BT, mask_BT, per_token=stage.length_norm)
+        if stage.baseline != "none":
+            advantage_BT = advantage_BT - self._baseline(advantage_BT, rollout, prompt=prompt, row=row)
+        importance_BT = importance_weights(
+            stage.importance,
+            logq_BT=scored.logq_BT,
+            logp_BT=scored.logp_BT,
+            teacher_drew_BT=rollout.teacher_drew_BT,
+            teacher_mix=stage.teacher_mix,
+            max_log_ratio=stage.max_log_ratio,
+        )
+        return Targets(
+            scored=scored,
+            advantage_BT=torch.where(mask_BT, advantage_BT, 0.0).detach(),
+            importance_BT=torch.where(mask_BT, importance_BT, 0.0).detach(),
+        )
+
+    def _baseline(self, value_BT: Tensor, rollout: Rollout, *, prompt: Sequence[int], row: Sequence[int]) -> Tensor:
+        """The baseline of this rank's rows from the rows of all ranks."""
+        ranks = self._ranks
+        # With coin weights, rows that share a coin may serve each other; with q/m weights they may not (design D5).
+        apart = self._stage.teacher_mix > 0.0 and self._stage.importance == "per_step"
+        groups = [coin_group(uid, self._stage.coin_groups) for uid in rollout.prompts.uid_B]
+        own_BK = torch.tensor([prompt, row, groups], dtype=torch.long, device=ranks.device).T
+        all_AK = ranks.gather_rows(own_BK)
+        allowed_BA = credit.peers(
+            self._stage.baseline,
+            prompt_B=own_BK[:, 0], row_B=own_BK[:, 1], coin_group_B=own_BK[:, 2] if apart else None,
+            prompt_A=all_AK[:, 0], row_A=all_AK[:, 1], coin_group_A=all_AK[:, 2] if apart else None,
+        )  # fmt: skip
+        value_AT = ranks.gather_rows(value_BT)
+        alive_AT = ranks.gather_rows(rollout.mask_BT.to(torch.uint8)).bool()
+        return credit.position_baseline(value_AT, alive_AT, allowed_BA)[:, : value_BT.shape[1]]
+
+    def _loss(
+        self, rows: Sequence[int], collected: Collected, *, student: Student, head: HeadWeights, sums: Sums
+    ) -> Tensor:
+        """One micro-batch: (single-step KL + long-horizon surrogate) / (sequences x expected length)."""
+        stage, targets = self._stage, collected.targets
+        rollout = targets.scored.rollout
+        keep_BT = _kept_rows(rollout.mask_BT, rows)
+        assert rollout.teacher_hidden_BTH is not None
+        values = student.statistics(
+            **rollout_inputs(rollout, rows),
+            wanted=("logq", "reverse_kl"),
+            temperature=self._decoding.temperature,
+            teacher=TeacherView(head=head, hidden_NH=_pick(rollout.teacher_hidden_BTH, rows, keep_BT)),
+            support_NC=None if rollout.support_BTC is None else _pick(rollout.support_BTC, rows, keep_BT),
+        )
+        surrogate = clipped_surrogate(
+            values["logq"],
+            _pick(targets.scored.logq_BT, rows, keep_BT),
+            advantage=_pick(targets.advantage_BT, rows, keep_BT),
+            importance=_pick(targets.importance_BT, rows, keep_BT),
+            clip=stage.clip,
+            max_log_ratio=stage.max_log_ratio,
+        )
+        denominator = collected.sequences * self._constant
+        single, long = values["reverse_kl"].sum() / denominator, surrogate.loss.sum() / denominator
+        sums.add(
+            single=single.detach(), long=long.detach(), kept=len(surrogate.loss),
+            clipped=surrogate.clipped.sum(), clamped=surrogate.clamped.sum(),
+        )  # fmt: skip
+        return stage.single_weight * single + stage.long_weight * long
+
+    def _update_figures(self, sums: Sums, anchor: Sums) -> dict[str, float]:
+        total = sums.over_ranks(self._ranks)
+        stage, kept = self._stage, max(total["kept"], 1.0)
+        figures = {
+            "single_loss": total["single"],
+            "long_loss": total["long"],
+            "clipped_share": total["clipped"] / kept,
+            "clamped_share": total["clamped"] / kept,
+        }
+        loss = stage.single_weight * total["single"] + stage.long_weight * total["long"]
+        if self._anchor_order is not None:
+            figures["lm_loss"] = anchor.over_ranks(self._ranks)["lm"]
+            loss += stage.lm_coefficient * figures["lm_loss"]
+        return {"loss": loss, **figures}
+
+    def _rollout_figures(self, targets: Targets, sequences: int) -> dict[str, float]:
+        scored = targets.scored
+        rollout, mask_BT = scored.rollout, scored.rollout.mask_BT
+        sums = Sums()
+        sums.add(
+            tokens=mask_BT.sum(),
+            kl=scored.reverse_kl_BT.sum(),
+            entropy=scored.entropy_BT.sum(),
+            square=targets.advantage_BT.square().sum(),
+            cut=sum(stop is Stop.LENGTH for stop in rollout.stop_B),
+            weight=targets.importance_BT.sum(),
+            weight_square=targets.importance_BT.square().sum(),
+            teacher_forwards=rollout.teacher_forwards,
+        )
+        total = sums.over_ranks(self._ranks)
+        tokens = max(total["tokens"], 1.0)
+        text_tokens = total["tokens"] - (sequences - total["cut"])
+        return {
+            "tokens": total["tokens"],
+            "reverse_kl": total["kl"] / sequences,
+            "reverse_kl_per_token": total["kl"] / tokens,
+            "entropy": total["entropy"] / tokens,
+            "mean_length": text_tokens / sequences,
+            "cut_share": total["cut"] / sequences,
+            "advantage_std": (total["square"] / tokens) ** 0.5,
+            "importance_ess": total["weight"] ** 2 / max(tokens * total["weight_square"], 1e-30),
+            "teacher_forwards": total["teacher_forwards"] / self._ranks.size,
+        }
+
+
+def rollout_inputs(rollout: Rollout, rows: Sequence[int]) -> dict[str, Tensor]:
+    """Inputs of a training forward over some rows of a rollout, cut to the longest of them; a dummy row if there are
+    none."""
+    prompts = rollout.prompts
+    if not rows:
+        ids_BL = prompts.ids_BP.new_zeros((1, 2))
+        return {"ids_BL": ids_BL, "mask_BL": ids_BL == 0, "predict_BL": ids_BL != 0}
+    index = torch.as_tensor(rows, device=prompts.ids_BP.device)
+    mask_BT = rollout.mask_BT[index]
+    start = prompts.ids_BP.shape[1] - int(prompts.mask_BP[index].sum(dim=1).max())
+    stop = int(mask_BT.sum(dim=1).max())
+    mask_BP, mask_BT = prompts.mask_BP[index][:, start:], mask_BT[:, :stop]
+    return {
+        "ids_BL": torch.cat([prompts.ids_BP[index][:, start:], rollout.response_BT[index][:, :stop]], dim=1),
+        "mask_BL": torch.cat([mask_BP, mask_BT], dim=1),
+        "predict_BL": torch.cat([torch.zeros_like(mask_BP), mask_BT], dim=1),
+    }
+
+
+def cut(rows: Sequence[int], *, size: int, pieces: int) -> list[Sequence[int]]:
+    """``rows`` in ``pieces`` runs of at most ``size`` (0: one run); the last ones may be empty, so that ranks stay in
+    step."""
+    size = size or max(len(rows), 1)
+    return [rows[i * size : (i + 1) * size] for i in range(pieces)]
+
+
+def _pieces(rows: int, size: int) -> int:
+    return max(1, -(-rows // size)) if size else 1
+
+
+def _kept_rows(mask_BT: Tensor, rows: Sequence[int]) -> Tensor:
+    return mask_BT[torch.as_tensor(rows, dtype=torch.long, device=mask_BT.device)]
+
+
+def _pick(value_BTX: Tensor, rows: Sequence[int], keep_BT: Tensor) -> Tensor:
+    """The kept entries of some rows, [N, ...], in row order: the order in which a training forward returns them."""
+    return value_BTX[torch.as_tensor(rows, dtype=torch.long, device=value_BTX.device)][keep_BT]
+
+
+def _example_inputs(batch: ExampleBatch) -> dict[str, Tensor]:
+    return {"ids_BL": batch.ids_BL, "mask_BL": batch.mask_BL, "predict_BL": batch.target_BL}

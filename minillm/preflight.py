@@ -1,0 +1,132 @@
+"""Everything that can be found wrong before any weight is read: cards, tokenizers, positions, vocabularies, prompt
+files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from minillm.cards import Card, load_card
+from minillm.config import DecodingConfig, RunConfig
+from minillm.engines import read_engine_settings
+from minillm.errors import DataError, ModelError, UnsupportedCombination
+from minillm.models import ModelFacts, inspect
+from minillm.objectives import Ids
+from minillm.prompts import data_hash, prepare
+from minillm.rows import read_rows
+from minillm.types import Decoding, Prompt
+from minillm.vocabulary import agree, check_heads, eos_ids
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """A student and, where the run has one, its teacher, proved to read the same ids."""
+
+    student_card: Card
+    student: ModelFacts
+    teacher_card: Card | None
+    teacher: ModelFacts | None
+    real_ids: int
+    """Ids 0 .. real_ids - 1 mean something; rows of either head beyond them are masked (design D9)."""
+    ids: Ids
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The student's tokenizer; the teacher's agrees with it id by id."""
+        return self.student.tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split:
+    """The prompts of one split, and what was said when they were read."""
+
+    source: str
+    prompts: list[Prompt]
+    sha256: str
+    words: tuple[str, ...]
+    """Counted sentences for the terminal: what was read, dropped, cut or left out."""
+
+
+def check_pair(config: RunConfig, *, student: str | None = None) -> Pair:
+    """Cards, configurations and tokenizers of the run's models (``student`` stands in for the run's own, for an
+    evaluation).
+
+    Raises ``ConfigError`` for an unknown card, ``ModelError`` for a folder that cannot be read safely,
+    ``PositionsExceeded`` where prompt and response do not fit, ``VocabularyMismatch`` where the tokenizers differ.
+    """
+    read_engine_settings(config.engine.student)
+    student_card = load_card(student or config.student, kind="students")
+    teacher_card = None if config.teacher is None else load_card(config.teacher, kind="teachers")
+    if teacher_card is not None and teacher_card.placement == "offload":
+        raise UnsupportedCombination(
+            f"teacher {teacher_card.name}: placement 'offload' is not built yet; wanted replicated or zero3"
+        )
+    if teacher_card is not None and teacher_card.build is not None:
+        raise ModelError(
+            f"teacher {teacher_card.name}: its card builds a model with random weights, which has nothing to teach.\n"
+            "  give a card with 'model', a model folder or a hub name"
+        )
+    student_facts = inspect(student_card)
+    teacher_facts = None if teacher_card is None else inspect(teacher_card)
+    longest = config.data.max_prompt_tokens + config.decoding.max_new_tokens
+    student_facts.require_positions(longest, what="student")
+    real_ids = len(student_facts.tokenizer)
+    if teacher_facts is not None:
+        teacher_facts.require_positions(longest, what="teacher")
+        real_ids = agree(teacher_facts.tokenizer, student_facts.tokenizer)
+    student_rows = student_facts.config.vocab_size
+    check_heads(
+        real_ids=real_ids,
+        teacher_rows=student_rows if teacher_facts is None else teacher_facts.config.vocab_size,
+        student_rows=student_rows,
+    )
+    eos = eos_ids(student_facts.tokenizer, student_facts.generation)
+    pad = student_facts.tokenizer.pad_token_id
+    return Pair(
+        student_card=student_card,
+        student=student_facts,
+        teacher_card=teacher_card,
+        teacher=teacher_facts,
+        real_ids=real_ids,
+        ids=Ids(eos=eos, pad=eos[0] if pad is None else pad),
+    )
+
+
+def read_split(
+    config: RunConfig, source: str, *, pair: Pair, name: str, need_response: bool, limit: int | None = None
+) -> Split:
+    """The prompts of one source, ready for the models; ``DataError`` where a row breaks the run's policy or none is
+    left."""
+    data = config.data
+    rows, read_report = read_rows(source, broken=data.broken, max_broken=data.max_broken)
+    words = [str(read_report)] if read_report.skipped else []
+    if limit is not None and limit < len(rows):
+        words.append(f"{name}: the first {limit:,} of {len(rows):,} rows (limit set by data.{name}_limit)")
+        rows = rows[:limit]
+    prompts, report = prepare(
+        rows,
+        tokenizer=pair.tokenizer,
+        template=data.template,
+        max_prompt_tokens=data.max_prompt_tokens,
+        over_long=data.over_long,
+        max_response_tokens=config.decoding.max_new_tokens,
+        eos_id=pair.ids.eos[0],
+        need_response=need_response,
+        name=name,
+    )
+    return Split(source=source, prompts=prompts, sha256=data_hash(prompts), words=(*words, str(report)))
+
+
+def require_rows(prompts: Sequence[Prompt], *, ranks: int, per_step: int, what: str) -> None:
+    """Raise ``DataError`` where a step would leave a rank without a row."""
+    if per_step < ranks or not prompts:
+        raise DataError(f"{what}: {per_step} rows a step for {ranks} ranks; wanted at least one row for each rank")
+
+
+def decoding_record(config: DecodingConfig) -> Decoding:
+    """The one record that rollouts, validation and evaluation share (design D12)."""
+    return Decoding(
+        max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p
+    )

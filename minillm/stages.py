@@ -1,0 +1,124 @@
+"""One stage of a run: a student engine, an objective, the loop, and the student that it hands on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from minillm.cards import Card
+from minillm.config import MinillmStage, RunConfig, SftStage, resolved_bias
+from minillm.engines import Ranks, Student, Teacher
+from minillm.loop import Keep, Progressed, Validate, run_steps
+from minillm.models import ModelFacts, load
+from minillm.objectives import Minillm, Objective, Sft
+from minillm.preflight import Pair, decoding_record, require_rows
+from minillm.store import RunFolder, publish_student
+from minillm.types import Prompt
+
+HEADLINE = {"sft": ("loss", "grad_norm"), "minillm": ("reverse_kl", "mean_length", "loss")}
+"""The figures beside the progress bar, by kind of stage."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """The weights that a stage starts from."""
+
+    card: Card
+    facts: ModelFacts
+
+
+def run_stage(
+    config: RunConfig,
+    stage: SftStage | MinillmStage,
+    *,
+    start: Start,
+    pair: Pair,
+    prompts: Sequence[Prompt],
+    teacher: Teacher | None,
+    validate: Validate | None,
+    ranks: Ranks,
+    folder: RunFolder,
+    model_card: Callable[[Student, Mapping[str, float]], str],
+) -> Progressed:
+    """Trains one stage and publishes its student into the run's folder; ``model_card`` writes that folder's README."""
+    rows = stage.batch if isinstance(stage, SftStage) else stage.prompts * stage.samples_per_prompt
+    require_rows(prompts, ranks=ranks.size, per_step=rows, what=f"stage {stage.name}")
+    updates_per_step = 1 if isinstance(stage, SftStage) else stage.inner_updates
+    student = Student(
+        lambda: load(start.card, start.facts, seed=config.seed),
+        ranks=ranks,
+        settings=config.engine.student,
+        precision=config.engine.precision,
+        optimiser=stage.optimiser,
+        updates=stage.steps * updates_per_step,
+        real_ids=pair.real_ids,
+        from_files=start.card.build is None,
+        dropout=isinstance(stage, SftStage),
+    )
+
+    def publish(scores: Mapping[str, float]) -> None:
+        state = student.state()
+        if ranks.first:
+            publish_student(
+                folder.student,
+                state=state,
+                config=student.config,
+                tokenizer=pair.tokenizer,
+                real_ids=pair.real_ids,
+                decoding=decoding_record(config.decoding),
+                eos_ids=pair.ids.eos,
+                pad_id=pair.ids.pad,
+                card=model_card(student, scores),
+            )
+        ranks.barrier()
+
+    try:
+        return run_steps(
+            _objective(config, stage, pair=pair, prompts=prompts, teacher=teacher, ranks=ranks),
+            student,
+            stage=stage.name,
+            steps=stage.steps,
+            ranks=ranks,
+            folder=folder,
+            headline=HEADLINE[stage.kind],
+            validate=validate,
+            validate_every=stage.validate_every,
+            keep=Keep(metric=stage.keep.metric, highest=stage.keep.mode == "max"),
+            patience=stage.patience,
+            publish=publish,
+        )
+    finally:
+        student.close()
+
+
+def unbiased_words(config: RunConfig, stage: SftStage | MinillmStage) -> str:
+    """The sentence of design D1: ``yes``, or ``no`` with every reason; "" for a stage that estimates no such
+    gradient."""
+    if isinstance(stage, SftStage):
+        return ""
+    reasons = resolved_bias(stage, config.decoding)
+    return f"no ({', '.join(reasons)})" if reasons else "yes"
+
+
+def _objective(
+    config: RunConfig,
+    stage: SftStage | MinillmStage,
+    *,
+    pair: Pair,
+    prompts: Sequence[Prompt],
+    teacher: Teacher | None,
+    ranks: Ranks,
+) -> Objective:
+    if isinstance(stage, SftStage):
+        answered = [prompt for prompt in prompts if prompt.response_ids]
+        return Sft(stage, prompts=answered, ids=pair.ids, ranks=ranks, seed=config.seed)
+    assert teacher is not None, "the configuration refuses a minillm stage without a teacher"
+    return Minillm(
+        stage,
+        prompts=prompts,
+        decoding=decoding_record(config.decoding),
+        teacher=teacher,
+        ids=pair.ids,
+        ranks=ranks,
+        seed=config.seed,
+    )

@@ -1,0 +1,175 @@
+"""What a run leaves behind: its folder, its log, and a student folder that is never half written.
+
+runs/NAME/{config.yaml, run.json, metrics.jsonl, samples.jsonl, student/, results.json, report.html}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from minillm.errors import RunExists
+from minillm.models import CausalLM, quiet_transformers
+from minillm.types import Decoding
+
+
+class RunFolder:
+    """One run's folder. Only rank 0 writes; the others hold the same object and their calls do nothing."""
+
+    def __init__(self, path: Path, *, writes: bool) -> None:
+        self.path = path
+        self._writes = writes
+
+    @property
+    def student(self) -> Path:
+        """Where the published student stands once there is one."""
+        return self.path / "student"
+
+    def open(self, *, config_text: str, fresh: bool) -> bool:
+        """Makes the folder ready; True if this very run is done already and there is nothing to do.
+
+        ``fresh`` starts over. Otherwise a folder with another configuration is refused (``RunExists``) and an
+        unfinished one with the same configuration is started again from its beginning, said by the caller.
+        """
+        stored = self.path / "config.yaml"
+        if not fresh and stored.is_file():
+            if stored.read_text(encoding="utf-8") != config_text:
+                raise RunExists(
+                    f"{self.path} holds a run with another configuration; nothing was touched.\n"
+                    "  give this run another name (name=NAME), or start over with --fresh"
+                )
+            if self.status().get("state") == "done":
+                return True
+        if self._writes:
+            # What this class writes, and nothing else: the folder may hold other runs (runs/quickstart/sft) or a
+            # user's notes.
+            for name in ("config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "results.json", "report.html"):
+                (self.path / name).unlink(missing_ok=True)
+            shutil.rmtree(self.student, ignore_errors=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_text(stored, config_text)
+        return False
+
+    def status(self) -> dict[str, Any]:
+        """``run.json``: state (``running`` or ``done``), seconds by stage, versions; {} before the first."""
+        file = self.path / "run.json"
+        if not file.is_file():
+            return {}
+        status: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return status
+
+    def set_status(self, **fields: Any) -> None:
+        """Merges fields into ``run.json``."""
+        if self._writes:
+            write_text(self.path / "run.json", json.dumps({**self.status(), **fields}, indent=2) + "\n")
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """One line of ``metrics.jsonl``. Numbers that are not finite become null: JSON has no NaN."""
+        if self._writes:
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps({name: _json_number(value) for name, value in record.items()}) + "\n")
+
+
+def publish_student(
+    folder: Path,
+    *,
+    state: Mapping[str, Tensor],
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    real_ids: int,
+    decoding: Decoding,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+    card: str,
+) -> None:
+    """Writes an ordinary transformers folder: safetensors, tokenizer, generation config, README.md (the model card).
+
+    Head and embedding rows beyond ``real_ids`` are cut off, so that plain transformers samples from the distribution
+    that was trained (design D9). The folder appears under its name only when it is whole.
+    """
+    # Made without storage, then given the real tensors: an initialisation would draw from the global random stream.
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        root = CausalLM(model)
+    wanted = {name for name, _ in root.named_parameters(remove_duplicate=False)}
+    assert wanted == set(state), sorted(wanted ^ set(state))[:5]
+    root.load_state_dict(dict(state), assign=True, strict=False)
+    projection = model.get_output_embeddings()
+    projection.weight, projection.bias = root.head.weight, root.head.bias
+    model.tie_weights()
+    if model.get_input_embeddings().weight.shape[0] != real_ids:
+        model.resize_token_embeddings(real_ids, mean_resizing=False)
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=decoding.temperature,
+        top_k=decoding.top_k,
+        top_p=decoding.top_p,
+        max_new_tokens=decoding.max_new_tokens,
+        eos_token_id=list(eos_ids) if len(eos_ids) > 1 else eos_ids[0],
+        pad_token_id=pad_id,
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    with replaced_folder(folder) as staging:
+        with quiet_transformers():
+            model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        write_text(staging / "README.md", card)
+
+
+@contextlib.contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A staging folder beside ``folder`` that takes its name, by renames, when the block ends well."""
+    staging, old = folder.with_name(f".staging-{folder.name}"), folder.with_name(f".old-{folder.name}")
+    for left_over in (staging, old):
+        shutil.rmtree(left_over, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    if folder.exists():
+        folder.rename(old)
+    staging.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
+    """One JSON object a line, the file whole or not at all."""
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+class Clock:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    def __call__(self) -> float:
+        return time.monotonic() - self._start
+
+
+def _json_number(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
