@@ -15,11 +15,11 @@ from minillm.errors import DataError
 from minillm.evaluation import Judge, Record, sample_and_judge, validator
 from minillm.measures import summarise
 from minillm.model_card import CardFacts, render
-from minillm.models import CausalLM, ModelReader, inspect, load, probe_head
-from minillm.preflight import Pair, Split, check_pair, decoding_record, read_split
+from minillm.models import CausalLM, ModelReader, fingerprint, inspect, load, probe_head
+from minillm.preflight import Pair, Split, check_pair, decoding_record, read_split, require_rows
 from minillm.report import combine, print_tables, write_report
-from minillm.stages import Start, run_stage, unbiased_words
-from minillm.store import Clock, RunFolder, write_jsonl, write_text
+from minillm.stages import Start, rows_per_step, run_stage, unbiased_words
+from minillm.store import Clock, RunFolder, make_folder, write_jsonl, write_text
 from minillm.types import Purpose
 
 SHOWN_PACKAGES = ("minillm", "torch", "transformers", "deepspeed")
@@ -35,12 +35,19 @@ def distill(config: RunConfig, *, fresh: bool = False) -> Path:
     pair = check_pair(config)
     splits = _read_splits(config, pair)
     ranks = Ranks(threads=config.threads)
+    for stage in config.stages:
+        require_rows(
+            splits["train"].prompts, ranks=ranks.size, per_step=rows_per_step(stage), what=f"stage {stage.name}"
+        )
     folder = RunFolder(Path(config.out) / config.name, writes=ranks.first)
-    done = folder.open(config_text=dump_config(config), fresh=fresh)
+    interrupted = not fresh and folder.status().get("state") == "running"
+    done = folder.open(config_text=dump_config(config), fresh=fresh, wait=ranks.barrier)
     ranks.barrier()
     if done:
         _say(ranks, f"{folder.path}: done already; --fresh starts over")
         return folder.path
+    if interrupted:
+        _say(ranks, f"{folder.path}: an earlier run did not end; this one starts again from its beginning")
     folder.set_status(state="running", seconds={}, ranks=ranks.size, versions=_versions())
     _introduce(config, pair, splits, ranks)
     teacher = _load_teacher(pair, ranks) if _needs_teacher(config, splits) else None
@@ -98,15 +105,19 @@ def evaluate(model: str | Path, config: RunConfig, *, out: str | Path, fresh: bo
     ranks = Ranks(threads=config.threads)
     out = Path(out)
     start = Start(card=pair.student_card, facts=pair.student)
-    stored = _stored_results(out)
-    if stored is not None and not fresh:
-        if stored.get("asked") == _asked(config, split, model=str(model)):
+    stored = None if fresh else _stored_results(out)
+    if stored is not None:
+        asked, before = _asked(config, pair, split, start=start), stored.get("asked") or {}
+        if before == asked:
             _say(ranks, f"{out}: evaluated already; --fresh starts over")
             return stored
+        differs = ", ".join(name for name, value in asked.items() if before.get(name) != value)
         raise DataError(
-            f"{out} holds results of {stored.get('model', {}).get('path')} or of other settings; nothing was touched.\n"
+            f"{out} holds other results (they differ in: {differs}); nothing was touched.\n"
             "  give another --out, or --fresh to replace them"
         )
+    if ranks.first:
+        make_folder(out, setting="--out")
     for line in split.words:
         _say(ranks, line)
     teacher = _load_teacher(pair, ranks) if pair.teacher is not None else None
@@ -138,11 +149,12 @@ def build_report(
             seconds[f"{name}, evaluation"] = evaluation
     combined = combine(evaluations, differences=differences, resamples=resamples, seed=seed, seconds=seconds)
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "results.json", json.dumps(combined, indent=2) + "\n")
+    make_folder(out, setting="--out")
+    # The page first: it reads what the training folders hold, and where it cannot, nothing is left.
     write_report(
         combined, evaluations=evaluations, training=training, out=out / "report.html", title=title, settings={}
     )
+    write_text(out / "results.json", json.dumps(combined, indent=2) + "\n")
     print_tables(combined, Console())
     return combined
 
@@ -156,16 +168,32 @@ def _read_splits(config: RunConfig, pair: Pair) -> dict[str, Split]:
     if needs and any(isinstance(s, SftStage) or s.lm_coefficient > 0 for s in config.stages):
         answered = sum(bool(prompt.response_ids) for prompt in splits["train"].prompts)
         if not answered:
-            raise DataError(f"{data.train}: no row has a response, and a stage of this run learns from responses")
+            raise DataError(
+                f"{data.train}: no row has a response of at most {config.decoding.max_new_tokens} tokens, and a stage "
+                "of this run learns from responses\n"
+                "  give the rows a 'response' field, or raise decoding.max_new_tokens"
+            )
     if data.validation is not None and any(stage.validate_every for stage in config.stages):
         splits["validation"] = read_split(
             config, data.validation, pair=pair, name="validation", need_response=False, limit=data.validation_limit
         )
+        _require_references(config, splits["validation"])
     if data.test is not None:
         splits["test"] = read_split(
             config, data.test, pair=pair, name="test", need_response=False, limit=data.test_limit
         )
     return splits
+
+
+def _require_references(config: RunConfig, validation: Split) -> None:
+    """Raise ``DataError`` where a stage keeps by a measure that needs references and no validation row has one."""
+    for stage in config.stages:
+        found = any(p.response_ids if stage.keep.metric == "loss" else p.responses for p in validation.prompts)
+        if stage.validate_every and stage.keep.metric in {"loss", "rouge_l"} and not found:
+            raise DataError(
+                f"{validation.source}: no validation row has a response, and stage {stage.name} "
+                f"keeps its best student by {stage.keep.metric}"
+            )
 
 
 def _needs_teacher(config: RunConfig, splits: Mapping[str, Split]) -> bool:
@@ -215,8 +243,6 @@ def _validator(
         purpose=Purpose.VALIDATION,
     )
     has_references = any(prompt.response_ids for prompt in split.prompts)
-    if isinstance(stage, SftStage) and not has_references:
-        raise DataError(f"{split.source}: no validation row has a response, and stage {stage.name} validates by loss")
     return validator(judge, ranks=ranks, generate=isinstance(stage, MinillmStage), loss=has_references)
 
 
@@ -235,8 +261,8 @@ def _evaluate_folder(
     settings = config.evaluation
     model = load(start.card, start.facts, seed=config.seed)
     root = CausalLM(model)
-    probe_head(model, root)
     root.head.real_ids = pair.real_ids
+    probe_head(model, root)
     reader = ModelReader(root.eval().to(ranks.device), device=ranks.device, lockstep=False)
     judge = Judge(
         prompts=split.prompts,
@@ -268,7 +294,7 @@ def _evaluate_folder(
         "decoding": config.decoding.model_dump(),
         "seeds": list(settings.seeds),
         "bootstrap": settings.bootstrap,
-        "asked": _asked(config, split, model=str(start.card.model)),
+        "asked": _asked(config, pair, split, start=start),
         "measures": measures,
         "temperatures": by_temperature,
         "seconds": {"evaluation": round(clock(), 2)},
@@ -276,18 +302,19 @@ def _evaluate_folder(
         "date": time.strftime("%Y-%m-%d"),
     }
     if ranks.first:
-        out.mkdir(parents=True, exist_ok=True)
         write_jsonl(out / "samples.jsonl", samples)
         write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
     ranks.barrier()
     return results
 
 
-def _asked(config: RunConfig, split: Split, *, model: str) -> dict[str, Any]:
+def _asked(config: RunConfig, pair: Pair, split: Split, *, start: Start) -> dict[str, Any]:
     """What an evaluation was asked: two with equal answers here need not be made twice."""
     return {
-        "model": model,
+        "model": str(start.card.model),
+        "weights": fingerprint(start.card),
         "teacher": config.teacher,
+        "teacher_weights": None if pair.teacher_card is None else fingerprint(pair.teacher_card),
         "data": split.sha256,
         "decoding": config.decoding.model_dump(),
         "evaluation": config.evaluation.model_dump(mode="json", exclude={"batch"}),
@@ -300,9 +327,11 @@ def _stored_results(out: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        stored = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{file}: not JSON: {error}; move it away or give --fresh") from error
+    if not isinstance(stored, dict) or not isinstance(stored.get("asked"), dict):
+        raise DataError(f"{file}: not the results of an evaluation; move it away or give --fresh")
     return stored
 
 

@@ -40,8 +40,10 @@ class ExampleBatch:
 def prompt_batch(
     prompts: Sequence[Prompt], samples: Sequence[int], *, pad_id: int, device: torch.device | str
 ) -> PromptBatch:
-    """The prompts left-padded to the longest of them; ``samples`` says which sample of its prompt each row is."""
-    assert len(prompts) > 0, "a batch needs at least one prompt"
+    """The prompts left-padded to the longest of them; ``samples`` says which sample of its prompt each row is.
+
+    A rank that has no row gets a batch of none, one column wide.
+    """
     ids_BP, mask_BP = _padded([prompt.ids for prompt in prompts], pad_id=pad_id, left=True)
     return PromptBatch(
         uid_B=tuple(prompt.uid for prompt in prompts),
@@ -69,7 +71,7 @@ def example_batch(prompts: Sequence[Prompt], *, pad_id: int, device: torch.devic
 
 def _padded(rows: Sequence[tuple[int, ...]], *, pad_id: int, left: bool) -> tuple[Tensor, Tensor]:
     """int64 ids and their mask, both ``[rows, longest row]``, on the CPU."""
-    longest = max(len(row) for row in rows)
+    longest = max((len(row) for row in rows), default=1)
     ids_BL = torch.full((len(rows), longest), pad_id, dtype=torch.int64)
     mask_BL = torch.zeros((len(rows), longest), dtype=torch.bool)
     for place, row in enumerate(rows):

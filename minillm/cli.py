@@ -1,12 +1,14 @@
 """The command line: thin commands over the Python API, with errors told in a few lines and no traceback.
 
 Exit codes: 0 done; 2 something the user can mend (nothing was trained); 3 numbers that are not finite; 130 interrupted.
+In help texts, ``\\b`` keeps a paragraph's lines as they are, so that an example can be copied.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,9 +20,31 @@ from minillm.errors import ConfigError, DataError, MinillmError
 if TYPE_CHECKING:
     from minillm.config import RunConfig
 
+INTERRUPTED = 130
+FIRST_RANK_SPEAKS_S = 10.0
+"""How long the other ranks leave rank 0 to tell an error that all of them have; the launcher ends them once it did."""
+EXAMPLES = """
+\b
+Examples:
+  minillm sft --config recipes/quickstart/teacher.yaml threads=2
+  minillm distill --config recipes/quickstart/minillm.yaml name=mine seed=3
+  minillm evaluate runs/mine/student --out runs/mine/again \\
+    --config recipes/quickstart/minillm.yaml
+  minillm report a=runs/a b=runs/b --difference a,b --out runs/a-and-b
+  minillm world --out world
+
+\b
+On several processes or GPUs, under DeepSpeed's launcher:
+  deepspeed --num_accelerators 2 --module minillm distill \\
+    --config recipes/quickstart/minillm.yaml
+
+More on a command: minillm COMMAND --help
+"""
+
 app = typer.Typer(
     name="minillm",
     help="Distil a large language model into a small one, on the small one's own text, and prove what it is worth.",
+    epilog=EXAMPLES,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -31,7 +55,7 @@ app = typer.Typer(
 Config = Annotated[Path, typer.Option("--config", help="The run's YAML file, such as recipes/quickstart/minillm.yaml.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE ...]", help="Settings that replace the file's: stages.0.steps=5"),
+    typer.Argument(metavar="KEY=VALUE", help="Settings that replace the file's: stages.0.steps=5"),
 ]
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Start over: replace what an earlier run left in the same folder.")
@@ -49,9 +73,11 @@ def _common(
 
 @app.command()
 def sft(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> None:
-    """Train a model on reference responses (supervised fine-tuning).
+    """Train a model on reference responses (fine-tuning).
 
-    Example: minillm sft --config recipes/quickstart/teacher.yaml threads=2
+    \b
+    Example:
+      minillm sft --config recipes/quickstart/teacher.yaml threads=2
     """
     settings = _load(config, overrides)
     if any(stage.kind != "sft" for stage in settings.stages):
@@ -61,9 +87,15 @@ def sft(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> No
 
 @app.command()
 def distill(config: Config, overrides: Overrides = None, fresh: Fresh = False) -> None:
-    """Run all stages of a configuration: distil a teacher into a student, evaluate it, write the report.
+    """Distil a teacher into a student, evaluate it, report.
 
-    Example: deepspeed --num_accelerators 2 --module minillm distill --config recipes/quickstart/minillm.yaml
+    Runs all stages of the configuration, in one process or on every rank of a launcher.
+
+    \b
+    Examples:
+      minillm distill --config recipes/quickstart/minillm.yaml seed=3
+      deepspeed --num_accelerators 2 --module minillm distill \\
+        --config recipes/quickstart/minillm.yaml
     """
     _run(_load(config, overrides), fresh=fresh)
 
@@ -76,10 +108,14 @@ def evaluate(
     overrides: Overrides = None,
     fresh: Fresh = False,
 ) -> None:
-    """Measure a model on the test prompts of a configuration: results.json and samples.jsonl.
+    """Measure a model on a configuration's test prompts.
 
-    Example: minillm evaluate runs/quickstart/sft/student --config recipes/quickstart/minillm.yaml --out
-    runs/quickstart/sft
+    Writes results.json and samples.jsonl into the --out folder.
+
+    \b
+    Example:
+      minillm evaluate runs/mine/student --out runs/mine/again \\
+        --config recipes/quickstart/minillm.yaml
     """
     settings = _load(config, overrides)
     from minillm import api
@@ -90,7 +126,7 @@ def evaluate(
 @app.command()
 def report(
     evaluations: Annotated[
-        list[str], typer.Argument(metavar="NAME=FOLDER ...", help="Evaluation folders, by the name to show.")
+        list[str], typer.Argument(metavar="NAME=FOLDER", help="Evaluation folders, by the name to show.")
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for results.json and report.html.")],
     difference: Annotated[
@@ -103,10 +139,14 @@ def report(
     ] = None,
     title: Annotated[str, typer.Option("--title", help="Heading of the page.")] = "minillm report",
 ) -> None:
-    """Put evaluated models side by side: tables here, report.html and results.json in a folder.
+    """Put evaluated models side by side.
 
-    Example: minillm report sft=runs/quickstart/sft minillm=runs/quickstart/minillm --difference minillm,sft --out
-    runs/quickstart
+    Prints tables, and writes report.html and results.json into the --out folder.
+
+    \b
+    Example:
+      minillm report sft=runs/quickstart/sft minillm=runs/quickstart/minillm \\
+        --difference minillm,sft --out runs/quickstart
     """
     named = _named_folders(evaluations)
     runs = _named_folders(training or [])
@@ -126,18 +166,22 @@ def world(
     out: Annotated[Path, typer.Option("--out", help="Folder for train.jsonl, validation.jsonl and test.jsonl.")],
     fresh: Fresh = False,
 ) -> None:
-    """Write the embedded micro-world as JSONL files, to read or to use as an example of the format.
+    """Write the embedded micro-world as JSON Lines files.
 
-    Example: minillm world --out world
+    They are there to read, and as an example of the format of prompts.
+
+    \b
+    Example:
+      minillm world --out world
     """
-    from minillm.store import write_jsonl
+    from minillm.store import make_folder, write_jsonl
     from minillm.world import rows
 
     splits = ("train", "validation", "test")
     standing = [out / f"{split}.jsonl" for split in splits if (out / f"{split}.jsonl").exists()]
     if standing and not fresh:
         raise DataError(f"{standing[0]} exists already; give another --out, or --fresh to replace it")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, setting="--out")
     for split in splits:
         records = rows(split)
         write_jsonl(out / f"{split}.jsonl", records)
@@ -151,26 +195,36 @@ def main() -> None:
 
 def _guarded(command: Callable[..., object]) -> int:
     """Runs a command; its exit code, with an error of the user's told in a few lines."""
-    rank = os.environ.get("RANK", "0")
     try:
         result = command(standalone_mode=False)
     except MinillmError as error:
-        text = f"{type(error).__name__}: {error}"
-        # All ranks find the same mistake; one of them tells it whole.
-        print(text if rank == "0" else f"rank {rank}: {text.splitlines()[0]}", file=sys.stderr)
+        _tell(f"{type(error).__name__}: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        result = INTERRUPTED
     except OSError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 2
+        where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        _tell(f"{type(error).__name__}: {where}\n  look at that path: what it is, its rights, the room on its disk")
+        return MinillmError.exit_code
     except Exception as error:
         if not _is_usage_error(error):
             raise
         error.show()  # type: ignore[attr-defined]
-        return 2
+        return MinillmError.exit_code
+    # typer turns an interruption that reaches it into this code.
+    if result == INTERRUPTED:
+        print("interrupted; the same command starts the run again", file=sys.stderr)
     return result if isinstance(result, int) else 0
+
+
+def _tell(text: str) -> None:
+    """Prints an error once, although all ranks have it, and also where only one of them has it."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        # The launcher ends all ranks as soon as one has ended, which must not be before rank 0 has spoken.
+        time.sleep(FIRST_RANK_SPEAKS_S)
+        text = f"rank {rank}: {text}"
+    print(text, file=sys.stderr, flush=True)
 
 
 def _is_usage_error(error: Exception) -> bool:
@@ -196,7 +250,10 @@ def _named_folders(pairs: list[str]) -> dict[str, Path]:
         name, equals, folder = pair.partition("=")
         if not equals or not name or not folder:
             raise ConfigError(f"{pair!r}: wanted NAME=FOLDER, such as sft=runs/quickstart/sft")
-        if not Path(folder).exists():
-            raise DataError(f"{name}: there is no folder {folder}")
+        if not Path(folder).is_dir():
+            got = "a file" if Path(folder).exists() else "not there"
+            raise DataError(f"{name}: {folder} is {got}; wanted a folder")
+        if name in found:
+            raise ConfigError(f"{pair!r}: the name {name!r} is given twice; give each folder a name of its own")
         found[name] = Path(folder)
     return found

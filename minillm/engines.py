@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import json
 import logging
 import os
@@ -25,10 +26,22 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from minillm.cards import find_file, known_names
 from minillm.config import OptimiserConfig
-from minillm.errors import ConfigError, ModelError, NonFinite, did_you_mean
+from minillm.errors import ConfigError, ModelError, NonFinite, UnsupportedCombination, did_you_mean
 from minillm.models import CausalLM, ModelReader, probe_head
 from minillm.optimisers import build_optimiser, learning_rate_factor, set_learning_rate
 from minillm.scoring import HeadWeights
+
+DECIDED_BY_THE_RUN = {
+    *("optimizer", "scheduler", "gradient_clipping", "fp16", "bf16", "bfloat16", "amp", "torch_autocast"),
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
+}
+ENGINE_SETTINGS = {
+    *("zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "communication_data_type"),
+    *("prescale_gradients", "gradient_predivide_factor", "sparse_gradients", "disable_allgather", "data_types"),
+    *("activation_checkpointing", "aio", "compile", "comms_logger", "flops_profiler", "memory_breakdown", "dump_state"),
+    *("steps_per_print", "wall_clock_breakdown", "timers", "tensorboard", "wandb", "csv_monitor", "nebula"),
+}
+"""Sections of DeepSpeed's JSON file that a run may set; others are the run's own or of training that we do not do."""
 
 
 class Ranks:
@@ -37,7 +50,7 @@ class Ranks:
     def __init__(self, *, threads: int = 0) -> None:
         if threads:
             torch.set_num_threads(threads)
-        _silence_deepspeed()
+        _prepare_deepspeed()
         if not dist.is_initialized():
             _start_process_group()
         self.rank = dist.get_rank()
@@ -104,7 +117,7 @@ class Student:
     def __init__(
         self, load: Callable[[], PreTrainedModel], *, ranks: Ranks, settings: str, precision: str,
         optimiser: OptimiserConfig, updates: int, real_ids: int | None = None,
-        from_files: bool = True, dropout: bool = False,
+        from_files: bool = True, dropout: bool = False, seed: int = 0,
     ) -> None:  # fmt: skip
         """``load`` gives the transformers model; ``settings`` names a file of ds_configs; ``updates`` is the length
         of the schedule.
@@ -112,22 +125,22 @@ class Student:
         ``from_files`` says that ``load`` reads weights: under ZeRO-3 each rank then keeps only its shard while
         reading. A model that is made from nothing must be whole first, or its initialisation would not be
         transformers' own. ``dropout`` leaves the model's dropout on in training. A policy gradient needs it off: with
-        it, q_new / q_old is not 1 at the start.
+        it, q_new / q_old is not 1 at the start. Its masks are a function of ``seed``, update and rank.
         """
         self.ranks = ranks
         self._optimiser, self._updates = optimiser, updates
         engine_config = read_engine_settings(settings)
         self.stage = int(engine_config.get("zero_optimization", {}).get("stage", 0))
         sharded_read = self.stage == 3 and from_files
-        model = _load_for(load, engine_config, shard=sharded_read)
+        model = _load_for(load, engine_config, precision=precision, shard=sharded_read)
         self.config = model.config
         self.root = CausalLM(model)
-        if not sharded_read:
-            probe_head(model, self.root)
         if real_ids is not None:
             self.root.head.real_ids = real_ids
+        if not sharded_read:
+            probe_head(model, self.root)
         self.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.root.parameters())
-        self._dropout = dropout
+        self._dropout, self._seed = dropout, seed
         self.root.train(dropout)
         self._engine = _initialise(
             self.root, ranks=ranks, precision=precision,
@@ -170,6 +183,9 @@ class Student:
         loss is not finite.
         """
         total = 0.0
+        if self._dropout:  # like every other draw, keyed: neither a restart nor what ran before changes a mask
+            key = f"dropout/{self._seed}/{self.updates_done}/{self.ranks.rank}".encode()
+            torch.manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "big"))
         for index, loss_of in enumerate(losses):
             self._engine.set_gradient_accumulation_boundary(index == len(losses) - 1)
             loss = loss_of()
@@ -232,12 +248,12 @@ class Teacher:
         self.ranks, self.placement = ranks, placement
         engine_config = read_engine_settings("teacher-zero3")
         sharded = placement == "zero3"
-        model = _load_for(load, engine_config, shard=sharded)
+        model = _load_for(load, engine_config, precision=precision, shard=sharded)
         self.root = CausalLM(model)
-        if not sharded:
-            probe_head(model, self.root)
         if real_ids is not None:
             self.root.head.real_ids = real_ids
+        if not sharded:
+            probe_head(model, self.root)
         self.root.eval().requires_grad_(False)
         self.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.root.parameters())
         self.whole_bytes = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self.root.parameters())
@@ -284,8 +300,11 @@ class Teacher:
 
 
 def read_engine_settings(name: str) -> dict[str, Any]:
-    """The engine settings in ``ds_configs/NAME.json`` or in a JSON file by its path; ``ConfigError`` where there are
-    none."""
+    """The engine settings in ``ds_configs/NAME.json`` or in a JSON file by its path.
+
+    ``ConfigError`` where there are none, where DeepSpeed would not take them or would pass over one of them, and where
+    one is the run configuration's to decide.
+    """
     file = Path(name) if name.endswith(".json") else find_file(name, folder="ds_configs", suffix=".json")
     if file is None or not file.is_file():
         known = known_names("ds_configs", suffix=".json")
@@ -297,13 +316,44 @@ def read_engine_settings(name: str) -> dict[str, Any]:
         settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{file}: not JSON: {error}") from error
-    if taken := sorted(
-        {"optimizer", "scheduler", "gradient_clipping", "train_batch_size", "fp16", "bf16"} & settings.keys()
-    ):
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{file}: holds a {type(settings).__name__}; wanted a JSON object of DeepSpeed settings")
+    if taken := sorted(DECIDED_BY_THE_RUN & settings.keys()):
         raise ConfigError(
             f"{file}: {', '.join(taken)} is decided by the run's configuration, not by an engine file; take it out"
         )
+    # DeepSpeed passes over a name that it does not know: a misspelt zero_optimization would be stage 0, silently.
+    if unknown := sorted(settings.keys() - ENGINE_SETTINGS):
+        raise ConfigError(
+            f"{file}: {unknown[0]}: no engine setting of this name"
+            f"{did_you_mean(unknown[0], ENGINE_SETTINGS) or '; known here: ' + ', '.join(sorted(ENGINE_SETTINGS))}"
+        )
+    _check_zero(settings.get("zero_optimization", {}), file=str(file))
     return settings
+
+
+def _check_zero(section: Any, *, file: str) -> None:
+    """Asks DeepSpeed's own record of the section, before a model is loaded."""
+    _prepare_deepspeed()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    if not isinstance(section, dict):
+        raise ConfigError(f'{file}: zero_optimization: got {section!r}; wanted an object such as {{"stage": 2}}')
+    try:
+        zero = DeepSpeedZeroConfig(**section)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        at = ".".join(str(part) for part in ("zero_optimization", *first["loc"]))
+        near = did_you_mean(str(first["loc"][-1]), DeepSpeedZeroConfig.model_fields) if first["loc"] else ""
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(f"{file}: {at}: no setting of this name in DeepSpeed{near}") from error
+        raise ConfigError(f"{file}: {at}: got {first['input']!r}: {first['msg'].lower()}") from error
+    for part in ("offload_optimizer", "offload_param"):
+        if (device := getattr(getattr(zero, part), "device", "none")) != "none":
+            raise UnsupportedCombination(
+                f"{file}: zero_optimization.{part}: offloading (to {device}) is not built yet; take it out"
+            )
 
 
 def _start_process_group() -> None:
@@ -338,13 +388,16 @@ def _initialise(
     return engine
 
 
-def _load_for(load: Callable[[], PreTrainedModel], engine_config: dict[str, Any], *, shard: bool) -> PreTrainedModel:
+def _load_for(
+    load: Callable[[], PreTrainedModel], engine_config: dict[str, Any], *, precision: str, shard: bool
+) -> PreTrainedModel:
     """The model, each rank keeping only its shard while the files are read where it is to be sharded."""
     if not shard:
         return load()
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-    nominal = {**engine_config, "train_micro_batch_size_per_gpu": 1}
+    # Shards are made in the precision that stands here; an engine does not convert them afterwards.
+    nominal = {**engine_config, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": precision == "bf16"}}
     marker = HfDeepSpeedConfig(nominal)  # transformers holds it weakly: sharded loading is on while it lives
     try:
         return load()
@@ -379,6 +432,18 @@ def _disown(twin: nn.Module) -> None:
                 module._parameters[key] = nn.Parameter(torch.empty(0), requires_grad=False)
 
 
-def _silence_deepspeed() -> None:
-    """Its information lines are many and repeat on every rank; warnings and errors stay."""
+def _prepare_deepspeed() -> None:
+    """Settles three things before DeepSpeed's first use: the device, its chatter, and no compiling at start.
+
+    On a CPU it would build a C++ collective with the user's compiler at the first run, and fail where there is none.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # Its collectives still go by a name that torch has set aside, which every rank would report.
+    warnings.filterwarnings(
+        "ignore", message=r".*(all_gather_into_tensor|reduce_scatter_tensor).*", category=FutureWarning
+    )
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

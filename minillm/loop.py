@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,7 +40,9 @@ class Keep:
     highest: bool
 
     def better(self, value: float, best: float | None) -> bool:
-        """Whether ``value`` beats ``best``."""
+        """Whether ``value`` beats ``best``; a NaN never does (and as ``best`` it could not be beaten)."""
+        if math.isnan(value):
+            return False
         return best is None or (value > best if self.highest else value < best)
 
 

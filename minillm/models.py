@@ -6,15 +6,19 @@ Legend: B rows, L positions in the attention mask, S new positions, N tokens, H 
 from __future__ import annotations
 
 import contextlib
-import json
+import hashlib
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,7 +30,9 @@ from transformers import (
 )
 
 from minillm.cards import BuildSpec, Card
-from minillm.errors import ModelError, PositionsExceeded
+from minillm.errors import ModelError, PositionsExceeded, did_you_mean
+from minillm.hub import asked_once
+from minillm.model_files import few, in_short, require_safe_folder
 from minillm.scoring import HeadWeights, TeacherView, token_statistics
 
 PROBE_TOLERANCE = 1e-3
@@ -157,15 +163,7 @@ def inspect(card: Card) -> ModelFacts:
         generation = None
     else:
         assert card.model is not None
-        folder = Path(card.model)
-        if folder.exists():
-            _require_safe_folder(folder)
-        tokenizer = _load_tokenizer(card.model, revision=card.revision)
-        config = _hub_call(AutoConfig.from_pretrained, card.model, revision=card.revision)
-        try:
-            generation = GenerationConfig.from_pretrained(card.model, revision=card.revision or "main")
-        except OSError:
-            generation = None
+        tokenizer, config, generation = _read_pretrained(card.model, revision=card.revision)
     positions = getattr(config, "max_position_embeddings", None)
     return ModelFacts(name=card.name, config=config, tokenizer=tokenizer, generation=generation, positions=positions)
 
@@ -179,25 +177,69 @@ def load(card: Card, facts: ModelFacts, *, seed: int, dtype: torch.dtype | None 
             torch.manual_seed(seed)
             built: PreTrainedModel = AutoModelForCausalLM.from_config(facts.config, dtype=dtype)
         return built
-    with quiet_transformers():
-        model: PreTrainedModel = _hub_call(
-            AutoModelForCausalLM.from_pretrained, card.model, revision=card.revision, dtype=dtype, use_safetensors=True
+    with contextlib.nullcontext() if Path(str(card.model)).exists() else asked_once(), quiet_transformers():
+        model: PreTrainedModel
+        model, found = _hub_call(
+            AutoModelForCausalLM.from_pretrained,
+            card.model,
+            revision=card.revision,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
+    _require_all_weights(str(card.model), type(model).__name__, found)
     return model
+
+
+def _require_all_weights(name: str, kind: str, found: dict[str, Any]) -> None:
+    """Raise ``ModelError`` where files lack a weight or hold it in another shape: transformers would fill it with
+    random numbers and go on."""
+    if other := sorted(found["mismatched_keys"]):
+        key, got, wanted = other[0]
+        raise ModelError(
+            f"{name}: {len(other):,} weights do not fit config.json: {key} is {list(got)}, wanted {list(wanted)}.\n"
+            "  config and weights are of different models; fetch or write the folder again"
+        )
+    if missing := sorted(found["missing_keys"]):
+        raise ModelError(
+            f"{name}: {len(missing):,} of the weights of a {kind} are not in its files: {few(missing)}.\n"
+            "  they are of another architecture, or not all there; fetch or write the folder again"
+        )
+    if (spare := sorted(found["unexpected_keys"])) and os.environ.get("RANK", "0") == "0":
+        print(f"note: {name}: left out {len(spare):,} weights that a {kind} has not: {few(spare)}", file=sys.stderr)
+
+
+def fingerprint(card: Card) -> str:
+    """Names a card's weights: SHA-256 of a folder's safetensors, or hub name and revision. Reads all of them once."""
+    folder = Path(card.model or "")
+    if card.model is None or not folder.is_dir():
+        return f"{card.model or card.name}@{card.revision}"
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
 
 
 def probe_head(model: PreTrainedModel, root: CausalLM) -> None:
     """Raise ``ModelError`` unless head(backbone(x)) gives the logits that the model itself gives for a few tokens.
 
     Some architectures do something between the two that a configuration does not show; distilling those would train
-    another model than the one that is published. Needs whole (unsharded) weights.
+    another model than the one that is published. Needs whole (unsharded) weights; compares real ids only.
     """
     ids_BS = torch.arange(1, 9, device=model.device)[None] % model.config.vocab_size
     with torch.no_grad():
         hidden, _ = root("read", ids_BS=ids_BS, mask_BL=torch.ones_like(ids_BS), cache=None)
         ours = root.head(hidden[0])
-        theirs = model(input_ids=ids_BS).logits[0].to(ours.dtype)
-    gap = float((ours - theirs[:, : ours.shape[1]]).abs().max())
+        output = model(input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS))
+        theirs = output.logits[0, :, : ours.shape[1]].to(ours.dtype)
+    if not bool(theirs.isfinite().all()):
+        raise ModelError(
+            f"{type(model).__name__}: its weights give logits that are not finite numbers.\n"
+            "  the files are damaged or of a diverged run; fetch or write them again"
+        )
+    gap = float((ours - theirs).abs().max())
     limit = PROBE_TOLERANCE if model.dtype in {torch.float32, torch.float64} else 0.1
     if not gap <= limit * max(1.0, float(theirs.abs().max())):
         raise ModelError(
@@ -238,19 +280,30 @@ class ModelReader:
         return cache
 
 
-def _require_safe_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
+def _read_pretrained(
+    name: str, *, revision: str | None
+) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig, GenerationConfig | None]:
+    """Everything of a model but its weights; those of a folder are looked at without being read."""
+    local = Path(name).exists()
+    if local:
+        require_safe_folder(Path(name))
+    elif name.count("/") > 1 or name.startswith(("/", ".", "~")):  # no hub name looks like this
+        raise ModelError(f"{name}: there is no such folder.\n  if an earlier run makes it, finish that run first")
+    generation = None
+    with contextlib.nullcontext() if local else asked_once(), quiet_transformers():
+        tokenizer = _load_tokenizer(name, revision=revision)
+        config = _hub_call(AutoConfig.from_pretrained, name, revision=revision)
+        try:
+            generation = GenerationConfig.from_pretrained(name, revision=revision or "main")
+        except OSError as error:
+            if (Path(name) / "generation_config.json").exists():
+                raise ModelError(f"{name}: generation_config.json cannot be read: {in_short(error)}") from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "vocab_size", None) is None:
         raise ModelError(
-            f"{folder}: no config.json in it.\n"
-            "  give a folder that transformers' save_pretrained wrote, a card name, or a hub name"
+            f"{name}: a {config.model_type!r} is not a causal language model of text.\n"
+            "  wanted one that AutoModelForCausalLM opens, such as gpt2, opt, llama or qwen2"
         )
-    if not any(folder.glob("*.safetensors")):
-        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
-        found = f"only pickled weights ({', '.join(pickles[:3])})" if pickles else "no weights"
-        raise ModelError(
-            f"{folder}: {found}; wanted *.safetensors, because a pickle runs code when it is read.\n"
-            "  convert it where you trust it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
-        )
+    return tokenizer, config, generation
 
 
 def _load_tokenizer(name: str, *, revision: str | None) -> PreTrainedTokenizerBase:
@@ -266,10 +319,15 @@ def _hub_call(function: Any, name: Any, **options: Any) -> Any:
     """``from_pretrained`` with its errors told in two lines. Remote code stays off: nothing here can switch it on."""
     try:
         return function(name, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    # Its readers of JSON, tokenizers, tensors and the network raise what they like, a bare Exception among it.
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{name}: transformers cannot load it: it brings Python code of its own, and minillm runs none of it.\n"
+                "  wanted an architecture that transformers itself has, such as gpt2, opt, llama or qwen2"
+            ) from error
         raise ModelError(
-            f"{name}: transformers cannot load it: {first}\n"
+            f"{name}: transformers cannot load it: {in_short(error)}\n"
             "  wanted a model folder or a reachable hub name, with safetensors"
         ) from error
 
@@ -281,21 +339,30 @@ def _build_config(build: BuildSpec, tokenizer: PreTrainedTokenizerBase) -> PreTr
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
+    default = AutoConfig.for_model(build.architecture)
+    known = {*default.to_dict(), *default.attribute_map, "rope_theta"}
+    # transformers keeps a misspelt name as one more attribute and builds the default size.
+    if unknown := sorted(build.config.keys() - known):
+        raise ModelError(
+            f"build.config of a {build.architecture}: no field {unknown[0]!r}{did_you_mean(unknown[0], known)}"
+        )
     try:
         return AutoConfig.for_model(build.architecture, **{**ids, **build.config})
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"build.config of a {build.architecture}: {error}") from error
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise ModelError(f"build.config of a {build.architecture}: {in_short(error)}") from error
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without transformers' own progress bars, one for each tensor file of each rank."""
+    """Without transformers' own progress bars and tables of weights, one of each for each rank."""
     from transformers.utils import logging as transformers_logging
 
-    shown = transformers_logging.is_progress_bar_enabled()
+    shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if shown:
             transformers_logging.enable_progress_bar()

@@ -23,6 +23,8 @@ from minillm.batches import ExampleBatch, example_batch, prompt_batch
 from minillm.config import MinillmStage, SftStage
 from minillm.decode import roll_out
 from minillm.engines import Ranks, Student, Teacher
+from minillm.errors import NonFinite
+from minillm.models import ModelReader
 from minillm.order import GlobalOrder, WindowedOrder, occurrences, share
 from minillm.policy_loss import clipped_surrogate, importance_weights
 from minillm.sampling import coin_group
@@ -85,7 +87,7 @@ class Sft:
     def __init__(self, stage: SftStage, *, prompts: Sequence[Prompt], ids: Ids, ranks: Ranks, seed: int) -> None:
         self._stage, self._prompts, self._ids, self._ranks = stage, prompts, ids, ranks
         lengths = [len(prompt.ids) + len(prompt.response_ids) for prompt in prompts]
-        self._order = WindowedOrder(lengths, batch=stage.batch, window=50, seed=seed)
+        self._order = WindowedOrder(lengths, batch=stage.batch, window=stage.length_window, seed=seed)
 
     def collect(self, step: int, student: Student) -> tuple[list[Prompt], dict[str, float]]:
         """The step's rows, the same list on every rank."""
@@ -119,8 +121,10 @@ def lm_losses(
     sums = Sums({"lm": 0.0})
 
     def loss_of(indices: Sequence[int]) -> Tensor:
-        batch = example_batch([rows[i] for i in indices], pad_id=ids.pad, device=ranks.device)
-        logq_N = student.statistics(**_example_inputs(batch), wanted=("logq",))["logq"]
+        inputs = _nobody(ranks.device)
+        if indices:
+            inputs = _example_inputs(example_batch([rows[i] for i in indices], pad_id=ids.pad, device=ranks.device))
+        logq_N = student.statistics(**inputs, wanted=("logq",))["logq"]
         loss = -logq_N.sum() / max(tokens, 1)
         sums.add(lm=loss.detach())
         return weight * loss
@@ -172,7 +176,7 @@ class Minillm:
         mine = share(range(len(rows)), lengths=lengths, rank=self._ranks.rank, ranks=self._ranks.size)
         with student.whole() as reader, self._teacher.head() as head:
             rollout = self._roll_out(reader, [rows[i] for i in mine], step=step, policy_step=student.updates_done)
-            scored = score(rollout, student=reader, teacher_head=head, temperature=self._decoding.temperature)
+            scored = self._score(rollout, reader=reader, head=head)
         targets = self._credit(scored, prompt=[rows[i][0] for i in mine], row=mine)
         anchor = []
         if self._anchor_order is not None:
@@ -201,7 +205,9 @@ class Minillm:
                     losses += more
                 yield Update(losses, lambda s=sums, a=anchor_sums: self._update_figures(s, a))  # type: ignore[misc]
 
-    def _roll_out(self, reader: Any, rows: Sequence[tuple[int, int]], *, step: int, policy_step: int) -> Rollout:
+    def _roll_out(
+        self, reader: ModelReader, rows: Sequence[tuple[int, int]], *, step: int, policy_step: int
+    ) -> Rollout:
         batch = prompt_batch(
             [self._prompts[index] for index, _ in rows],
             [sample for _, sample in rows],
@@ -222,6 +228,18 @@ class Minillm:
             anyone=self._ranks.anyone,
             policy_step=policy_step,
         )
+
+    def _score(self, rollout: Rollout, *, reader: ModelReader, head: HeadWeights) -> Scored:
+        """``scoring.score``; every rank raises ``NonFinite`` if one does: alone it would leave the others waiting."""
+        scored, found = None, None
+        try:
+            scored = score(rollout, student=reader, teacher_head=head, temperature=self._decoding.temperature)
+        except NonFinite as error:
+            found = error
+        if self._ranks.anyone(found is not None):
+            raise found or NonFinite("another rank's scores are not finite; no update was made from them")
+        assert scored is not None
+        return scored
 
     def _credit(self, scored: Scored, *, prompt: Sequence[int], row: Sequence[int]) -> Targets:
         """Rewards -> returns -> advantages and weights, all detached."""
@@ -343,8 +361,7 @@ def rollout_inputs(rollout: Rollout, rows: Sequence[int]) -> dict[str, Tensor]:
     none."""
     prompts = rollout.prompts
     if not rows:
-        ids_BL = prompts.ids_BP.new_zeros((1, 2))
-        return {"ids_BL": ids_BL, "mask_BL": ids_BL == 0, "predict_BL": ids_BL != 0}
+        return _nobody(prompts.ids_BP.device)
     index = torch.as_tensor(rows, device=prompts.ids_BP.device)
     mask_BT = rollout.mask_BT[index]
     start = prompts.ids_BP.shape[1] - int(prompts.mask_BP[index].sum(dim=1).max())
@@ -375,6 +392,12 @@ def _kept_rows(mask_BT: Tensor, rows: Sequence[int]) -> Tensor:
 def _pick(value_BTX: Tensor, rows: Sequence[int], keep_BT: Tensor) -> Tensor:
     """The kept entries of some rows, [N, ...], in row order: the order in which a training forward returns them."""
     return value_BTX[torch.as_tensor(rows, dtype=torch.long, device=value_BTX.device)][keep_BT]
+
+
+def _nobody(device: torch.device) -> dict[str, Tensor]:
+    """Inputs of a forward over a dummy row of which no token is predicted: its loss is a 0 with a gradient of 0."""
+    ids_BL = torch.zeros((1, 2), dtype=torch.long, device=device)
+    return {"ids_BL": ids_BL, "mask_BL": ids_BL == 0, "predict_BL": ids_BL != 0}
 
 
 def _example_inputs(batch: ExampleBatch) -> dict[str, Tensor]:

@@ -11,6 +11,8 @@ from minillm.errors import DataError
 from minillm.measures import MAIN_TEMPERATURE, temperature_key
 
 SCHEMA = 1
+SAMPLE_FIELDS = ("uid", "seed", "temperature", "prompt", "response", "measures")
+"""What every row of samples.jsonl has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +50,9 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
     rows, unfinished = _read_jsonl(folder / "samples.jsonl")
     if unfinished:
         raise DataError(f"{unfinished}; the evaluation was broken off, evaluate the model again")
+    for number, row in enumerate(rows, start=1):
+        if absent := [field for field in SAMPLE_FIELDS if field not in row]:
+            raise DataError(f"{folder / 'samples.jsonl'}, row {number}: no {absent[0]!r}; evaluate the model again")
     return rows
 
 

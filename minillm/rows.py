@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from minillm.errors import DataError, did_you_mean
+from minillm.hub import asked_once
 from minillm.records import Row, RowFault, parse_line, parse_record, shown
 
 Broken = Literal["error", "skip"]
@@ -272,7 +273,8 @@ def _hub_records(source: str, name: str, config: str, split: str) -> Numbered:
     import datasets
 
     try:
-        table = datasets.load_dataset(name, config or None, split=split)
+        with asked_once():
+            table = datasets.load_dataset(name, config or None, split=split)
     # The library raises what its network, cache and format readers raise; all of it is one fault to the user.
     except Exception as error:
         reason = " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])

@@ -26,6 +26,8 @@ ShareBelowOne = Annotated[float, Field(strict=True, ge=0, lt=1, allow_inf_nan=Fa
 Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(min_length=1)]
 
+MOST_LINES = 10
+"""Problems told at once."""
 _LONGEST_SHOWN = 80
 _WANTED = {
     "int_type": "a whole number",
@@ -79,7 +81,8 @@ def headed(lines: list[str], *, source: str) -> str:
         return "\n".join(lines)
     if len(lines) == 1:
         return f"{source}: {lines[0]}"
-    return f"{source}: {len(lines)} problems\n" + "\n".join(f"  {line}" for line in lines)
+    more = [f"and {len(lines) - MOST_LINES} more; is this the right file?"] if len(lines) > MOST_LINES else []
+    return f"{source}: {len(lines)} problems\n" + "\n".join(f"  {line}" for line in (*lines[:MOST_LINES], *more))
 
 
 def _line(problem: Mapping[str, Any], *, of: type[BaseModel]) -> str:

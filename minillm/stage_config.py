@@ -111,6 +111,9 @@ class SftStage(_Stage):
     """Optimiser steps."""
     batch: Count
     """Rows per optimiser step, all ranks together."""
+    length_window: Count = 1
+    """Batches whose rows are sorted by length together: more pads less, but makes the rows of a batch alike, which cost
+    more than it saved when measured (docs/LOG.md). 1 leaves the order random; micro_batch also saves padding."""
     keep: KeepConfig = KeepConfig()
     """Which weights the stage hands on; lowest validation loss, as official."""
 

@@ -41,8 +41,7 @@ def run_stage(
     model_card: Callable[[Student, Mapping[str, float]], str],
 ) -> Progressed:
     """Trains one stage and publishes its student into the run's folder; ``model_card`` writes that folder's README."""
-    rows = stage.batch if isinstance(stage, SftStage) else stage.prompts * stage.samples_per_prompt
-    require_rows(prompts, ranks=ranks.size, per_step=rows, what=f"stage {stage.name}")
+    require_rows(prompts, ranks=ranks.size, per_step=rows_per_step(stage), what=f"stage {stage.name}")
     updates_per_step = 1 if isinstance(stage, SftStage) else stage.inner_updates
     student = Student(
         lambda: load(start.card, start.facts, seed=config.seed),
@@ -54,6 +53,7 @@ def run_stage(
         real_ids=pair.real_ids,
         from_files=start.card.build is None,
         dropout=isinstance(stage, SftStage),
+        seed=config.seed,
     )
 
     def publish(scores: Mapping[str, float]) -> None:
@@ -89,6 +89,11 @@ def run_stage(
         )
     finally:
         student.close()
+
+
+def rows_per_step(stage: SftStage | MinillmStage) -> int:
+    """Rows that all ranks together work on in one step."""
+    return stage.batch if isinstance(stage, SftStage) else stage.prompts * stage.samples_per_prompt
 
 
 def unbiased_words(config: RunConfig, stage: SftStage | MinillmStage) -> str:

@@ -11,8 +11,9 @@ import json
 import math
 import os
 import shutil
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from minillm.errors import RunExists
+from minillm.errors import ConfigError, DataError, RunExists
 from minillm.models import CausalLM, quiet_transformers
 from minillm.types import Decoding
+
+RESULTS = ("run.json", "metrics.jsonl", "samples.jsonl", "results.json", "report.html")
+"""Files that a run makes beside config.yaml and student/."""
 
 
 class RunFolder:
@@ -37,37 +41,50 @@ class RunFolder:
         """Where the published student stands once there is one."""
         return self.path / "student"
 
-    def open(self, *, config_text: str, fresh: bool) -> bool:
+    def open(self, *, config_text: str, fresh: bool, wait: Callable[[], None] | None = None) -> bool:
         """Makes the folder ready; True if this very run is done already and there is nothing to do.
 
         ``fresh`` starts over. Otherwise a folder with another configuration is refused (``RunExists``) and an
-        unfinished one with the same configuration is started again from its beginning, said by the caller.
+        unfinished one with the same configuration is started again from its beginning, said by the caller. ``wait`` is
+        called once this rank has read what is there, before the first one changes it.
         """
         stored = self.path / "config.yaml"
         if not fresh and stored.is_file():
-            if stored.read_text(encoding="utf-8") != config_text:
+            same = stored.read_text(encoding="utf-8", errors="replace") == config_text
+            if same and self.status().get("state") == "done":
+                return True
+            if not same and self._holds_something():
                 raise RunExists(
                     f"{self.path} holds a run with another configuration; nothing was touched.\n"
                     "  give this run another name (name=NAME), or start over with --fresh"
                 )
-            if self.status().get("state") == "done":
-                return True
+        if wait is not None:
+            wait()
         if self._writes:
             # What this class writes, and nothing else: the folder may hold other runs (runs/quickstart/sft) or a
             # user's notes.
-            for name in ("config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "results.json", "report.html"):
+            make_folder(self.path, setting="out or name")
+            for name in ("config.yaml", *RESULTS):
                 (self.path / name).unlink(missing_ok=True)
             shutil.rmtree(self.student, ignore_errors=True)
-            self.path.mkdir(parents=True, exist_ok=True)
             write_text(stored, config_text)
         return False
+
+    def _holds_something(self) -> bool:
+        """Whether a step was logged or anything made after it: a run that failed before has nothing to protect."""
+        return self.student.exists() or any((self.path / name).exists() for name in RESULTS if name != "run.json")
 
     def status(self) -> dict[str, Any]:
         """``run.json``: state (``running`` or ``done``), seconds by stage, versions; {} before the first."""
         file = self.path / "run.json"
         if not file.is_file():
             return {}
-        status: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            status = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{file}: not JSON: {error}\n  move it away, or start over with --fresh") from error
+        if not isinstance(status, dict) or not isinstance(status.get("seconds", {}), dict):
+            raise DataError(f"{file}: not the status of a run\n  move it away, or start over with --fresh")
         return status
 
     def set_status(self, **fields: Any) -> None:
@@ -110,7 +127,8 @@ def publish_student(
     projection.weight, projection.bias = root.head.weight, root.head.bias
     model.tie_weights()
     if model.get_input_embeddings().weight.shape[0] != real_ids:
-        model.resize_token_embeddings(real_ids, mean_resizing=False)
+        with torch.random.fork_rng(devices=[]):  # it initialises the smaller matrix before it copies into it
+            model.resize_token_embeddings(real_ids, mean_resizing=False)
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=decoding.temperature,
@@ -132,6 +150,8 @@ def publish_student(
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """A staging folder beside ``folder`` that takes its name, by renames, when the block ends well."""
     staging, old = folder.with_name(f".staging-{folder.name}"), folder.with_name(f".old-{folder.name}")
+    if old.exists() and not folder.exists():
+        old.rename(folder)  # a process died between the two renames below
     for left_over in (staging, old):
         shutil.rmtree(left_over, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -142,8 +162,27 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         raise
     if folder.exists():
         folder.rename(old)
-    staging.rename(folder)
+    try:
+        staging.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def make_folder(path: Path, *, setting: str) -> None:
+    """Makes a folder, and those above it; ``ConfigError`` naming ``setting`` where it cannot be made or written to."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    # ValueError: a null byte, which no path may hold.
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(
+            f"{str(path)!r} cannot be used as a folder ({reason}); wanted one to write to.\n"
+            f"  change {setting}, or make room there"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

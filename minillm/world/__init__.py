@@ -33,7 +33,7 @@ MAX_PROMPT_TOKENS = 24
 """Markers included."""
 MAX_RESPONSE_TOKENS = 48
 """The closing EOS included."""
-DEFAULT_COUNTS = {"train": 30_000, "validation": 300, "test": 400}
+DEFAULT_COUNTS = {"train": 60_000, "validation": 300, "test": 400}
 REFERENCES = 8
 TRIES = 64
 """Draws spent on finding distinct references; a prompt with two right answers has found both long before."""

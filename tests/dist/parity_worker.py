@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from minillm import distill
+from minillm import distill, engines
 from minillm.cards import Card
 from minillm.config import RunConfig
+from minillm.engines import Ranks
 from minillm.yaml_reader import write_yaml
 from tests import tiny
 
-STEPS = 5
+STEPS, HELD_OUT = 5, 3
+AVERAGED = "-averaged"
 
 
 def config(folder: Path, cell: str) -> RunConfig:
-    """The run of a cell ``STAGE-PLACEMENT``, such as ``zero2-zero3``."""
-    stage, placement = cell.split("-")
+    """The run of a cell ``STAGE-PLACEMENT``, such as ``zero2-zero3``, or ``STAGE-PLACEMENT-averaged``."""
+    stage, placement = cell.removesuffix(AVERAGED).split("-")
+    prompts = str(folder / "prompts.jsonl")
     return tiny.minillm_config(
         folder,
         teacher=folder / f"teacher-{placement}.yaml",
@@ -32,7 +38,18 @@ def config(folder: Path, cell: str) -> RunConfig:
         lm_coefficient=0.5,
         lm_batch=5,
         optimiser={"lr": 3e-3, "schedule": "constant"},
+        validate_every=STEPS,
         run_engine={"student": stage},
+        run_data={
+            "train": prompts,
+            "validation": prompts,
+            "test": prompts,
+            "max_prompt_tokens": 8,
+            "validation_limit": HELD_OUT,
+            "test_limit": HELD_OUT,
+        },
+        # Three rows, one at a time: the second rank has none for the last batch.
+        run_evaluation={"seeds": (10,), "batch": 1, "bootstrap": 10},
     )
 
 
@@ -47,6 +64,25 @@ def write_inputs(folder: Path) -> None:
         (folder / f"teacher-{placement}.yaml").write_text(text, encoding="utf-8")
 
 
+@contextlib.contextmanager
+def averaged() -> Iterator[None]:
+    """Engines that average the ranks' gradients, as if ``Student.update`` did not multiply by their number."""
+    initialise = engines._initialise
+
+    def broken(root: Any, *, ranks: Ranks, **options: Any) -> Any:
+        engine = initialise(root, ranks=ranks, **options)
+        backward = engine.backward
+        engine.backward = lambda loss, **more: backward(loss / ranks.size, **more)
+        return engine
+
+    engines._initialise = broken
+    try:
+        yield
+    finally:
+        engines._initialise = initialise
+
+
 if __name__ == "__main__":
     for name in sys.argv[2:]:
-        distill(config(Path(sys.argv[1]), name))
+        with averaged() if name.endswith(AVERAGED) else contextlib.nullcontext():
+            distill(config(Path(sys.argv[1]), name))

@@ -1,10 +1,14 @@
-"""ZeRO parity: where weights live and how many ranks share the work changes no loss."""
+"""ZeRO parity: where weights live and how many ranks share the work changes no loss, no text and no weight."""
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from minillm import distill
 from tests import tiny
@@ -14,7 +18,19 @@ from tests.dist.ranks import start_ranks
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 PLACEMENTS = ("replicated", "zero3")
 CELLS = [f"{stage}-{placement}" for stage in STAGES for placement in PLACEMENTS]
-SAME = ("loss", "single_loss", "long_loss", "lm_loss", "reverse_kl", "tokens", "mean_length", "advantage_std")
+BROKEN = "zero2-replicated" + parity_worker.AVERAGED
+SAME = (
+    "loss",
+    "single_loss",
+    "long_loss",
+    "lm_loss",
+    "reverse_kl",
+    "tokens",
+    "mean_length",
+    "advantage_std",
+    "grad_norm",
+)
+TOLERANCE = {"abs": 1e-6, "rel": 1e-5}
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +38,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All cells on two ranks in one launch, and the first on one process."""
     folder = tmp_path_factory.mktemp("parity")
     parity_worker.write_inputs(folder)
-    start_ranks("tests.dist.parity_worker", str(folder), *CELLS)
+    printed = start_ranks("tests.dist.parity_worker", str(folder), *CELLS, BROKEN)
+    (folder / "printed.txt").write_text(printed, encoding="utf-8")
     alone = parity_worker.config(folder, "zero0-replicated")
     distill(alone.model_copy(update={"name": "alone"}))
     return folder
@@ -34,16 +51,71 @@ def figures(folder: Path, name: str) -> list[dict[str, float]]:
     return [{key: line[key] for key in SAME} for line in lines]
 
 
+def disagreements(folder: Path, one: str, other: str) -> set[str]:
+    """Names of the figures in which two runs differ at some step."""
+    pairs = zip(figures(folder, one), figures(folder, other), strict=True)
+    return {key for left, right in pairs for key in SAME if left[key] != pytest.approx(right[key], **TOLERANCE)}
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_two_ranks_of_any_stage_have_the_losses_of_one_process(runs: Path, cell: str) -> None:
-    want, got = figures(runs, "alone"), figures(runs, cell)
-    for step, (one, two) in enumerate(zip(want, got, strict=True)):
-        for key in SAME:
-            assert two[key] == pytest.approx(one[key], abs=1e-6, rel=1e-6), (cell, step, key)
+    assert not disagreements(runs, "alone", cell)
+
+
+def test_gradients_that_are_averaged_over_the_ranks_are_seen(runs: Path) -> None:
+    """Negative control: Adam forgives a factor, the norm of the gradient does not."""
+    assert "grad_norm" in disagreements(runs, "alone", BROKEN)
+    first, broken = figures(runs, "alone")[0]["grad_norm"], figures(runs, BROKEN)[0]["grad_norm"]
+    assert broken == pytest.approx(first / 2, rel=1e-4)
 
 
 def test_another_seed_is_another_run(runs: Path) -> None:
     """Negative control: the figures that are compared above do tell two runs apart."""
     other = parity_worker.config(runs, "zero0-replicated").model_copy(update={"name": "other", "seed": 11})
     distill(other)
-    assert figures(runs, "other")[-1]["loss"] != pytest.approx(figures(runs, "alone")[-1]["loss"], rel=1e-4)
+    assert {"loss", "reverse_kl", "grad_norm"} <= disagreements(runs, "alone", "other")
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_two_ranks_publish_the_weights_of_one_process(runs: Path, cell: str) -> None:
+    one, two = (load_file(runs / name / "student" / "model.safetensors") for name in ("alone", cell))
+    begun = load_file(runs / "student" / "model.safetensors")
+    assert one.keys() == two.keys() == begun.keys()
+    for name, weight in one.items():
+        assert float((weight - two[name]).abs().max()) < 1e-4, name
+        assert float((weight - begun[name]).abs().max()) > 1e-3, name
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_two_ranks_validate_and_evaluate_as_one_process(runs: Path, cell: str) -> None:
+    """Also where a rank has no row for a batch."""
+    one, two = (tiny.logged(runs / name, "validation") for name in ("alone", cell))
+    assert len(one) == len(two) == 1
+    for name in one[0].keys() - {"kind", "stage", "seconds"}:
+        assert two[0][name] == pytest.approx(one[0][name], abs=1e-4), name
+    for mine, theirs in zip(samples(runs / "alone"), samples(runs / cell), strict=True):
+        divergences = mine["measures"].pop("reverse_kl"), theirs["measures"].pop("reverse_kl")
+        assert mine == theirs and divergences[0] == pytest.approx(divergences[1], abs=1e-4)
+
+
+def samples(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(lines) == parity_worker.HELD_OUT
+    return lines
+
+
+def teacher_shares(runs: Path, placement: str) -> list[float]:
+    """The share of the teacher's bytes that each rank said it keeps between forwards, in every cell."""
+    said = re.findall(
+        rf"rank \d: teacher teacher-{placement} \({placement}\) keeps ([\d,]+) of ([\d,]+) bytes",
+        (runs / "printed.txt").read_text(encoding="utf-8"),
+    )
+    return [int(kept.replace(",", "")) / int(whole.replace(",", "")) for kept, whole in said]
+
+
+def test_a_sharded_teacher_keeps_half_of_its_bytes_on_each_of_two_ranks(runs: Path) -> None:
+    """The control: a replicated one keeps all of them."""
+    sharded, whole = teacher_shares(runs, "zero3"), teacher_shares(runs, "replicated")
+    assert len(sharded) == 2 * len(STAGES) and len(whole) == 2 * (len(STAGES) + 1)
+    assert all(0.5 <= share < 0.52 for share in sharded), sharded
+    assert set(whole) == {1.0}

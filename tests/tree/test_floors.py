@@ -23,7 +23,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     1: ("errors", "types"),
     2: ("sampling", "divergences", "credit", "policy_loss"),
     3: (
-        *("settings", "stage_config", "yaml_reader", "config", "cards"),
+        *("settings", "stage_config", "yaml_reader", "config", "cards", "hub", "model_files"),
         *("records", "rows", "prompts", "batches", "order", "templates", "vocabulary", "world"),
     ),
     4: ("models", "decode", "scoring"),

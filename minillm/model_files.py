@@ -1,0 +1,71 @@
+"""A model folder looked at before anything in it is loaded: whole files, no pickles, and errors that name the file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from minillm.errors import ModelError
+
+SHOWN = 3
+LONGEST_REASON = 300
+"""Characters of another library's message that ours quotes."""
+_AGAIN = "\n  it is damaged, or its copying was broken off; fetch or write it again"
+
+
+def require_safe_folder(folder: Path) -> None:
+    """Raise ``ModelError`` unless the folder has a config and whole safetensors files, by their headers."""
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder}: no config.json in it.\n"
+            "  give a folder that transformers' save_pretrained wrote, a card name, or a hub name"
+        )
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"):
+        if (folder / name).exists():
+            _json_object(folder / name)
+    weights = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
+    if not weights:
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
+        found = f"only pickled weights ({few(pickles)})" if pickles else "no weights"
+        raise ModelError(
+            f"{folder}: {found}; wanted *.safetensors, because a pickle runs code when it is read.\n"
+            "  convert it where you trust it: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+        )
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        parts = _json_object(index).get("weight_map")
+        named = {str(part) for part in parts.values()} if isinstance(parts, dict) else set()
+        if absent := sorted(named - {file.name for file in weights}):
+            raise ModelError(f"{folder}: {index.name} names {few(absent)}, not there.\n  fetch or write it again")
+    for file in weights:
+        try:  # the header alone, which also says how long the file must be
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file}: not a whole safetensors file: {in_short(error)}{_AGAIN}") from error
+
+
+def few(names: list[str]) -> str:
+    """The first few names, and how many more there are."""
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
+
+
+def in_short(error: Exception) -> str:
+    """What another library says went wrong, on one line of bounded length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST_REASON else text[:LONGEST_REASON] + "…"
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ModelError(f"{file}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}{_AGAIN}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{file}: cannot be read as JSON: {in_short(error)}{_AGAIN}") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{file}: holds a {type(found).__name__}, wanted a JSON object{_AGAIN}")
+    return found

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Distils a teacher into a student under DeepSpeed's launcher.
+#
+#   bash scripts/distill.sh TEACHER STUDENT [key=value ...]
+#   bash scripts/distill.sh gpt2-xl gpt2 data.train=prompts.jsonl name=my-run
+#
+# TEACHER and STUDENT are cards (teachers/*.yaml, students/*.yaml), model folders or hub names. CONFIG names another run file
+# than recipes/jsonl.yaml, and RANKS another number of processes than one a GPU.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [[ $# -lt 2 || $1 == -* || $1 == *=* || $2 == *=* ]]; then
+  sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+  exit 2
+fi
+source scripts/setup.sh
+source scripts/launch.sh
+launch distill --config "${CONFIG:-recipes/jsonl.yaml}" teacher="$1" student="$2" "${@:3}"

@@ -1,0 +1,236 @@
+"""The loop keeps the best student, stops when nothing improves, and is not disturbed by being watched."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from minillm import distill
+from minillm.config import RunConfig
+from minillm.engines import Ranks
+from minillm.errors import DataError
+from minillm.loop import Keep, Progressed, run_steps
+from minillm.objectives import Update
+from minillm.store import RunFolder
+from tests import tiny
+
+
+class FakeStudent:
+    """Counts its updates."""
+
+    def __init__(self) -> None:
+        self.updates_done = 0
+        self.learning_rate = 0.5
+
+    def update(self, losses: Sequence[Callable[[], Tensor]]) -> tuple[float, float]:
+        total = sum(float(loss_of()) for loss_of in losses)
+        self.updates_done += 1
+        return total, 2.0
+
+
+class FakeObjective:
+    """Two updates a step; the figures say in which order things happened."""
+
+    updates_per_step = 2
+
+    def __init__(self) -> None:
+        self.order: list[str] = []
+
+    def collect(self, step: int, student: Any) -> tuple[int, dict[str, float]]:
+        self.order.append(f"collect {step}")
+        return step, {"tokens": 7.0, "loss": -1.0}
+
+    def updates(self, collected: int, student: Any) -> Iterator[Update]:
+        for n in range(2):
+            self.order.append(f"losses {collected}.{n}")
+            yield Update([lambda: torch.tensor(1.0)], lambda n=n: {"loss": float(collected * 10 + n)})  # type: ignore[misc]
+
+
+class Run:
+    """One run of the loop over fakes, with the values that a validation finds, in order."""
+
+    def __init__(
+        self, folder: Path, values: Sequence[float] | None, *, steps: int, every: int, patience: int, highest: bool
+    ) -> None:
+        self.published: list[tuple[int, dict[str, float]]] = []
+        self.objective, self.student = FakeObjective(), FakeStudent()
+        self.left = list(values or [])
+        self.folder = RunFolder(folder, writes=True)
+        self.folder.open(config_text="", fresh=True)
+        self.done: Progressed = run_steps(
+            self.objective,
+            self.student,  # type: ignore[arg-type]
+            stage="a",
+            steps=steps,
+            ranks=Ranks(),
+            folder=self.folder,
+            headline=("loss", "absent"),
+            validate=None if values is None else self._validate,
+            validate_every=every,
+            keep=Keep(metric="kl", highest=highest),
+            patience=patience,
+            publish=self._publish,
+        )
+
+    def _validate(self, student: Any) -> dict[str, float]:
+        return {"kl": self.left.pop(0), "other": 3.0}
+
+    def _publish(self, scores: Mapping[str, float]) -> None:
+        self.published.append((self.student.updates_done // 2, dict(scores)))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., Run]:
+    def start(values: Sequence[float] | None, *, steps: int = 6, **changes: Any) -> Run:
+        return Run(tmp_path / "run", values, **{"every": 1, "patience": 0, "highest": False, "steps": steps, **changes})
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("highest", "want"), [(False, [(1, 5.0), (2, 4.0), (4, 3.0)]), (True, [(1, 5.0), (3, 6.0), (6, 7.0)])]
+)
+def test_each_new_best_is_published_with_its_scores(
+    highest: bool, want: list[tuple[int, float]], run: Callable[..., Run]
+) -> None:
+    done = run([5.0, 4.0, 6.0, 3.0, 3.0, 7.0], highest=highest)
+    assert done.published == [(step, {"kl": value, "other": 3.0}) for step, value in want]
+    assert (done.done.best_step, done.done.best) == want[-1]
+    assert done.done.best_figures == {"kl": want[-1][1], "other": 3.0}
+
+
+def test_without_a_validation_the_last_student_is_published_without_scores(run: Callable[..., Run]) -> None:
+    for values, every in ((None, 0), (None, 1), ([], 0)):
+        done = run(values, every=every)
+        assert done.published == [(6, {})] and done.done.step == 6
+
+
+def test_a_stage_ends_with_a_validation_wherever_the_interval_falls(run: Callable[..., Run]) -> None:
+    done = run([5.0, 4.0, 3.0], steps=5, every=2)
+    assert [step for step, _ in done.published] == [2, 4, 5] and not done.left
+    assert [step for step, _ in run([5.0, 4.0], steps=4, every=2).published] == [2, 4]
+
+
+@pytest.mark.parametrize(("patience", "last", "stale"), [(0, 7, 3), (1, 3, 1), (2, 6, 2), (3, 7, 3), (4, 7, 3)])
+def test_patience_counts_validations_since_the_best(
+    patience: int, last: int, stale: int, run: Callable[..., Run]
+) -> None:
+    """An equal value is no improvement; a better one starts the count again; 0 never stops."""
+    done = run([5.0, 4.0, 4.0, 3.0, 3.5, 3.0, 9.0], steps=7, patience=patience)
+    assert (done.done.step, done.done.stale) == (last, stale)
+    assert done.done.stopped_early is (0 < patience <= 3)
+
+
+def test_a_run_that_stops_early_makes_no_further_step(run: Callable[..., Run]) -> None:
+    done = run([5.0, 6.0, 7.0], steps=50, patience=2)
+    assert (done.done.step, done.done.stopped_early, done.student.updates_done) == (3, True, 6)
+    assert done.published == [(1, {"kl": 5.0, "other": 3.0})]
+
+
+def test_a_measure_that_is_no_number_is_never_the_best(run: Callable[..., Run]) -> None:
+    """A NaN at first would otherwise beat everything after it: no comparison with it is ever true."""
+    done = run([math.nan, 5.0, math.nan, 4.0], steps=4)
+    assert [step for step, _ in done.published] == [2, 4]
+
+
+def test_if_every_validation_is_no_number_the_last_student_is_published(run: Callable[..., Run]) -> None:
+    done = run([math.nan] * 3, steps=3)
+    assert done.published == [(3, {})] and done.done.best is None
+
+
+def test_a_step_collects_then_learns_and_is_logged_once(run: Callable[..., Run]) -> None:
+    done = run([5.0, 4.0], steps=2)
+    assert done.objective.order == [
+        "collect 0", "losses 0.0", "losses 0.1", "collect 1", "losses 1.0", "losses 1.1",
+    ]  # fmt: skip
+    lines = tiny.logged(done.folder.path)
+    assert [(line["stage"], line["step"], line["update"]) for line in lines] == [("a", 1, 2), ("a", 2, 4)]
+    assert [line["loss"] for line in lines] == [1.0, 11.0], "the last update's figures"
+    assert all((line["tokens"], line["grad_norm"], line["lr"]) == (7.0, 2.0, 0.5) for line in lines)
+    found = tiny.logged(done.folder.path, "validation")
+    assert [(line["step"], line["kl"], line["other"]) for line in found] == [(1, 5.0, 3.0), (2, 4.0, 3.0)]
+
+
+def test_seconds_only_grow(run: Callable[..., Run]) -> None:
+    done = run([5.0] * 6)
+    lines = (done.folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    seconds = [json.loads(line)["seconds"] for line in lines]
+    assert seconds == sorted(seconds) and done.done.seconds >= seconds[-1] - 1e-3
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-2 pair: its dropout draws from the global random stream. The student's head has padded rows."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny.save_model(folder / "teacher", "gpt2", seed=1)
+    tiny.save_model(folder / "student", "gpt2", seed=2, rows=32)
+    tiny.save_prompts(folder / "prompts.jsonl")
+    tiny.save_prompts(folder / "bare.jsonl", rows=5, responses=False)
+    return folder
+
+
+OPTIMISER = {"lr": 1e-2, "schedule": "constant"}
+STAGES: dict[str, dict[str, Any]] = {
+    "sft": {"kind": "sft", "steps": 3, "batch": 6, "optimiser": OPTIMISER},
+    "minillm": {"kind": "minillm", "steps": 3, "prompts": 6, "optimiser": OPTIMISER},
+}
+
+
+def config(inputs: Path, out: Path, kind: str, *, validation: str = "prompts.jsonl", **changes: Any) -> RunConfig:
+    return tiny.minillm_config(
+        out,
+        teacher=inputs / "teacher",
+        student=inputs / "student",
+        prompts=inputs / "prompts.jsonl",
+        run_stages=({**STAGES[kind], **changes},),
+        run_data={
+            "train": str(inputs / "prompts.jsonl"),
+            "validation": str(inputs / validation),
+            "max_prompt_tokens": 8,
+            "validation_limit": 5,
+        },
+    )
+
+
+def train_lines(settings: RunConfig) -> list[dict[str, Any]]:
+    lines = tiny.logged(distill(settings))
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+@pytest.mark.parametrize("kind", ["sft", "minillm"])
+def test_the_same_run_twice_has_the_same_figures(kind: str, inputs: Path, tmp_path: Path) -> None:
+    """Dropout, too, is a function of the run's seed: not of what this process did before."""
+    torch.manual_seed(1)
+    one = train_lines(config(inputs, tmp_path / "one", kind))
+    torch.manual_seed(2)
+    assert train_lines(config(inputs, tmp_path / "two", kind)) == one and len(one) == 3
+    other = config(inputs, tmp_path / "three", kind).model_copy(update={"seed": 11})
+    assert train_lines(other) != one, "the control: another seed is another run"
+
+
+@pytest.mark.parametrize("kind", ["sft", "minillm"])
+def test_watching_does_not_change_the_training(kind: str, inputs: Path, tmp_path: Path) -> None:
+    """Every figure of every step is the same, with a validation and a publication at each step and with none."""
+    torch.manual_seed(3)
+    alone = train_lines(config(inputs, tmp_path / "alone", kind))
+    torch.manual_seed(3)
+    watched = config(inputs, tmp_path / "watched", kind, validate_every=1)
+    assert train_lines(watched) == alone
+    assert len(tiny.logged(tmp_path / "watched" / "run", "validation")) == 3
+
+
+def test_a_metric_that_the_validation_rows_cannot_give_is_refused_before_training(inputs: Path, tmp_path: Path) -> None:
+    settings = config(
+        inputs, tmp_path, "minillm", validation="bare.jsonl", validate_every=1,
+        keep={"metric": "rouge_l", "mode": "max"},
+    )  # fmt: skip
+    with pytest.raises(DataError, match="rouge_l"):
+        distill(settings)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

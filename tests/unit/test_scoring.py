@@ -1,0 +1,324 @@
+"""Numbers per token, tile by tile, are those of whole logits, and rows of a head beyond the real ids do not exist.
+
+The twin here knows no tiles, masks or infinities: it goes row by row and keeps only the allowed columns.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from minillm.errors import NonFinite
+from minillm.models import Head
+from minillm.sampling import pack_support
+from minillm.scoring import STATISTICS, HeadWeights, TeacherView, score, spread, token_statistics
+from minillm.types import PromptBatch, Rollout, Stop
+
+N, V, STUDENT_H, TEACHER_H = 13, 21, 6, 9
+TINY = 1e-10
+VISIBLE = 1e-4
+JSD_BETA = 0.3
+
+
+class Case:
+    """Random heads and hidden states in float64, the student's as leaves of a graph."""
+
+    def __init__(self, *, seed: int = 0, tokens: int = N, **head: Any) -> None:
+        noise = torch.Generator().manual_seed(seed)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=noise, dtype=torch.float64)
+
+        bias = head.pop("bias", True)
+        self.hidden_NH = random(tokens, STUDENT_H).requires_grad_()
+        self.weight_VH = random(V, STUDENT_H).requires_grad_()
+        self.bias_V = random(V).requires_grad_() if bias else None
+        self.head = HeadWeights(weight_VH=self.weight_VH, bias_V=self.bias_V, **head)
+        self.teacher = TeacherView(
+            head=HeadWeights(weight_VH=random(V, TEACHER_H), bias_V=random(V), scale=0.7),
+            hidden_NH=random(tokens, TEACHER_H),
+        )
+        self.taken_N = torch.randint(0, V, (tokens,), generator=noise)
+        self.support_NV = torch.rand(tokens, V, generator=noise) < 0.5
+        self.support_NV[torch.arange(tokens), self.taken_N] = True
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [leaf for leaf in (self.hidden_NH, self.weight_VH, self.bias_V) if leaf is not None]
+
+    def tiled(self, **options: Any) -> dict[str, Tensor]:
+        support = self.support_NV if options.pop("support", False) else None
+        return token_statistics(
+            self.hidden_NH,
+            head=self.head,
+            taken_N=self.taken_N,
+            teacher=options.pop("teacher", self.teacher),
+            wanted=options.pop("wanted", STATISTICS),
+            support_NC=None if support is None else pack_support(support),
+            jsd_beta=JSD_BETA,
+            **options,
+        )
+
+    def twin(self, *, temperature: float = 1.0, support: bool = False) -> dict[str, Tensor]:
+        """The same, row by row from whole logits."""
+        rows = [self._row(i, temperature=temperature, support=support) for i in range(len(self.taken_N))]
+        return {name: torch.stack([row[name] for row in rows]) for name in STATISTICS}
+
+    def _row(self, i: int, *, temperature: float, support: bool) -> dict[str, Tensor]:
+        kept = self.support_NV[i].nonzero()[:, 0] if support else torch.arange(V)
+        at = int((kept == self.taken_N[i]).nonzero())
+        z = self.hidden_NH[i] @ self.weight_VH.T * self.head.scale
+        if self.bias_V is not None:
+            z = z + self.bias_V * self.head.scale
+        if self.head.softcap is not None:
+            z = torch.tanh(z / self.head.softcap) * self.head.softcap
+        assert self.teacher.head.bias_V is not None
+        y = (self.teacher.hidden_NH[i] @ self.teacher.head.weight_VH.T + self.teacher.head.bias_V) * 0.7
+        q, p = torch.softmax(z[kept] / temperature, 0), torch.softmax(y[kept] / temperature, 0)
+        m = JSD_BETA * p + (1 - JSD_BETA) * q
+        return {
+            "logq": q[at].log(),
+            "logp": p[at].log(),
+            "entropy": -(q * q.log()).sum(),
+            "reverse_kl": (q * (q / p).log()).sum(),
+            "forward_kl": (p * (p / q).log()).sum(),
+            "jsd": JSD_BETA * (p * (p / m).log()).sum() + (1 - JSD_BETA) * (q * (q / m).log()).sum(),
+        }
+
+
+def gradients(case: Case, value_N: Tensor) -> list[Tensor]:
+    """Of a sum in which each token has another weight, so that no token can stand in for another."""
+    weight_N = torch.linspace(0.5, 2.0, len(value_N), dtype=torch.float64)
+    total = (weight_N * value_N).sum()
+    return list(torch.autograd.grad(total, case.leaves, retain_graph=True))
+
+
+def gap(one: Tensor, other: Tensor) -> float:
+    return float((one - other).detach().abs().max())
+
+
+HEADS = [
+    pytest.param({"bias": False}, id="plain"),
+    pytest.param({}, id="bias"),
+    pytest.param({"scale": 0.4, "softcap": 2.5}, id="bias-scale-softcap"),
+]
+SETTINGS = [
+    pytest.param({}, id="all-ids"),
+    pytest.param({"temperature": 0.7}, id="temperature"),
+    pytest.param({"temperature": 1.6, "support": True}, id="temperature-support"),
+]
+
+
+@pytest.mark.parametrize("tile", [1, 4, N, 64, None])
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("head", HEADS)
+def test_tiles_have_the_values_and_gradients_of_whole_logits(
+    head: dict[str, Any], settings: dict[str, Any], tile: int | None
+) -> None:
+    case = Case(**head)
+    want, got = case.twin(**settings), case.tiled(tile=tile, **settings)
+    assert set(got) == set(STATISTICS)
+    for name in STATISTICS:
+        assert got[name].shape == (N,) and gap(got[name], want[name]) < TINY, name
+        if name == "logp":  # the teacher's word alone: nothing of the student is in it
+            assert not got[name].requires_grad
+            continue
+        for mine, theirs in zip(gradients(case, got[name]), gradients(case, want[name]), strict=True):
+            assert gap(mine, theirs) < TINY, name
+
+
+@pytest.mark.parametrize(
+    ("head", "settings", "twin"),
+    [
+        pytest.param({}, {"temperature": 0.7}, {}, id="temperature-forgotten"),
+        pytest.param({}, {"support": True}, {}, id="support-forgotten"),
+        pytest.param({}, {}, {"temperature": 1.01}, id="another-temperature"),
+    ],
+)
+def test_the_twin_tells_settings_apart(head: dict[str, Any], settings: dict[str, Any], twin: dict[str, Any]) -> None:
+    """Negative control of the comparison above."""
+    case = Case(**head)
+    got, other = case.tiled(tile=4, **settings), case.twin(**twin)
+    for name in STATISTICS:
+        assert gap(got[name], other[name]) > VISIBLE, name
+
+
+@pytest.mark.parametrize("change", [{"softcap": None}, {"scale": 1.0}, {"bias_V": None}])
+def test_the_twin_tells_heads_apart(change: dict[str, Any]) -> None:
+    """Negative control: each part of a head counts."""
+    case = Case(scale=0.4, softcap=2.5)
+    want = case.twin()
+    parts = {"weight_VH": case.weight_VH, "bias_V": case.bias_V, "scale": 0.4, "softcap": 2.5, **change}
+    case.head = HeadWeights(**parts)
+    assert gap(case.tiled(tile=4)["reverse_kl"], want["reverse_kl"]) > VISIBLE
+
+
+@pytest.mark.parametrize("wanted", [("logq",), ("reverse_kl", "logq"), ("entropy",)])
+def test_only_what_is_wanted_comes_back(wanted: tuple[str, ...]) -> None:
+    case = Case()
+    got = case.tiled(wanted=wanted, tile=4)
+    assert tuple(got) == wanted
+    for name in wanted:
+        assert gap(got[name], case.twin()[name]) < TINY
+
+
+def test_no_token_is_an_empty_tensor_that_still_carries_a_zero_gradient() -> None:
+    case = Case(tokens=0)
+    got = case.tiled()
+    for name in STATISTICS:
+        assert got[name].shape == (0,), name
+        if name == "logp":
+            continue
+        assert got[name].requires_grad, name
+        found = torch.autograd.grad(got[name].sum(), case.leaves, retain_graph=True)
+        assert all(bool((gradient == 0).all()) for gradient in found), name
+
+
+@pytest.mark.parametrize(("tile", "whole"), [(2, False), (N, True)])
+def test_several_tiles_keep_nothing_of_the_size_of_all_logits_for_the_backward_pass(tile: int, whole: bool) -> None:
+    """One tile is kept as it is (the control), several are computed again."""
+    case, sizes = Case(), []
+
+    def record(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        case.tiled(tile=tile)
+    assert (max(sizes) >= N * V) is whole
+    assert whole or max(sizes) <= max(leaf.numel() for leaf in (*case.leaves, case.teacher.hidden_NH))
+
+
+def test_the_teacher_receives_no_gradient_even_if_it_could() -> None:
+    """Its head is a view of frozen weights; what reaches the student does not depend on that."""
+    case = Case()
+    weight = case.teacher.head.weight_VH
+    frozen = gradients(case, case.tiled(tile=4)["reverse_kl"])
+    assert not weight.requires_grad and weight.grad is None
+    thawed_head = HeadWeights(weight_VH=weight.clone().requires_grad_(), bias_V=case.teacher.head.bias_V, scale=0.7)
+    thawed = TeacherView(head=thawed_head, hidden_NH=case.teacher.hidden_NH)
+    for one, other in zip(frozen, gradients(case, case.tiled(tile=4, teacher=thawed)["reverse_kl"]), strict=True):
+        assert gap(one, other) < TINY
+
+
+PADDING = 11
+GARBAGE = {"nan": math.nan, "infinite": math.inf, "huge": 1e30, "zero": 0.0}
+
+
+def padded_head(case: Case, garbage: float, *, real_ids: int = V) -> Head:
+    """The case's head as a module whose matrix has more rows than there are ids."""
+    projection = nn.Linear(STUDENT_H, V + PADDING, bias=True, dtype=torch.float64)
+    assert case.bias_V is not None
+    with torch.no_grad():
+        projection.weight.copy_(torch.cat([case.weight_VH, torch.full((PADDING, STUDENT_H), garbage)]))
+        projection.bias.copy_(torch.cat([case.bias_V, torch.full((PADDING,), garbage)]))
+    return Head(projection, real_ids=real_ids, scale=case.head.scale, softcap=case.head.softcap)
+
+
+@pytest.mark.parametrize("support", [False, True])
+@pytest.mark.parametrize("tile", [4, N])
+@pytest.mark.parametrize("garbage", list(GARBAGE))
+def test_rows_beyond_the_real_ids_change_nothing_and_receive_no_gradient(
+    garbage: str, tile: int, support: bool
+) -> None:
+    case = Case(scale=0.4, softcap=2.5)
+    head = padded_head(case, GARBAGE[garbage])
+    got = head(
+        case.hidden_NH, taken_N=case.taken_N, wanted=STATISTICS, teacher=case.teacher, tile=tile, jsd_beta=JSD_BETA,
+        support_NC=pack_support(case.support_NV) if support else None,
+    )  # fmt: skip
+    want = case.tiled(tile=tile, support=support)
+    for name in STATISTICS:
+        assert torch.equal(got[name], want[name]), name
+    torch.stack([got[name] for name in STATISTICS]).sum().backward()
+    weight, bias = head.weight.grad, head.bias.grad
+    assert weight is not None and bias is not None
+    assert bool((weight[V:] == 0).all()) and bool((bias[V:] == 0).all())
+    assert bool((weight[:V] != 0).all()) and bool(weight.isfinite().all())
+    assert head(case.hidden_NH).shape == (N, V)
+
+
+@pytest.mark.parametrize("rows", [V, V + 1])
+def test_counting_a_padded_row_as_real_would_be_seen(rows: int) -> None:
+    """Negative control: a head cut one row too late has another softmax."""
+    case = Case()
+    head = padded_head(case, 3.0, real_ids=rows)
+    got = head(case.hidden_NH, taken_N=case.taken_N, wanted=("logq", "entropy"))
+    same = gap(got["logq"], case.twin()["logq"]) < TINY
+    assert same is (rows == V)
+
+
+def test_half_precision_weights_give_numbers_in_32_bits() -> None:
+    case = Case()
+    weight_VH, hidden_NH = case.weight_VH.detach().bfloat16(), case.hidden_NH.detach().bfloat16()
+    values = token_statistics(
+        hidden_NH, head=HeadWeights(weight_VH=weight_VH, bias_V=None), taken_N=case.taken_N, wanted=("logq", "entropy")
+    )
+    assert {value.dtype for value in values.values()} == {torch.float32}
+
+
+def a_rollout(*, uids: tuple[str, ...] = ("x", "y")) -> Rollout:
+    noise = torch.Generator().manual_seed(0)
+    mask_BT = torch.tensor([[True, True, False], [True, True, True]])
+    return Rollout(
+        prompts=PromptBatch(
+            uid_B=uids, sample_B=(0, 0), ids_BP=torch.ones(2, 1, dtype=torch.long), mask_BP=torch.ones(2, 1) > 0
+        ),
+        response_BT=torch.randint(0, V, (2, 3), generator=noise),
+        mask_BT=mask_BT,
+        stop_B=(Stop.EOS, Stop.LENGTH),
+        teacher_drew_BT=torch.zeros_like(mask_BT),
+        logq_BT=torch.zeros(2, 3),
+        student_hidden_BTH=torch.randn(2, 3, STUDENT_H, generator=noise, dtype=torch.float64),
+        teacher_hidden_BTH=torch.randn(2, 3, TEACHER_H, generator=noise, dtype=torch.float64),
+        support_BTC=None,
+        policy_step=0,
+    )
+
+
+class OwnHead:
+    """A student as ``score`` sees it."""
+
+    def __init__(self, head: HeadWeights) -> None:
+        self.head = head
+
+    def statistics(self, hidden_NH: Tensor, **arguments: Any) -> dict[str, Tensor]:
+        return token_statistics(hidden_NH, head=self.head, **arguments)
+
+
+def test_scores_stand_where_their_tokens_stand_and_carry_no_gradient() -> None:
+    case, rollout = Case(), a_rollout()
+    scored = score(rollout, student=OwnHead(case.head), teacher_head=case.teacher.head, temperature=1.0)
+    assert rollout.student_hidden_BTH is not None
+    hidden_H, token = rollout.student_hidden_BTH[1, 2], rollout.response_BT[1, 2]
+    want = case.head.logits(hidden_H[None]).log_softmax(-1)[0, token]
+    assert gap(scored.logq_BT[1, 2], want.detach()) < TINY
+    for value_BT in (scored.logq_BT, scored.logp_BT, scored.reverse_kl_BT, scored.entropy_BT):
+        assert not value_BT.requires_grad and float(value_BT[0, 2]) == 0.0
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_score_that_is_no_number_names_its_row_and_position(broken: float) -> None:
+    case, rollout = Case(), a_rollout(uids=("good", "bad"))
+    assert rollout.teacher_hidden_BTH is not None
+    rollout.teacher_hidden_BTH[1, 2] = broken
+    with pytest.raises(NonFinite, match=r"'bad', response position 2; no update"):
+        score(rollout, student=OwnHead(case.head), teacher_head=case.teacher.head, temperature=1.0)
+
+
+def test_a_state_off_the_mask_is_never_scored() -> None:
+    """The control of the test above: the same NaN where no token was sampled harms nobody."""
+    case, rollout = Case(), a_rollout()
+    assert rollout.teacher_hidden_BTH is not None
+    rollout.teacher_hidden_BTH[0, 2] = math.nan
+    scored = score(rollout, student=OwnHead(case.head), teacher_head=case.teacher.head, temperature=1.0)
+    assert bool(scored.reverse_kl_BT.isfinite().all())
+
+
+def test_values_are_laid_back_in_row_order() -> None:
+    mask_BT = torch.tensor([[True, False, True], [False, True, False]])
+    assert spread(torch.tensor([1.0, 2.0, 3.0]), mask_BT).tolist() == [[1.0, 0.0, 2.0], [0.0, 3.0, 0.0]]
