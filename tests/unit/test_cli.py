@@ -204,7 +204,7 @@ DISTIL: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     # names
     (("student=gpt3",), ("ConfigError", "'gpt3': no model folder", "did you mean 'gpt2'?")),
     (("teacher=teachers/micro-wrld",), ("ConfigError", "did you mean 'micro-world'?")),
-    (("teacher=students/micro-world-24x1",), ("ModelError", "random weights", "give a card with 'model'")),
+    (("teacher=students/micro-world-16x1",), ("ModelError", "random weights", "give a card with 'model'")),
     (("student=owner/model",), ("ModelError", "owner/model: transformers cannot load it", "reachable hub name")),
     (("student={place}/card-typo.yaml",), ("ConfigError", "placment", "did you mean 'placement'?")),
     (("student={place}/card-nowhere.yaml",), ("ModelError", "nowhere: there is no such folder")),
