@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from minillm.config import MinillmStage, RunConfig, SftStage, dump_config
-from minillm.engines import Ranks, Student, Teacher
+from minillm.engines import Student, Teacher
 from minillm.errors import DataError
-from minillm.evaluation import Judge, Record, sample_and_judge, validator
-from minillm.measures import summarise
+from minillm.evaluation import Record, validator
 from minillm.model_card import CardFacts, render
-from minillm.models import CausalLM, ModelReader, fingerprint, inspect, load, probe_head
-from minillm.preflight import Pair, Split, check_pair, decoding_record, read_split, require_rows
+from minillm.models import inspect, load
+from minillm.preflight import Pair, Split, check_pair, read_split
+from minillm.ranks import Ranks
 from minillm.report import combine, print_tables, write_report
-from minillm.stages import Start, rows_per_step, run_stage, unbiased_words
-from minillm.store import Clock, RunFolder, make_folder, write_jsonl, write_text
+from minillm.results import asked_of, evaluate_into, judge_of, stored_results, versions
+from minillm.stages import Start, check_rows, learns_from_responses, run_stage, unbiased_words
+from minillm.store import Clock, RunFolder, make_folder, write_text
 from minillm.types import Purpose
-
-SHOWN_PACKAGES = ("minillm", "torch", "transformers", "deepspeed")
 
 
 def distill(config: RunConfig, *, fresh: bool = False) -> Path:
@@ -36,9 +34,7 @@ def distill(config: RunConfig, *, fresh: bool = False) -> Path:
     splits = _read_splits(config, pair)
     ranks = Ranks(threads=config.threads)
     for stage in config.stages:
-        require_rows(
-            splits["train"].prompts, ranks=ranks.size, per_step=rows_per_step(stage), what=f"stage {stage.name}"
-        )
+        check_rows(stage, splits["train"].prompts, ranks=ranks)
     folder = RunFolder(Path(config.out) / config.name, writes=ranks.first)
     interrupted = not fresh and folder.status().get("state") == "running"
     done = folder.open(config_text=dump_config(config), fresh=fresh, wait=ranks.barrier)
@@ -48,11 +44,12 @@ def distill(config: RunConfig, *, fresh: bool = False) -> Path:
         return folder.path
     if interrupted:
         _say(ranks, f"{folder.path}: an earlier run did not end; this one starts again from its beginning")
-    folder.set_status(state="running", seconds={}, ranks=ranks.size, versions=_versions())
+    folder.set_status(state="running", seconds={}, ranks=ranks.size, versions=versions())
     _introduce(config, pair, splits, ranks)
     teacher = _load_teacher(pair, ranks) if _needs_teacher(config, splits) else None
     start = Start(card=pair.student_card, facts=pair.student)
     seconds: dict[str, float] = {}
+    stages: dict[str, Any] = {}
     for stage in config.stages:
         done_stage = run_stage(
             config,
@@ -71,12 +68,13 @@ def distill(config: RunConfig, *, fresh: bool = False) -> Path:
             ),
         )
         seconds[stage.name] = round(done_stage.seconds, 2)
-        folder.set_status(seconds=seconds)
+        stages[stage.name] = dataclasses.asdict(done_stage)
+        folder.set_status(seconds=seconds, stages=stages)
         card = pair.student_card.model_copy(update={"model": str(folder.student), "build": None, "revision": None})
         start = Start(card=card, facts=inspect(card))
     if "test" in splits:
         clock = Clock()
-        _evaluate_folder(
+        evaluate_into(
             config, pair, splits["test"], start=start, teacher=teacher, ranks=ranks, out=folder.path, shown=config.name
         )
         seconds["evaluation"] = round(clock(), 2)
@@ -105,9 +103,9 @@ def evaluate(model: str | Path, config: RunConfig, *, out: str | Path, fresh: bo
     ranks = Ranks(threads=config.threads)
     out = Path(out)
     start = Start(card=pair.student_card, facts=pair.student)
-    stored = None if fresh else _stored_results(out)
+    stored = None if fresh else stored_results(out)
     if stored is not None:
-        asked, before = _asked(config, pair, split, start=start), stored.get("asked") or {}
+        asked, before = asked_of(config, pair, split, start=start), stored.get("asked") or {}
         if before == asked:
             _say(ranks, f"{out}: evaluated already; --fresh starts over")
             return stored
@@ -122,7 +120,7 @@ def evaluate(model: str | Path, config: RunConfig, *, out: str | Path, fresh: bo
         _say(ranks, line)
     teacher = _load_teacher(pair, ranks) if pair.teacher is not None else None
     ranks.barrier()
-    return _evaluate_folder(config, pair, split, start=start, teacher=teacher, ranks=ranks, out=out, shown=str(model))
+    return evaluate_into(config, pair, split, start=start, teacher=teacher, ranks=ranks, out=out, shown=str(model))
 
 
 def build_report(
@@ -162,17 +160,20 @@ def build_report(
 def _read_splits(config: RunConfig, pair: Pair) -> dict[str, Split]:
     data = config.data
     assert data.train is not None, "the configuration refuses a run without training rows"
+    learners = [stage.name for stage in config.stages if learns_from_responses(stage)]
     only_sft = all(isinstance(stage, SftStage) for stage in config.stages)
-    splits = {"train": read_split(config, data.train, pair=pair, name="train", need_response=only_sft)}
-    needs = any(not prompt.response_ids for prompt in splits["train"].prompts)
-    if needs and any(isinstance(s, SftStage) or s.lm_coefficient > 0 for s in config.stages):
-        answered = sum(bool(prompt.response_ids) for prompt in splits["train"].prompts)
-        if not answered:
-            raise DataError(
-                f"{data.train}: no row has a response of at most {config.decoding.max_new_tokens} tokens, and a stage "
-                "of this run learns from responses\n"
-                "  give the rows a 'response' field, or raise decoding.max_new_tokens"
-            )
+    train = read_split(config, data.train, pair=pair, name="train", need_response=only_sft)
+    answered = sum(bool(prompt.response_ids) for prompt in train.prompts)
+    if learners and not answered:
+        raise DataError(
+            f"{data.train}: no row has a response of at most {config.decoding.max_new_tokens} tokens, and stage "
+            f"{learners[0]} learns from responses\n  give the rows a 'response' field, or raise decoding.max_new_tokens"
+        )
+    if learners and answered < len(train.prompts):
+        of_all = f"{answered:,} of {len(train.prompts):,} rows have a response"
+        told = f"train: {of_all}; stage {', '.join(learners)} learns from those"
+        train = dataclasses.replace(train, words=(*train.words, told))
+    splits = {"train": train}
     if data.validation is not None and any(stage.validate_every for stage in config.stages):
         splits["validation"] = read_split(
             config, data.validation, pair=pair, name="validation", need_response=False, limit=data.validation_limit
@@ -231,108 +232,9 @@ def _validator(
 ) -> Any:
     if split is None or not stage.validate_every:
         return None
-    judge = Judge(
-        prompts=split.prompts,
-        decoding=decoding_record(config.decoding),
-        tokenizer=pair.tokenizer,
-        ids=pair.ids,
-        teacher=teacher,
-        in_world=split.source.startswith("world:"),
-        batch=config.evaluation.batch,
-        seed=config.seed,
-        purpose=Purpose.VALIDATION,
-    )
+    judge = judge_of(config, pair, split, teacher=teacher, purpose=Purpose.VALIDATION)
     has_references = any(prompt.response_ids for prompt in split.prompts)
     return validator(judge, ranks=ranks, generate=isinstance(stage, MinillmStage), loss=has_references)
-
-
-def _evaluate_folder(
-    config: RunConfig,
-    pair: Pair,
-    split: Split,
-    *,
-    start: Start,
-    teacher: Teacher | None,
-    ranks: Ranks,
-    out: Path,
-    shown: str,
-) -> dict[str, Any]:
-    """Evaluates the weights of ``start`` on ``split`` and writes ``results.json`` and ``samples.jsonl`` (rank 0)."""
-    settings = config.evaluation
-    model = load(start.card, start.facts, seed=config.seed)
-    root = CausalLM(model)
-    root.head.real_ids = pair.real_ids
-    probe_head(model, root)
-    reader = ModelReader(root.eval().to(ranks.device), device=ranks.device, lockstep=False)
-    judge = Judge(
-        prompts=split.prompts,
-        decoding=decoding_record(config.decoding),
-        tokenizer=pair.tokenizer,
-        ids=pair.ids,
-        teacher=teacher,
-        in_world=split.source.startswith("world:"),
-        batch=settings.batch,
-        seed=config.seed,
-        purpose=Purpose.EVALUATION,
-    )
-    clock = Clock()
-    samples = sample_and_judge(
-        reader, judge, seeds=settings.seeds, temperatures=settings.temperatures, ranks=ranks, title=f"evaluate {shown}"
-    )
-    measures, by_temperature = summarise(
-        samples, temperatures=settings.temperatures, resamples=settings.bootstrap, seed=config.seed
-    )
-    results = {
-        "schema": 1,
-        "model": {
-            "name": start.card.name,
-            "path": str(start.card.model),
-            "parameters": sum(p.numel() for p in root.parameters()),
-        },
-        "teacher": None if teacher is None else {"name": config.teacher, "parameters": teacher.parameters},
-        "data": {"source": split.source, "rows": len(split.prompts), "sha256": split.sha256},
-        "decoding": config.decoding.model_dump(),
-        "seeds": list(settings.seeds),
-        "bootstrap": settings.bootstrap,
-        "asked": _asked(config, pair, split, start=start),
-        "measures": measures,
-        "temperatures": by_temperature,
-        "seconds": {"evaluation": round(clock(), 2)},
-        "versions": _versions(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    if ranks.first:
-        write_jsonl(out / "samples.jsonl", samples)
-        write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
-    ranks.barrier()
-    return results
-
-
-def _asked(config: RunConfig, pair: Pair, split: Split, *, start: Start) -> dict[str, Any]:
-    """What an evaluation was asked: two with equal answers here need not be made twice."""
-    return {
-        "model": str(start.card.model),
-        "weights": fingerprint(start.card),
-        "teacher": config.teacher,
-        "teacher_weights": None if pair.teacher_card is None else fingerprint(pair.teacher_card),
-        "data": split.sha256,
-        "decoding": config.decoding.model_dump(),
-        "evaluation": config.evaluation.model_dump(mode="json", exclude={"batch"}),
-        "seed": config.seed,
-    }
-
-
-def _stored_results(out: Path) -> dict[str, Any] | None:
-    file = out / "results.json"
-    if not file.is_file():
-        return None
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file}: not JSON: {error}; move it away or give --fresh") from error
-    if not isinstance(stored, dict) or not isinstance(stored.get("asked"), dict):
-        raise DataError(f"{file}: not the results of an evaluation; move it away or give --fresh")
-    return stored
 
 
 def _write_run_report(config: RunConfig, folder: RunFolder, seconds: Mapping[str, float]) -> None:
@@ -373,7 +275,7 @@ def _card_facts(
         data_sha256=split.sha256,
         unbiased=unbiased_words(config, stage),
         config_text=dump_config(config),
-        versions=_versions(),
+        versions=versions(),
         licence_notes="; ".join(f"{card.name}: {card.licence}" for card in cards if card.licence),
     )
 
@@ -392,16 +294,6 @@ def _introduce(config: RunConfig, pair: Pair, splits: Mapping[str, Split], ranks
                 ranks,
                 f"note: {card.name} was made for template '{card.template}'; data.template is '{config.data.template}'",
             )
-
-
-def _versions() -> dict[str, str]:
-    found: dict[str, str] = {}
-    for package in SHOWN_PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
 
 
 def _say(ranks: Ranks, line: str) -> None:

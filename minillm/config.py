@@ -7,7 +7,7 @@ gradient is not unbiased. "Official" in a default's source is the paper's publis
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -182,11 +182,6 @@ class RunConfig(Settings):
                 raise UnsupportedCombination(
                     f"{at} keeps by 'validity', which only the embedded world can judge, "
                     f"but data.validation is {self.data.validation!r}; set keep.metric: rouge_l or reverse_kl"
-                )
-            if stage.optimiser.name == "muon" and PurePath(self.engine.student).stem != "zero0":
-                raise UnsupportedCombination(
-                    f"{at} uses muon, which needs whole matrices, but engine.student {self.engine.student!r} may cut "
-                    "them into shards; set engine.student: zero0, or optimiser.name: adamw"
                 )
         return self
 

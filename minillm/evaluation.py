@@ -15,14 +15,14 @@ from transformers import PreTrainedTokenizerBase
 
 from minillm.batches import example_batch, prompt_batch
 from minillm.decode import roll_out
-from minillm.engines import Ranks, Student, Teacher
+from minillm.engines import Student, Teacher
 from minillm.measures import ratios_of, repetition_3, rouge_l
 from minillm.models import ModelReader
-from minillm.objectives import Ids
 from minillm.progress import Progress
+from minillm.ranks import Ranks
 from minillm.scoring import score
 from minillm.statistics import mean_over_seeds
-from minillm.types import Decoding, DrawKey, Prompt, Purpose, Rollout, Scored
+from minillm.types import Decoding, DrawKey, Ids, Prompt, Purpose, Rollout, Scored
 from minillm.world import check
 
 Record = dict[str, Any]
@@ -72,7 +72,7 @@ def sample_and_judge(
     for turn, temperature in enumerate(temperatures):
         decoding = dataclasses.replace(judge.decoding, temperature=temperature)
         for piece in range(pieces):
-            batch = mine[piece::pieces]
+            batch = mine[piece * len(mine) // pieces : (piece + 1) * len(mine) // pieces]
             judged = _judge_batch(reader, judge, batch, decoding=decoding, ranks=ranks)
             records += [((turn, seed, place), record) for (place, seed), record in zip(batch, judged, strict=True)]
             bar.advance(turn * pieces + piece + 1, {})
@@ -134,12 +134,14 @@ def _judge_batch(
         eos_ids=judge.ids.eos,
         pad_id=judge.ids.pad,
         keep_hidden=judge.teacher is not None,
-        anyone=ranks.anyone,
+        anyone=ranks.anyone if judge.teacher is not None and judge.teacher.reader.lockstep else bool,
     )
     scored = None
     if judge.teacher is not None:
         with judge.teacher.head() as head:
-            scored = score(rollout, student=reader, teacher_head=head, temperature=decoding.temperature)
+            scored = ranks.together(
+                lambda: score(rollout, student=reader, teacher_head=head, temperature=decoding.temperature)
+            )
     return [
         _record(row, judge, rollout, scored, index=index, seed=cells[index][1], temperature=decoding.temperature)
         for index, row in enumerate(rows)

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from minillm.engines import Ranks, Student
+from minillm.engines import Student
 from minillm.objectives import Objective
 from minillm.progress import Progress
+from minillm.ranks import Ranks
 from minillm.store import Clock, RunFolder
 
 Validate = Callable[[Student], dict[str, float]]
@@ -70,9 +71,10 @@ def run_steps(
     try:
         for step in range(done.step, steps):
             collected, figures = objective.collect(step, student)  # prompts -> (rollout -> scored -> targets)
-            for update in objective.updates(collected, student):  # targets -> loss -> step
-                _, norm = student.update(update.losses)
-                figures.update(update.figures(), grad_norm=norm, lr=student.learning_rate)
+            with objective.learning(collected, student) as updates:  # targets -> loss -> step
+                for update in updates:
+                    _, norm = student.update(update.losses)
+                    figures.update(update.figures(), grad_norm=norm, lr=student.learning_rate)
             done.step, done.seconds = step + 1, clock()
             folder.log({"kind": "train", **_place(stage, done, student), **figures})
             bar.advance(done.step, {name: figures[name] for name in headline if name in figures})

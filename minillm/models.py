@@ -211,12 +211,14 @@ def _require_all_weights(name: str, kind: str, found: dict[str, Any]) -> None:
 
 
 def fingerprint(card: Card) -> str:
-    """Names a card's weights: SHA-256 of a folder's safetensors, or hub name and revision. Reads all of them once."""
+    """Names what a card loads: SHA-256 of a folder's safetensors and JSON files (read once), or hub name and
+    revision."""
     folder = Path(card.model or "")
     if card.model is None or not folder.is_dir():
         return f"{card.model or card.name}@{card.revision}"
     digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted((*folder.glob("*.safetensors"), *folder.glob("*.json"))):
+        digest.update(file.name.encode())
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()

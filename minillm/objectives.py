@@ -5,13 +5,14 @@ Legend: B this rank's rows, A all ranks' rows, P prompt positions, T response po
 micro-batch.
 
 An objective has two halves. ``collect`` does everything that needs no gradient (for MiniLLM: prompts -> rollout ->
-scored -> targets). ``updates`` turns the result into optimiser steps, each a list of micro-batch losses divided by
+scored -> targets). ``learning`` turns the result into optimiser steps, each a list of micro-batch losses divided by
 *global* denominators (design D7), so that ranks, micro-batches and padding change nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,14 +23,14 @@ from minillm import credit
 from minillm.batches import ExampleBatch, example_batch, prompt_batch
 from minillm.config import MinillmStage, SftStage
 from minillm.decode import roll_out
-from minillm.engines import Ranks, Student, Teacher
-from minillm.errors import NonFinite
+from minillm.engines import Student, Teacher
 from minillm.models import ModelReader
 from minillm.order import GlobalOrder, WindowedOrder, occurrences, share
 from minillm.policy_loss import clipped_surrogate, importance_weights
+from minillm.ranks import Ranks
 from minillm.sampling import coin_group
 from minillm.scoring import HeadWeights, TeacherView, score
-from minillm.types import Decoding, DrawKey, Prompt, Purpose, Rollout, Scored, Stop, Targets
+from minillm.types import Decoding, DrawKey, Ids, Prompt, Purpose, Rollout, Scored, Stop, Targets
 
 Loss = Callable[[], Tensor]
 
@@ -67,16 +68,9 @@ class Objective(Protocol):
     def collect(self, step: int, student: Student) -> tuple[Any, dict[str, float]]:
         """Everything before learning, and figures for the log."""
 
-    def updates(self, collected: Any, student: Student) -> Iterator[Update]:
-        """The optimiser steps of one loop step, in order."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ids:
-    """The special ids that batches and rollouts need."""
-
-    eos: tuple[int, ...]
-    pad: int
+    def learning(self, collected: Any, student: Student) -> AbstractContextManager[list[Update]]:
+        """The optimiser steps of one loop step, in order; what they share (a gathered head) lives as long as the
+        block."""
 
 
 class Sft:
@@ -87,14 +81,17 @@ class Sft:
     def __init__(self, stage: SftStage, *, prompts: Sequence[Prompt], ids: Ids, ranks: Ranks, seed: int) -> None:
         self._stage, self._prompts, self._ids, self._ranks = stage, prompts, ids, ranks
         lengths = [len(prompt.ids) + len(prompt.response_ids) for prompt in prompts]
-        self._order = WindowedOrder(lengths, batch=stage.batch, window=stage.length_window, seed=seed)
+        self._order = WindowedOrder(
+            lengths, batch=stage.batch, window=stage.length_window, seed=seed, purpose=f"{stage.name}/rows"
+        )
 
     def collect(self, step: int, student: Student) -> tuple[list[Prompt], dict[str, float]]:
         """The step's rows, the same list on every rank."""
         rows = [self._prompts[index] for index in self._order.batch(step)]
         return rows, {"tokens": float(sum(len(row.ids) + len(row.response_ids) for row in rows))}
 
-    def updates(self, collected: list[Prompt], student: Student) -> Iterator[Update]:
+    @contextmanager
+    def learning(self, collected: list[Prompt], student: Student) -> Iterator[list[Update]]:
         """One step on them."""
         losses, sums = lm_losses(
             collected,
@@ -104,7 +101,7 @@ class Sft:
             micro_batch=self._stage.micro_batch,
             weight=1.0,
         )
-        yield Update(losses, lambda: {"loss": sums.over_ranks(self._ranks)["lm"]})
+        yield [Update(losses, lambda: {"loss": sums.over_ranks(self._ranks)["lm"]})]
 
 
 def lm_losses(
@@ -154,13 +151,13 @@ class Minillm:
     ) -> None:  # fmt: skip
         self._stage, self._prompts, self._decoding = stage, prompts, decoding
         self._teacher, self._ids, self._ranks, self._seed = teacher, ids, ranks, seed
-        self._order = GlobalOrder(len(prompts), seed)
+        self._order = GlobalOrder(len(prompts), seed, f"{stage.name}/rows")
         self.updates_per_step = stage.inner_updates
         self._constant = stage.expected_length or float(decoding.max_new_tokens)
         self._anchor_order = None
         if stage.lm_coefficient > 0.0:
             self._anchored = [index for index, prompt in enumerate(prompts) if prompt.response_ids]
-            self._anchor_order = GlobalOrder(len(self._anchored), seed + 1)
+            self._anchor_order = GlobalOrder(len(self._anchored), seed, f"{stage.name}/anchor")
 
     def collect(self, step: int, student: Student) -> tuple[Collected, dict[str, float]]:
         """Prompts -> rollout -> scored -> targets, without gradient."""
@@ -176,7 +173,9 @@ class Minillm:
         mine = share(range(len(rows)), lengths=lengths, rank=self._ranks.rank, ranks=self._ranks.size)
         with student.whole() as reader, self._teacher.head() as head:
             rollout = self._roll_out(reader, [rows[i] for i in mine], step=step, policy_step=student.updates_done)
-            scored = self._score(rollout, reader=reader, head=head)
+            scored = self._ranks.together(
+                lambda: score(rollout, student=reader, teacher_head=head, temperature=self._decoding.temperature)
+            )
         targets = self._credit(scored, prompt=[rows[i][0] for i in mine], row=mine)
         anchor = []
         if self._anchor_order is not None:
@@ -184,26 +183,31 @@ class Minillm:
             anchor = [self._prompts[self._anchored[i]] for i in taken]
         return Collected(targets=targets, anchor=anchor, sequences=len(rows)), self._rollout_figures(targets, len(rows))
 
-    def updates(self, collected: Collected, student: Student) -> Iterator[Update]:
+    @contextmanager
+    def learning(self, collected: Collected, student: Student) -> Iterator[list[Update]]:
         """``inner_updates`` steps over the same rollout; the teacher's head is gathered once for all of them."""
-        rollout = collected.targets.scored.rollout
-        by_length = sorted(range(len(rollout.stop_B)), key=lambda i: int(rollout.length_B[i]))
-        pieces = _pieces(-(-collected.sequences // self._ranks.size), self._stage.micro_batch)
         with self._teacher.head() as head:
-            for _ in range(self._stage.inner_updates):
-                sums = Sums({"single": 0.0, "long": 0.0, "clipped": 0.0, "clamped": 0.0, "kept": 0.0})
-                losses: list[Loss] = [
-                    lambda rows=rows, sums=sums: self._loss(rows, collected, student=student, head=head, sums=sums)  # type: ignore[misc]
-                    for rows in cut(by_length, size=self._stage.micro_batch, pieces=pieces)
-                ]
-                anchor_sums = Sums({"lm": 0.0})
-                if collected.anchor:
-                    more, anchor_sums = lm_losses(
-                        collected.anchor, student=student, ids=self._ids, ranks=self._ranks,
-                        micro_batch=self._stage.micro_batch, weight=self._stage.lm_coefficient,
-                    )  # fmt: skip
-                    losses += more
-                yield Update(losses, lambda s=sums, a=anchor_sums: self._update_figures(s, a))  # type: ignore[misc]
+            yield [self._update(collected, student=student, head=head) for _ in range(self._stage.inner_updates)]
+
+    def _update(self, collected: Collected, *, student: Student, head: HeadWeights) -> Update:
+        """One pass over the rollout in micro-batches of rows of similar length, and over the anchor's rows if any."""
+        rollout, size = collected.targets.scored.rollout, self._stage.micro_batch
+        by_length = sorted(range(len(rollout.stop_B)), key=lambda i: int(rollout.length_B[i]))
+        sums = Sums({"single": 0.0, "long": 0.0, "clipped": 0.0, "clamped": 0.0, "kept": 0.0})
+        anchor_sums = Sums({"lm": 0.0})
+
+        def loss_on(rows: Sequence[int]) -> Loss:
+            return lambda: self._loss(rows, collected, student=student, head=head, sums=sums)
+
+        pieces = _pieces(-(-collected.sequences // self._ranks.size), size)
+        losses = [loss_on(rows) for rows in cut(by_length, size=size, pieces=pieces)]
+        if collected.anchor:
+            more, anchor_sums = lm_losses(
+                collected.anchor, student=student, ids=self._ids, ranks=self._ranks, micro_batch=size,
+                weight=self._stage.lm_coefficient,
+            )  # fmt: skip
+            losses += more
+        return Update(losses, lambda: self._update_figures(sums, anchor_sums))
 
     def _roll_out(
         self, reader: ModelReader, rows: Sequence[tuple[int, int]], *, step: int, policy_step: int
@@ -225,21 +229,10 @@ class Minillm:
             teacher_mix=self._stage.teacher_mix,
             coin_groups=self._stage.coin_groups,
             keep_hidden=True,
-            anyone=self._ranks.anyone,
+            # Ranks need not stay in step token by token unless the teacher's weights are shared among them.
+            anyone=self._ranks.anyone if self._teacher.reader.lockstep else bool,
             policy_step=policy_step,
         )
-
-    def _score(self, rollout: Rollout, *, reader: ModelReader, head: HeadWeights) -> Scored:
-        """``scoring.score``; every rank raises ``NonFinite`` if one does: alone it would leave the others waiting."""
-        scored, found = None, None
-        try:
-            scored = score(rollout, student=reader, teacher_head=head, temperature=self._decoding.temperature)
-        except NonFinite as error:
-            found = error
-        if self._ranks.anyone(found is not None):
-            raise found or NonFinite("another rank's scores are not finite; no update was made from them")
-        assert scored is not None
-        return scored
 
     def _credit(self, scored: Scored, *, prompt: Sequence[int], row: Sequence[int]) -> Targets:
         """Rewards -> returns -> advantages and weights, all detached."""

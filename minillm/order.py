@@ -28,6 +28,8 @@ class GlobalOrder:
 
     n: int
     seed: int
+    purpose: str = "rows"
+    """Tells apart the orders of one run: a stage's name, and what its rows are for."""
     _epochs: dict[int, list[int]] = field(default_factory=dict, repr=False, compare=False)
     """The last permutations made; a cache, never state."""
 
@@ -38,7 +40,7 @@ class GlobalOrder:
         """The row of the draw-th draw of the run, counted from 0."""
         epoch, place = divmod(draw, self.n)
         if epoch not in self._epochs:
-            made = permutation(self.n, seed=self.seed, epoch=epoch)
+            made = permutation(self.n, seed=self.seed, epoch=epoch, purpose=self.purpose)
             _remember(self._epochs, epoch, made)
         return self._epochs[epoch][place]
 
@@ -58,13 +60,14 @@ class WindowedOrder:
     batch takes them and fills up from the next epoch. ``window=1`` leaves the random order as it is.
     """
 
-    def __init__(self, lengths: Sequence[int], batch: int, window: int, seed: int) -> None:
+    def __init__(self, lengths: Sequence[int], batch: int, window: int, seed: int, *, purpose: str = "rows") -> None:
         assert len(lengths) > 0, "an order needs at least one row"
         assert batch > 0 and window > 0, "a batch and a window hold at least one row and one batch"
         self._lengths = tuple(lengths)
         self._batch = batch
         self._window = window
         self._seed = seed
+        self._purpose = purpose
         self._epochs: dict[int, list[int]] = {}
 
     def batch(self, step: int) -> list[int]:
@@ -79,7 +82,7 @@ class WindowedOrder:
 
     def _arranged(self, epoch: int) -> list[int]:
         count, batch = len(self._lengths), self._batch
-        rows = permutation(count, seed=self._seed, epoch=epoch)
+        rows = permutation(count, seed=self._seed, epoch=epoch, purpose=self._purpose)
         # The first rows fill the last epoch's open batch; only after them does a batch of this epoch begin.
         head = min(count, -epoch * count % batch)
         whole = (count - head) // batch
@@ -91,9 +94,9 @@ class WindowedOrder:
             if self._window > 1:
                 ordered.sort(key=self._lengths.__getitem__)
             batches += [ordered[at : at + batch] for at in range(0, size, batch)]
-        order = (
-            permutation(whole, seed=self._seed, epoch=epoch, purpose="batches") if self._window > 1 else range(whole)
-        )
+        order: Sequence[int] = range(whole)
+        if self._window > 1:
+            order = permutation(whole, seed=self._seed, epoch=epoch, purpose=f"{self._purpose}/batches")
         middle = [row for place in order for row in batches[place]]
         return rows[:head] + middle + rows[head + whole * batch :]
 

@@ -10,13 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from minillm.cards import Card, load_card
 from minillm.config import DecodingConfig, RunConfig
-from minillm.engines import read_engine_settings
+from minillm.engine_settings import read_engine_settings, zero_stage
 from minillm.errors import DataError, ModelError, UnsupportedCombination
 from minillm.models import ModelFacts, inspect
-from minillm.objectives import Ids
 from minillm.prompts import data_hash, prepare
 from minillm.rows import read_rows
-from minillm.types import Decoding, Prompt
+from minillm.types import Decoding, Ids, Prompt
 from minillm.vocabulary import agree, check_heads, eos_ids
 
 
@@ -56,7 +55,7 @@ def check_pair(config: RunConfig, *, student: str | None = None) -> Pair:
     Raises ``ConfigError`` for an unknown card, ``ModelError`` for a folder that cannot be read safely,
     ``PositionsExceeded`` where prompt and response do not fit, ``VocabularyMismatch`` where the tokenizers differ.
     """
-    read_engine_settings(config.engine.student)
+    _check_engine(config)
     student_card = load_card(student or config.student, kind="students")
     teacher_card = None if config.teacher is None else load_card(config.teacher, kind="teachers")
     if teacher_card is not None and teacher_card.placement == "offload":
@@ -70,6 +69,11 @@ def check_pair(config: RunConfig, *, student: str | None = None) -> Pair:
         )
     student_facts = inspect(student_card)
     teacher_facts = None if teacher_card is None else inspect(teacher_card)
+    if teacher_card is not None and teacher_card.placement == "zero3" and teacher_card.dtype == "float64":
+        raise UnsupportedCombination(
+            f"teacher {teacher_card.name}: placement zero3 with dtype float64: DeepSpeed shards "
+            "float32 and bfloat16 only; set dtype: float32, or placement: replicated"
+        )
     longest = config.data.max_prompt_tokens + config.decoding.max_new_tokens
     student_facts.require_positions(longest, what="student")
     real_ids = len(student_facts.tokenizer)
@@ -92,6 +96,22 @@ def check_pair(config: RunConfig, *, student: str | None = None) -> Pair:
         real_ids=real_ids,
         ids=Ids(eos=eos, pad=eos[0] if pad is None else pad),
     )
+
+
+def _check_engine(config: RunConfig) -> None:
+    """Raise where the student's engine settings cannot be read or exclude another setting of the run."""
+    name = config.engine.student
+    stage = zero_stage(read_engine_settings(name))
+    if stage == 0 and config.engine.precision == "bf16":
+        raise UnsupportedCombination(
+            f"engine.student {name!r} (ZeRO stage 0) with engine.precision bf16: there DeepSpeed's optimiser makes a "
+            "step of its own before the first; set engine.student: zero1, zero2 or zero3"
+        )
+    if stage > 0 and any(each.optimiser.name == "muon" for each in config.stages):
+        raise UnsupportedCombination(
+            f"engine.student {name!r} is ZeRO stage {stage}, which cuts matrices into shards, and muon needs them "
+            "whole; set engine.student: zero0, or optimiser.name: adamw"
+        )
 
 
 def read_split(

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from minillm.cards import Card
 from minillm.config import MinillmStage, RunConfig, SftStage, resolved_bias
-from minillm.engines import Ranks, Student, Teacher
+from minillm.engines import Student, Teacher
 from minillm.loop import Keep, Progressed, Validate, run_steps
 from minillm.models import ModelFacts, load
 from minillm.objectives import Minillm, Objective, Sft
 from minillm.preflight import Pair, decoding_record, require_rows
+from minillm.ranks import Ranks
 from minillm.store import RunFolder, publish_student
 from minillm.types import Prompt
 
@@ -41,10 +44,11 @@ def run_stage(
     model_card: Callable[[Student, Mapping[str, float]], str],
 ) -> Progressed:
     """Trains one stage and publishes its student into the run's folder; ``model_card`` writes that folder's README."""
-    require_rows(prompts, ranks=ranks.size, per_step=rows_per_step(stage), what=f"stage {stage.name}")
+    check_rows(stage, prompts, ranks=ranks)
     updates_per_step = 1 if isinstance(stage, SftStage) else stage.inner_updates
     student = Student(
-        lambda: load(start.card, start.facts, seed=config.seed),
+        # In 32 bits whatever the card says: that is what the optimiser keeps, and the engine makes its own bf16 copy.
+        lambda: load(start.card, start.facts, seed=config.seed, dtype=torch.float32),
         ranks=ranks,
         settings=config.engine.student,
         precision=config.engine.precision,
@@ -54,6 +58,7 @@ def run_stage(
         from_files=start.card.build is None,
         dropout=isinstance(stage, SftStage),
         seed=config.seed,
+        name=stage.name,
     )
 
     def publish(scores: Mapping[str, float]) -> None:
@@ -96,6 +101,21 @@ def rows_per_step(stage: SftStage | MinillmStage) -> int:
     return stage.batch if isinstance(stage, SftStage) else stage.prompts * stage.samples_per_prompt
 
 
+def learns_from_responses(stage: SftStage | MinillmStage) -> bool:
+    """Whether some of a stage's loss is on reference responses."""
+    return isinstance(stage, SftStage) or stage.lm_coefficient > 0
+
+
+def usable(stage: SftStage | MinillmStage, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts that a stage's steps draw from: those with a response for fine-tuning, all for MiniLLM."""
+    return [prompt for prompt in prompts if prompt.response_ids or not isinstance(stage, SftStage)]
+
+
+def check_rows(stage: SftStage | MinillmStage, prompts: Sequence[Prompt], *, ranks: Ranks) -> None:
+    """Raise ``DataError`` where a stage has no row to draw from, or a step would leave a rank without one."""
+    require_rows(usable(stage, prompts), ranks=ranks.size, per_step=rows_per_step(stage), what=f"stage {stage.name}")
+
+
 def unbiased_words(config: RunConfig, stage: SftStage | MinillmStage) -> str:
     """The sentence of design D1: ``yes``, or ``no`` with every reason; "" for a stage that estimates no such
     gradient."""
@@ -115,8 +135,7 @@ def _objective(
     ranks: Ranks,
 ) -> Objective:
     if isinstance(stage, SftStage):
-        answered = [prompt for prompt in prompts if prompt.response_ids]
-        return Sft(stage, prompts=answered, ids=pair.ids, ranks=ranks, seed=config.seed)
+        return Sft(stage, prompts=usable(stage, prompts), ids=pair.ids, ranks=ranks, seed=config.seed)
     assert teacher is not None, "the configuration refuses a minillm stage without a teacher"
     return Minillm(
         stage,

@@ -49,13 +49,14 @@ class RunFolder:
         called once this rank has read what is there, before the first one changes it.
         """
         stored = self.path / "config.yaml"
-        if not fresh and stored.is_file():
-            same = stored.read_text(encoding="utf-8", errors="replace") == config_text
+        if not fresh:
+            same = stored.is_file() and stored.read_text(encoding="utf-8", errors="replace") == config_text
             if same and self.status().get("state") == "done":
                 return True
             if not same and self._holds_something():
+                what = "a run with another configuration" if stored.is_file() else "work that is not this run's"
                 raise RunExists(
-                    f"{self.path} holds a run with another configuration; nothing was touched.\n"
+                    f"{self.path} holds {what}; nothing was touched.\n"
                     "  give this run another name (name=NAME), or start over with --fresh"
                 )
         if wait is not None:
@@ -160,6 +161,9 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+    for path in sorted(staging.rglob("*")):
+        _sync(path)
+    _sync(staging)
     if folder.exists():
         folder.rename(old)
     try:
@@ -168,7 +172,17 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         if old.exists():
             old.rename(folder)
         raise
+    _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Brings a file's bytes, or a folder's names, to the disk: a rename alone survives a crash of the program only."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def make_folder(path: Path, *, setting: str) -> None:

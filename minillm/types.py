@@ -59,6 +59,16 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ids:
+    """The special ids that batches and rollouts need."""
+
+    eos: tuple[int, ...]
+    """Each of them ends a response; the first is the one that training puts there."""
+    pad: int
+    """Fills batches; may be a real token, so nothing is ever concluded from it (D8)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Decoding:
     """How text is drawn: the same record for rollouts, validation and evaluation (design D12)."""
 

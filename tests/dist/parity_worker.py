@@ -11,7 +11,7 @@ from typing import Any
 from minillm import distill, engines
 from minillm.cards import Card
 from minillm.config import RunConfig
-from minillm.engines import Ranks
+from minillm.ranks import Ranks
 from minillm.yaml_reader import write_yaml
 from tests import tiny
 

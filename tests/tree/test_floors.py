@@ -27,10 +27,10 @@ FLOORS: dict[int, tuple[str, ...]] = {
         *("records", "rows", "prompts", "batches", "order", "templates", "vocabulary", "world"),
     ),
     4: ("models", "decode", "scoring"),
-    5: ("engines", "optimisers", "store", "model_card"),
+    5: ("ranks", "engine_settings", "engines", "optimisers", "store", "model_card"),
     6: ("objectives", "loop", "stages", "preflight", "progress"),
     7: (
-        *("measures", "evaluation", "statistics", "plots"),
+        *("measures", "evaluation", "results", "statistics", "plots"),
         *("report", "report_files", "report_html", "report_style", "report_text", "report_words"),
     ),
     8: ("cli", "api", "__main__", "__init__"),

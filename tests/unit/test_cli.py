@@ -236,8 +236,8 @@ DISTIL: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
         ("PositionsExceeded", "teacher teacher has 48 positions", "may be 49"),
     ),
     # engine files
-    (("engine.student=zero9",), ("ConfigError", "'zero9': no such file", "zero0, zero1")),
-    (("engine.student={place}/nowhere.json",), ("ConfigError", "no such file")),
+    (("engine.student=zero9",), ("ConfigError", "'zero9': no such .json file", "did you mean 'zero")),
+    (("engine.student={place}/nowhere.json",), ("ConfigError", "no such .json file")),
     (("engine.student={place}/broken.json",), ("ConfigError", "broken.json: not JSON")),
     (("engine.student={place}/list.json",), ("ConfigError", "holds a list; wanted a JSON object")),
     (("engine.student={place}/optimiser.json",), ("ConfigError", "optimizer is decided by the run's configuration")),

@@ -142,7 +142,6 @@ def test_an_ordinary_run_name_is_taken(recipe: Path, name: str) -> None:
         (["baseline=leave_one_out"], ["samples_per_prompt: 2", "baseline: position_mean"]),
         (["lm_coefficient=1"], ["lm_batch: 1", "lm_coefficient: 0"]),
         (["single_weight=0", "long_weight=0"], ["nothing is trained"]),
-        (["optimiser.name=muon"], ["engine.student: zero0", "optimiser.name: adamw"]),
         (["optimiser.muon_lr=1e-2"], ["name: muon"]),
         (["validate_every=5"], ["data.validation", "validate_every: 0"]),
         (["patience=5"], ["validate_every", "patience: 0"]),

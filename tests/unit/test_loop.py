@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from minillm import distill
 from minillm.config import RunConfig
-from minillm.engines import Ranks
 from minillm.errors import DataError
 from minillm.loop import Keep, Progressed, run_steps
 from minillm.objectives import Update
+from minillm.ranks import Ranks
 from minillm.store import RunFolder
 from tests import tiny
 
@@ -47,10 +48,13 @@ class FakeObjective:
         self.order.append(f"collect {step}")
         return step, {"tokens": 7.0, "loss": -1.0}
 
-    def updates(self, collected: int, student: Any) -> Iterator[Update]:
-        for n in range(2):
-            self.order.append(f"losses {collected}.{n}")
-            yield Update([lambda: torch.tensor(1.0)], lambda n=n: {"loss": float(collected * 10 + n)})  # type: ignore[misc]
+    @contextmanager
+    def learning(self, collected: int, student: Any) -> Iterator[Iterator[Update]]:
+        yield (self._update(collected, n) for n in range(2))
+
+    def _update(self, collected: int, n: int) -> Update:
+        self.order.append(f"losses {collected}.{n}")
+        return Update([lambda: torch.tensor(1.0)], lambda: {"loss": float(collected * 10 + n)})
 
 
 class Run:

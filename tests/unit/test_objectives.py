@@ -19,12 +19,13 @@ from transformers import AutoModelForCausalLM
 from minillm import objectives
 from minillm.cards import Card
 from minillm.config import MinillmStage, SftStage
-from minillm.engines import Ranks, Student, Teacher
+from minillm.engines import Student, Teacher
 from minillm.errors import DataError
 from minillm.models import inspect, load
 from minillm.objectives import Ids, Minillm, Sft, cut, lm_losses, rollout_inputs
 from minillm.preflight import require_rows
 from minillm.prompts import prepare
+from minillm.ranks import Ranks
 from minillm.rows import Row
 from minillm.stages import Start, run_stage
 from minillm.types import Decoding, Prompt, Rollout
@@ -99,9 +100,10 @@ class Work:
         lines = []
         for step in range(steps):
             collected, figures = self.objective.collect(step, self.student)
-            for update in self.objective.updates(collected, self.student):
-                total, norm = self.student.update(update.losses)
-                lines.append({**figures, **update.figures(), "total": total, "grad_norm": norm})
+            with self.objective.learning(collected, self.student) as updates:
+                for update in updates:
+                    total, norm = self.student.update(update.losses)
+                    lines.append({**figures, **update.figures(), "total": total, "grad_norm": norm})
         return lines, self.student.state()
 
     def gradients(self, losses: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
@@ -414,8 +416,8 @@ def test_a_step_has_the_gradient_of_its_formula_on_plain_models(
     """Returns from the next token, baselines from the right rows, coin weights, and the constant denominator."""
     with minillm(samples_per_prompt=2, baseline=baseline, future=future, teacher_mix=0.3, micro_batch=5) as work:
         collected, _ = work.objective.collect(0, work.student)
-        (update,) = work.objective.updates(collected, work.student)
-        got = work.gradients(update.losses)
+        with work.objective.learning(collected, work.student) as (update,):
+            got = work.gradients(update.losses)
         twin = Twin(folder / "student", folder / "teacher")
         loss = twin.loss(collected, work.objective._stage)
         names = [name for name, _ in work.student.root.named_parameters()]

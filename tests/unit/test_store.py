@@ -277,6 +277,19 @@ def test_another_configuration_is_refused_and_touches_nothing(tmp_path: Path) ->
     assert all((folder.path / name).exists() for name in FILES) and folder.student.exists()
 
 
+def test_a_folder_of_other_work_is_refused_and_touched_by_nothing_but_fresh(tmp_path: Path) -> None:
+    """A user's own student/ or an evaluation, without a configuration of a run beside it."""
+    work = tmp_path / "work"
+    (work / "student").mkdir(parents=True)
+    (work / "results.json").write_text("{}", encoding="utf-8")
+    folder = RunFolder(work, writes=True)
+    with pytest.raises(RunExists, match="not this run's; nothing was touched"):
+        folder.open(config_text="a: 1\n", fresh=False)
+    assert (work / "student").is_dir() and (work / "results.json").exists() and not (work / "config.yaml").exists()
+    assert folder.open(config_text="a: 1\n", fresh=True) is False
+    assert not (work / "student").exists()
+
+
 @pytest.mark.parametrize(
     ("config_text", "fresh", "state"),
     [("a: 1\n", False, "running"), ("a: 1\n", True, "done"), ("a: 2\n", True, "done")],

@@ -1,0 +1,78 @@
+"""DeepSpeed's JSON files: engine settings and nothing else, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from minillm.cards import find_engine_settings
+from minillm.errors import ConfigError, UnsupportedCombination, did_you_mean
+from minillm.ranks import prepare_deepspeed
+
+DECIDED_BY_THE_RUN = {
+    *("optimizer", "scheduler", "gradient_clipping", "fp16", "bf16", "bfloat16", "amp", "torch_autocast"),
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
+}
+ENGINE_SETTINGS = {
+    *("zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "communication_data_type"),
+    *("prescale_gradients", "gradient_predivide_factor", "disable_allgather", "data_types"),
+    *("comms_logger", "flops_profiler", "memory_breakdown", "dump_state"),
+    *("steps_per_print", "wall_clock_breakdown", "timers", "tensorboard", "wandb", "csv_monitor", "nebula"),
+}
+"""Sections of DeepSpeed's JSON file that a run may set; others are the run's own or of training that we do not do."""
+
+
+def read_engine_settings(name: str) -> dict[str, Any]:
+    """The engine settings in ``ds_configs/NAME.json`` or in a JSON file by its path.
+
+    ``ConfigError`` where there are none, where DeepSpeed would not take them or would pass over one of them, and where
+    one is the run configuration's to decide.
+    """
+    file = find_engine_settings(name)
+    try:
+        settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file}: not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{file}: holds a {type(settings).__name__}; wanted a JSON object of DeepSpeed settings")
+    if taken := sorted(DECIDED_BY_THE_RUN & settings.keys()):
+        raise ConfigError(
+            f"{file}: {', '.join(taken)} is decided by the run's configuration, not by an engine file; take it out"
+        )
+    # DeepSpeed passes over a name that it does not know: a misspelt zero_optimization would be stage 0, silently.
+    if unknown := sorted(settings.keys() - ENGINE_SETTINGS):
+        raise ConfigError(
+            f"{file}: {unknown[0]}: no engine setting of this name"
+            f"{did_you_mean(unknown[0], ENGINE_SETTINGS) or '; known here: ' + ', '.join(sorted(ENGINE_SETTINGS))}"
+        )
+    _check_zero(settings.get("zero_optimization", {}), file=str(file))
+    return settings
+
+
+def _check_zero(section: Any, *, file: str) -> None:
+    """Asks DeepSpeed's own record of the section, before a model is loaded."""
+    prepare_deepspeed()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    if not isinstance(section, dict):
+        raise ConfigError(f'{file}: zero_optimization: got {section!r}; wanted an object such as {{"stage": 2}}')
+    try:
+        zero = DeepSpeedZeroConfig(**section)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        at = ".".join(str(part) for part in ("zero_optimization", *first["loc"]))
+        near = did_you_mean(str(first["loc"][-1]), DeepSpeedZeroConfig.model_fields) if first["loc"] else ""
+        if first["type"] == "extra_forbidden":
+            raise ConfigError(f"{file}: {at}: no setting of this name in DeepSpeed{near}") from error
+        raise ConfigError(f"{file}: {at}: got {first['input']!r}: {first['msg'].lower()}") from error
+    for part in ("offload_optimizer", "offload_param"):
+        if (device := getattr(getattr(zero, part), "device", "none")) != "none":
+            raise UnsupportedCombination(
+                f"{file}: zero_optimization.{part}: offloading (to {device}) is not built yet; take it out"
+            )
+
+
+def zero_stage(settings: dict[str, Any]) -> int:
+    """The ZeRO stage of engine settings; 0 where they name none."""
+    return int(settings.get("zero_optimization", {}).get("stage", 0))

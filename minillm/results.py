@@ -1,0 +1,132 @@
+"""One evaluation as files: the model's answers, its measures, and what exactly was asked."""
+
+from __future__ import annotations
+
+import json
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minillm.config import RunConfig
+from minillm.engines import Teacher
+from minillm.errors import DataError
+from minillm.evaluation import Judge, sample_and_judge
+from minillm.measures import summarise
+from minillm.models import CausalLM, ModelReader, fingerprint, load, probe_head
+from minillm.preflight import Pair, Split, decoding_record
+from minillm.ranks import Ranks
+from minillm.report_files import SCHEMA
+from minillm.stages import Start
+from minillm.store import Clock, write_jsonl, write_text
+from minillm.types import Purpose
+
+SHOWN_PACKAGES = ("minillm", "torch", "transformers", "deepspeed")
+
+
+def judge_of(config: RunConfig, pair: Pair, split: Split, *, teacher: Teacher | None, purpose: Purpose) -> Judge:
+    """How the run judges text: the same for validation and for the final test (design D12)."""
+    return Judge(
+        prompts=split.prompts,
+        decoding=decoding_record(config.decoding),
+        tokenizer=pair.tokenizer,
+        ids=pair.ids,
+        teacher=teacher,
+        in_world=split.source.startswith("world:"),
+        batch=config.evaluation.batch,
+        seed=config.seed,
+        purpose=purpose,
+    )
+
+
+def evaluate_into(
+    config: RunConfig,
+    pair: Pair,
+    split: Split,
+    *,
+    start: Start,
+    teacher: Teacher | None,
+    ranks: Ranks,
+    out: Path,
+    shown: str,
+) -> dict[str, Any]:
+    """Evaluates the weights of ``start`` on ``split`` and writes ``results.json`` and ``samples.jsonl`` (rank 0)."""
+    settings = config.evaluation
+    # In the precision that the student was trained and validated in.
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" else None
+    model = load(start.card, start.facts, seed=config.seed, dtype=dtype)
+    root = CausalLM(model)
+    root.head.real_ids = pair.real_ids
+    probe_head(model, root)
+    reader = ModelReader(root.eval().to(ranks.device), device=ranks.device, lockstep=False)
+    judge = judge_of(config, pair, split, teacher=teacher, purpose=Purpose.EVALUATION)
+    clock = Clock()
+    samples = sample_and_judge(
+        reader, judge, seeds=settings.seeds, temperatures=settings.temperatures, ranks=ranks, title=f"evaluate {shown}"
+    )
+    measures, by_temperature = summarise(
+        samples, temperatures=settings.temperatures, resamples=settings.bootstrap, seed=config.seed
+    )
+    results = {
+        "schema": SCHEMA,
+        "model": {
+            "name": start.card.name,
+            "path": str(start.card.model),
+            "parameters": sum(p.numel() for p in root.parameters()),
+        },
+        "teacher": None if teacher is None else {"name": config.teacher, "parameters": teacher.parameters},
+        "data": {"source": split.source, "rows": len(split.prompts), "sha256": split.sha256},
+        "decoding": config.decoding.model_dump(),
+        "seeds": list(settings.seeds),
+        "bootstrap": settings.bootstrap,
+        "asked": asked_of(config, pair, split, start=start),
+        "measures": measures,
+        "temperatures": by_temperature,
+        "seconds": {"evaluation": round(clock(), 2)},
+        "versions": versions(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    if ranks.first:
+        write_jsonl(out / "samples.jsonl", samples)
+        write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
+    ranks.barrier()
+    return results
+
+
+def asked_of(config: RunConfig, pair: Pair, split: Split, *, start: Start) -> dict[str, Any]:
+    """What an evaluation was asked: two with equal answers here need not be made twice."""
+    return {
+        "model": str(start.card.model),
+        "weights": fingerprint(start.card),
+        "teacher": config.teacher,
+        "teacher_weights": None if pair.teacher_card is None else fingerprint(pair.teacher_card),
+        "data": split.sha256,
+        "decoding": config.decoding.model_dump(),
+        "evaluation": config.evaluation.model_dump(mode="json", exclude={"batch"}),
+        "seed": config.seed,
+    }
+
+
+def stored_results(out: Path) -> dict[str, Any] | None:
+    file = out / "results.json"
+    if not file.is_file():
+        return None
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file}: not JSON: {error}; move it away or give --fresh") from error
+    if not isinstance(stored, dict) or not isinstance(stored.get("asked"), dict):
+        raise DataError(f"{file}: not the results of an evaluation; move it away or give --fresh")
+    return stored
+
+
+def versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for package in SHOWN_PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
