@@ -47,11 +47,36 @@ def distill(config: RunConfig, *, fresh: bool = False) -> Path:
     folder.set_status(state="running", seconds={}, ranks=ranks.size, versions=versions())
     _introduce(config, pair, splits, ranks)
     teacher = _load_teacher(pair, ranks) if _needs_teacher(config, splits) else None
+    try:
+        seconds = _train_and_evaluate(config, pair=pair, splits=splits, teacher=teacher, ranks=ranks, folder=folder)
+    finally:
+        if teacher is not None:
+            teacher.close()
+    if ranks.first:
+        _write_run_report(config, folder, seconds)
+    folder.set_status(state="done", seconds=seconds)
+    ranks.barrier()
+    _say(ranks, f"student: {folder.student}   report: {folder.path / 'report.html'}")
+    return folder.path
+
+
+def _train_and_evaluate(
+    config: RunConfig,
+    *,
+    pair: Pair,
+    splits: Mapping[str, Split],
+    teacher: Teacher | None,
+    ranks: Ranks,
+    folder: RunFolder,
+) -> dict[str, float]:
+    """Runs the stages, each from the weights that the one before handed on, then the final evaluation; seconds of
+    each."""
     start = Start(card=pair.student_card, facts=pair.student)
     seconds: dict[str, float] = {}
     stages: dict[str, Any] = {}
     for stage in config.stages:
-        done_stage = run_stage(
+        into = folder.student if stage is config.stages[-1] else folder.student_of(stage.name)
+        done = run_stage(
             config,
             stage,
             start=start,
@@ -61,16 +86,17 @@ def distill(config: RunConfig, *, fresh: bool = False) -> Path:
             validate=_validator(config, stage, pair=pair, split=splits.get("validation"), teacher=teacher, ranks=ranks),
             ranks=ranks,
             folder=folder,
+            into=into,
             model_card=lambda student, scores, stage=stage, card=start.card: render(  # type: ignore[misc]
                 _card_facts(config, stage, pair, splits["train"], start=card.name, student=student, teacher=teacher),
                 scores,
                 step=student.updates_done,
             ),
         )
-        seconds[stage.name] = round(done_stage.seconds, 2)
-        stages[stage.name] = dataclasses.asdict(done_stage)
+        seconds[stage.name] = round(done.seconds, 2)
+        stages[stage.name] = dataclasses.asdict(done)
         folder.set_status(seconds=seconds, stages=stages)
-        card = pair.student_card.model_copy(update={"model": str(folder.student), "build": None, "revision": None})
+        card = pair.student_card.model_copy(update={"model": str(into), "build": None, "revision": None})
         start = Start(card=card, facts=inspect(card))
     if "test" in splits:
         clock = Clock()
@@ -78,12 +104,7 @@ def distill(config: RunConfig, *, fresh: bool = False) -> Path:
             config, pair, splits["test"], start=start, teacher=teacher, ranks=ranks, out=folder.path, shown=config.name
         )
         seconds["evaluation"] = round(clock(), 2)
-    if ranks.first:
-        _write_run_report(config, folder, seconds)
-    folder.set_status(state="done", seconds=seconds)
-    ranks.barrier()
-    _say(ranks, f"student: {folder.student}   report: {folder.path / 'report.html'}")
-    return folder.path
+    return seconds
 
 
 def evaluate(model: str | Path, config: RunConfig, *, out: str | Path, fresh: bool = False) -> dict[str, Any]:
@@ -120,7 +141,11 @@ def evaluate(model: str | Path, config: RunConfig, *, out: str | Path, fresh: bo
         _say(ranks, line)
     teacher = _load_teacher(pair, ranks) if pair.teacher is not None else None
     ranks.barrier()
-    return evaluate_into(config, pair, split, start=start, teacher=teacher, ranks=ranks, out=out, shown=str(model))
+    try:
+        return evaluate_into(config, pair, split, start=start, teacher=teacher, ranks=ranks, out=out, shown=str(model))
+    finally:
+        if teacher is not None:
+            teacher.close()
 
 
 def build_report(
@@ -212,6 +237,8 @@ def _load_teacher(pair: Pair, ranks: Ranks) -> Teacher:
         precision="bf16" if card.dtype == "bfloat16" else "fp32",
         real_ids=pair.real_ids,
     )
+    if card.placement == "zero3":
+        _say(ranks, f"note: {card.name} is read in shards, so its logits were not compared with its own forward pass")
     for rank, kept in enumerate(teacher.check_share()):
         _say(
             ranks,

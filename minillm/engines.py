@@ -181,11 +181,14 @@ class Teacher:
         self.root.eval().requires_grad_(False)
         self.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.root.parameters())
         self.whole_bytes = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self.root.parameters())
-        call: Any = self.root.to(ranks.device)
+        self.root.to(ranks.device)
+        self._engine = None
         if sharded:
-            call = _initialise(self.root, ranks=ranks, precision=precision, config=engine_config, optimiser=None)
-            call.eval()
-        self.reader = ModelReader(call, device=ranks.device, lockstep=sharded)
+            self._engine = _initialise(
+                self.root, ranks=ranks, precision=precision, config=engine_config, optimiser=None
+            )
+            self._engine.eval()
+        self.reader = ModelReader(self._engine or self.root, device=ranks.device, lockstep=sharded)
 
     @contextlib.contextmanager
     def head(self) -> Iterator[HeadWeights]:
@@ -211,6 +214,13 @@ class Teacher:
                 "  is stage3_param_persistence_threshold 0 in the engine file?"
             )
         return kept
+
+    def close(self) -> None:
+        """Frees the weights; the teacher cannot be used afterwards."""
+        if self._engine is not None:
+            self._engine.destroy()
+        del self._engine, self.root, self.reader
+        gc.collect()
 
     def resident_bytes(self) -> int:
         """Bytes of the teacher's weights that stay on this rank between forwards."""

@@ -63,8 +63,6 @@ class Update:
 class Objective(Protocol):
     """What the loop needs of an objective."""
 
-    updates_per_step: int
-
     def collect(self, step: int, student: Student) -> tuple[Any, dict[str, float]]:
         """Everything before learning, and figures for the log."""
 
@@ -75,8 +73,6 @@ class Objective(Protocol):
 
 class Sft:
     """Cross-entropy on reference responses, averaged over the kept tokens of the whole step."""
-
-    updates_per_step = 1
 
     def __init__(self, stage: SftStage, *, prompts: Sequence[Prompt], ids: Ids, ranks: Ranks, seed: int) -> None:
         self._stage, self._prompts, self._ids, self._ranks = stage, prompts, ids, ranks
@@ -152,7 +148,6 @@ class Minillm:
         self._stage, self._prompts, self._decoding = stage, prompts, decoding
         self._teacher, self._ids, self._ranks, self._seed = teacher, ids, ranks, seed
         self._order = GlobalOrder(len(prompts), seed, f"{stage.name}/rows")
-        self.updates_per_step = stage.inner_updates
         self._constant = stage.expected_length or float(decoding.max_new_tokens)
         self._anchor_order = None
         if stage.lm_coefficient > 0.0:

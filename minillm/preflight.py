@@ -16,7 +16,7 @@ from minillm.models import ModelFacts, inspect
 from minillm.prompts import data_hash, prepare
 from minillm.rows import read_rows
 from minillm.types import Decoding, Ids, Prompt
-from minillm.vocabulary import agree, check_heads, eos_ids
+from minillm.vocabulary import agree, check_heads, eos_ids, real_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +58,11 @@ def check_pair(config: RunConfig, *, student: str | None = None) -> Pair:
     _check_engine(config)
     student_card = load_card(student or config.student, kind="students")
     teacher_card = None if config.teacher is None else load_card(config.teacher, kind="teachers")
+    if student_card.placement != "replicated":
+        raise UnsupportedCombination(
+            f"student {student_card.name}: placement {student_card.placement!r} is a teacher's setting; where "
+            "a student's weights live is engine.student's to say (zero0 to zero3); take it out of the card"
+        )
     if teacher_card is not None and teacher_card.placement == "offload":
         raise UnsupportedCombination(
             f"teacher {teacher_card.name}: placement 'offload' is not built yet; wanted replicated or zero3"
@@ -76,13 +81,13 @@ def check_pair(config: RunConfig, *, student: str | None = None) -> Pair:
         )
     longest = config.data.max_prompt_tokens + config.decoding.max_new_tokens
     student_facts.require_positions(longest, what="student")
-    real_ids = len(student_facts.tokenizer)
+    real = real_ids(student_facts.tokenizer)
     if teacher_facts is not None:
         teacher_facts.require_positions(longest, what="teacher")
-        real_ids = agree(teacher_facts.tokenizer, student_facts.tokenizer)
+        real = agree(teacher_facts.tokenizer, student_facts.tokenizer)
     student_rows = student_facts.config.vocab_size
     check_heads(
-        real_ids=real_ids,
+        real_ids=real,
         teacher_rows=student_rows if teacher_facts is None else teacher_facts.config.vocab_size,
         student_rows=student_rows,
     )
@@ -93,7 +98,7 @@ def check_pair(config: RunConfig, *, student: str | None = None) -> Pair:
         student=student_facts,
         teacher_card=teacher_card,
         teacher=teacher_facts,
-        real_ids=real_ids,
+        real_ids=real,
         ids=Ids(eos=eos, pad=eos[0] if pad is None else pad),
     )
 

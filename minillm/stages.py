@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -41,9 +42,10 @@ def run_stage(
     validate: Validate | None,
     ranks: Ranks,
     folder: RunFolder,
+    into: Path,
     model_card: Callable[[Student, Mapping[str, float]], str],
 ) -> Progressed:
-    """Trains one stage and publishes its student into the run's folder; ``model_card`` writes that folder's README."""
+    """Trains one stage and publishes its student at ``into``; ``model_card`` writes that folder's README."""
     check_rows(stage, prompts, ranks=ranks)
     updates_per_step = 1 if isinstance(stage, SftStage) else stage.inner_updates
     student = Student(
@@ -65,7 +67,7 @@ def run_stage(
         state = student.state()
         if ranks.first:
             publish_student(
-                folder.student,
+                into,
                 state=state,
                 config=student.config,
                 tokenizer=pair.tokenizer,

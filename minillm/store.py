@@ -1,6 +1,6 @@
 """What a run leaves behind: its folder, its log, and a student folder that is never half written.
 
-runs/NAME/{config.yaml, run.json, metrics.jsonl, samples.jsonl, student/, results.json, report.html}
+runs/NAME/{config.yaml, run.json, metrics.jsonl, samples.jsonl, stages/, student/, results.json, report.html}
 """
 
 from __future__ import annotations
@@ -41,6 +41,10 @@ class RunFolder:
         """Where the published student stands once there is one."""
         return self.path / "student"
 
+    def student_of(self, stage: str) -> Path:
+        """Where the student of a stage before the last stands: what the next one starts from."""
+        return self.path / "stages" / stage / "student"
+
     def open(self, *, config_text: str, fresh: bool, wait: Callable[[], None] | None = None) -> bool:
         """Makes the folder ready; True if this very run is done already and there is nothing to do.
 
@@ -67,13 +71,15 @@ class RunFolder:
             make_folder(self.path, setting="out or name")
             for name in ("config.yaml", *RESULTS):
                 (self.path / name).unlink(missing_ok=True)
-            shutil.rmtree(self.student, ignore_errors=True)
+            for name in ("student", "stages"):
+                shutil.rmtree(self.path / name, ignore_errors=True)
             write_text(stored, config_text)
         return False
 
     def _holds_something(self) -> bool:
         """Whether a step was logged or anything made after it: a run that failed before has nothing to protect."""
-        return self.student.exists() or any((self.path / name).exists() for name in RESULTS if name != "run.json")
+        made = ("student", "stages", *(name for name in RESULTS if name != "run.json"))
+        return any((self.path / name).exists() for name in made)
 
     def status(self) -> dict[str, Any]:
         """``run.json``: state (``running`` or ``done``), seconds by stage, versions; {} before the first."""

@@ -57,6 +57,14 @@ def agree(teacher_tokenizer: PreTrainedTokenizerBase, student_tokenizer: PreTrai
     return count
 
 
+def real_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest id of a tokenizer: how many rows of a head mean something.
+
+    Not ``len(tokenizer)``, which is smaller where ids have gaps; an id in a gap has a row and stays in the softmax.
+    """
+    return max(_tokens(tokenizer), default=-1) + 1
+
+
 def check_heads(*, real_ids: int, teacher_rows: int, student_rows: int) -> None:
     """Raise ``VocabularyMismatch`` where a head has fewer rows than there are real ids.
 

@@ -39,8 +39,6 @@ class FakeStudent:
 class FakeObjective:
     """Two updates a step; the figures say in which order things happened."""
 
-    updates_per_step = 2
-
     def __init__(self) -> None:
         self.order: list[str] = []
 

@@ -127,7 +127,7 @@ def minillm(folder: Path, teacher: Teacher, prompts: list[Prompt]) -> Callable[.
             MinillmStage(**fields), prompts=prompts, decoding=decoding, teacher=guide or teacher, ids=IDS, ranks=RANKS,
             seed=seed,
         )  # fmt: skip
-        return Work(student or folder / "student", objective, updates=steps * objective.updates_per_step)
+        return Work(student or folder / "student", objective, updates=steps * objective._stage.inner_updates)
 
     return make
 
@@ -316,7 +316,13 @@ def test_a_stage_with_fewer_rows_than_ranks_is_refused_before_its_student_is_loa
     # Three ranks; what is not refused goes on to the tokenizers' agreement, which was not given.
     with pytest.raises(DataError if refused else AttributeError):
         run_stage(
-            run, stage, start=Start(card=card, facts=inspect(card)), prompts=prompts, ranks=RankOf(0, 3), **options
+            run,
+            stage,
+            start=Start(card=card, facts=inspect(card)),
+            prompts=prompts,
+            ranks=RankOf(0, 3),
+            into=Path("student"),
+            **options,
         )
 
 
