@@ -10,10 +10,10 @@ from typing import Any
 
 from minillm.config import MinillmStage, RunConfig, SftStage, dump_config
 from minillm.engines import Student, Teacher
-from minillm.errors import DataError
+from minillm.errors import DataError, RunExists
 from minillm.evaluation import Record, validator
 from minillm.model_card import CardFacts, render
-from minillm.models import inspect, load
+from minillm.models import fingerprint, inspect, load
 from minillm.preflight import Pair, Split, check_pair, read_split
 from minillm.ranks import Ranks
 from minillm.report import combine, print_tables, write_report
@@ -36,15 +36,17 @@ def distill(config: RunConfig, *, fresh: bool = False) -> Path:
     for stage in config.stages:
         check_rows(stage, splits["train"].prompts, ranks=ranks)
     folder = RunFolder(Path(config.out) / config.name, writes=ranks.first)
+    made_from = _made_from(pair, splits)
     interrupted = not fresh and folder.status().get("state") == "running"
     done = folder.open(config_text=dump_config(config), fresh=fresh, wait=ranks.barrier)
     ranks.barrier()
     if done:
+        _require_made_from(folder, made_from)
         _say(ranks, f"{folder.path}: done already; --fresh starts over")
         return folder.path
     if interrupted:
         _say(ranks, f"{folder.path}: an earlier run did not end; this one starts again from its beginning")
-    folder.set_status(state="running", seconds={}, ranks=ranks.size, versions=versions())
+    folder.set_status(state="running", made_from=made_from, seconds={}, ranks=ranks.size, versions=versions())
     _introduce(config, pair, splits, ranks)
     teacher = _load_teacher(pair, ranks) if _needs_teacher(config, splits) else None
     try:
@@ -58,6 +60,25 @@ def distill(config: RunConfig, *, fresh: bool = False) -> Path:
     ranks.barrier()
     _say(ranks, f"student: {folder.student}   report: {folder.path / 'report.html'}")
     return folder.path
+
+
+def _made_from(pair: Pair, splits: Mapping[str, Split]) -> dict[str, str]:
+    """Names what a run is made from beside its configuration: the weights and the prompts."""
+    cards = {"student": pair.student_card, "teacher": pair.teacher_card}
+    weights = {name: fingerprint(card) for name, card in cards.items() if card is not None}
+    return {**weights, **{f"{name} prompts": split.sha256 for name, split in splits.items()}}
+
+
+def _require_made_from(folder: RunFolder, made_from: Mapping[str, str]) -> None:
+    """Raise ``RunExists`` where a run that is done was made from other weights or prompts than it would be now."""
+    before = folder.status().get("made_from", {})
+    differs = [name for name in made_from if before.get(name) != made_from[name]]
+    if differs or not folder.student.is_dir():
+        what = f"was made from another {', '.join(differs)}" if differs else "has lost its student folder"
+        raise RunExists(
+            f"{folder.path} holds this run, done, but it {what}; nothing was touched.\n"
+            "  start over with --fresh, or give this run another name (name=NAME)"
+        )
 
 
 def _train_and_evaluate(

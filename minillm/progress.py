@@ -7,6 +7,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+ROOM_FOR_A_BAR = 120
+"""Columns of a terminal from which on a bar fits beside the figures."""
 LINE_EVERY_S = 10.0
 """Without a terminal (a log file, a cluster), one line so often instead of a bar."""
 
@@ -20,12 +22,16 @@ class Progress:
         self._first: int | None = None
         self._bar: Any = None
         if shown and sys.stdout.isatty():
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
+            console = Console()
+            # Where there is little room the figures matter more than the bar.
+            bar: list[ProgressColumn] = [BarColumn(bar_width=24)] if console.width >= ROOM_FOR_A_BAR else []
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}"),
-                TextColumn("{task.fields[rate]}"), TextColumn("left"), TimeRemainingColumn(),
-                TextColumn("{task.fields[numbers]}"),
+                TextColumn("{task.description}"), *bar, TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.fields[rate]}"), TextColumn("left"), TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[numbers]}"), console=console,
             )  # fmt: skip
             self._task = self._bar.add_task(title, total=total, rate="", numbers="")
             self._bar.start()
@@ -38,7 +44,7 @@ class Progress:
         if self._first is None:
             self._first, self._start = done - 1, now if done > 1 else self._start
         rate = (done - self._first) / max(now - self._start, 1e-9)
-        text = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+        text = "  ".join(f"{name} {value:.3g}" for name, value in numbers.items())
         if self._bar is not None:
             self._bar.update(self._task, completed=done, rate=f"{rate:.3g} {self._unit}/s", numbers=text)
         elif now - self._last_line >= LINE_EVERY_S or done == self._total:

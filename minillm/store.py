@@ -97,13 +97,16 @@ class RunFolder:
     def set_status(self, **fields: Any) -> None:
         """Merges fields into ``run.json``."""
         if self._writes:
-            write_text(self.path / "run.json", json.dumps({**self.status(), **fields}, indent=2) + "\n")
+            write_text(
+                self.path / "run.json",
+                json.dumps(_strict({**self.status(), **fields}), indent=2, allow_nan=False) + "\n",
+            )
 
     def log(self, record: Mapping[str, Any]) -> None:
         """One line of ``metrics.jsonl``. Numbers that are not finite become null: JSON has no NaN."""
         if self._writes:
             with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({name: _json_number(value) for name, value in record.items()}) + "\n")
+                file.write(json.dumps(_strict(record), allow_nan=False) + "\n")
 
 
 def publish_student(
@@ -230,5 +233,8 @@ class Clock:
         return time.monotonic() - self._start
 
 
-def _json_number(value: Any) -> Any:
+def _strict(value: Any) -> Any:
+    """The same value with null for numbers that are not finite: JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {name: _strict(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

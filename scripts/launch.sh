@@ -7,6 +7,8 @@ gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}
 [[ $gpus -gt 0 ]] || export DS_ACCELERATOR=cpu
 
+# A free port for each launch, unless MASTER_PORT names one: DeepSpeed's own choice is the same for every job on a machine.
 launch() {
-  deepspeed --quiet --num_accelerators "$ranks" --module minillm "$@"
+  local port=${MASTER_PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
+  deepspeed --quiet --num_accelerators "$ranks" --master_port "$port" --module minillm "$@"
 }

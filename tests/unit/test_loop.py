@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minillm import distill
 from minillm.config import RunConfig
-from minillm.errors import DataError
+from minillm.errors import DataError, RunExists
 from minillm.loop import Keep, Progressed, run_steps
 from minillm.objectives import Update
 from minillm.ranks import Ranks
@@ -236,3 +236,23 @@ def test_a_metric_that_the_validation_rows_cannot_give_is_refused_before_trainin
     with pytest.raises(DataError, match="rouge_l"):
         distill(settings)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_that_is_done_is_not_done_for_other_prompts(tmp_path: Path) -> None:
+    """The same command again does nothing; with other prompts, or without its student, it is refused untouched."""
+    teacher = tiny.save_model(tmp_path / "teacher", "llama", seed=1)
+    student = tiny.save_model(tmp_path / "student", "llama", seed=2)
+    prompts = tiny.save_prompts(tmp_path / "prompts.jsonl")
+    config = tiny.minillm_config(tmp_path, teacher=teacher, student=student, prompts=prompts, steps=1)
+    folder = distill(config)
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert distill(config) == folder
+    tiny.save_prompts(prompts, rows=16)
+    with pytest.raises(RunExists, match="made from another train prompts"):
+        distill(config)
+    tiny.save_prompts(prompts)
+    (folder / "student").rename(folder / "moved")
+    with pytest.raises(RunExists, match="lost its student folder"):
+        distill(config)
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    json.loads((folder / "run.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
