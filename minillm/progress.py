@@ -14,7 +14,7 @@ LINE_EVERY_S = 10.0
 
 
 class Progress:
-    """A bar on a terminal, a line every ten seconds elsewhere; silent on every rank but the first."""
+    """One line kept up to date on a terminal (with a bar where there is room), a line every ten seconds elsewhere."""
 
     def __init__(self, title: str, *, total: int, unit: str = "steps", shown: bool = True) -> None:
         self._title, self._total, self._unit, self._shown = title, total, unit, shown

@@ -36,7 +36,7 @@ finish_background "$out/sft.log"
 title "2/4  MiniLLM: the student learns from the teacher on its own text ($ranks ranks, ZeRO-2, teacher sharded)"
 launch distill --config $recipes/minillm.yaml "${fresh[@]}"
 
-title "3/4  The control: the same student gets the same seconds of more fine-tuning"
+title "3/4  The control: the same student gets about the same seconds of more fine-tuning"
 launch sft --config $recipes/control.yaml "${fresh[@]}"
 
 title "4/4  Teacher and first student answer the same held-out prompts"
