@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minillm.config import MinillmStage, RunConfig, SftStage, dump_config
+from minillm.config import RunConfig, Stage, dump_config
 from minillm.engines import Student, Teacher
 from minillm.errors import DataError, RunExists
 from minillm.evaluation import Record, validator
@@ -18,7 +18,7 @@ from minillm.preflight import Pair, Split, check_pair, read_split
 from minillm.ranks import Ranks
 from minillm.report import combine, print_tables, write_report
 from minillm.results import asked_of, evaluate_into, judge_of, stored_results, versions
-from minillm.stages import Start, check_rows, learns_from_responses, run_stage, unbiased_words
+from minillm.stages import Start, check_rows, run_stage, unbiased_words
 from minillm.store import Clock, RunFolder, make_folder, write_text
 from minillm.types import Purpose
 
@@ -206,9 +206,9 @@ def build_report(
 def _read_splits(config: RunConfig, pair: Pair) -> dict[str, Split]:
     data = config.data
     assert data.train is not None, "the configuration refuses a run without training rows"
-    learners = [stage.name for stage in config.stages if learns_from_responses(stage)]
-    only_sft = all(isinstance(stage, SftStage) for stage in config.stages)
-    train = read_split(config, data.train, pair=pair, name="train", need_response=only_sft)
+    learners = [stage.name for stage in config.stages if stage.responses_needed != "none"]
+    always = all(stage.responses_needed == "all" for stage in config.stages)
+    train = read_split(config, data.train, pair=pair, name="train", need_response=always)
     answered = sum(bool(prompt.response_ids) for prompt in train.prompts)
     if learners and not answered:
         raise DataError(
@@ -244,7 +244,7 @@ def _require_references(config: RunConfig, validation: Split) -> None:
 
 
 def _needs_teacher(config: RunConfig, splits: Mapping[str, Split]) -> bool:
-    distils = any(isinstance(stage, MinillmStage) for stage in config.stages)
+    distils = any(stage.wants_teacher for stage in config.stages)
     return config.teacher is not None and (distils or "test" in splits)
 
 
@@ -271,7 +271,7 @@ def _load_teacher(pair: Pair, ranks: Ranks) -> Teacher:
 
 def _validator(
     config: RunConfig,
-    stage: SftStage | MinillmStage,
+    stage: Stage,
     *,
     pair: Pair,
     split: Split | None,
@@ -282,7 +282,7 @@ def _validator(
         return None
     judge = judge_of(config, pair, split, teacher=teacher, purpose=Purpose.VALIDATION)
     has_references = any(prompt.response_ids for prompt in split.prompts)
-    return validator(judge, ranks=ranks, generate=isinstance(stage, MinillmStage), loss=has_references)
+    return validator(judge, ranks=ranks, generate=stage.on_policy, loss=has_references)
 
 
 def _write_run_report(config: RunConfig, folder: RunFolder, seconds: Mapping[str, float]) -> None:
@@ -302,7 +302,7 @@ def _write_run_report(config: RunConfig, folder: RunFolder, seconds: Mapping[str
 
 def _card_facts(
     config: RunConfig,
-    stage: SftStage | MinillmStage,
+    stage: Stage,
     pair: Pair,
     split: Split,
     *,

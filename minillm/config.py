@@ -1,20 +1,20 @@
 """A whole run as one frozen record, read from strict YAML.
 
-``load_config`` reads a file, ``dump_config`` writes one that reads back equal, and ``resolved_bias`` says why a stage's
-gradient is not unbiased. "Official" in a default's source is the paper's published code (Gu et al., ICLR 2024).
+``load_config`` reads a file and ``dump_config`` writes one that reads back equal. "Official" in a default's source is
+the paper's published code (Gu et al., ICLR 2024).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
 from minillm.errors import ConfigError, UnsupportedCombination, did_you_mean
 from minillm.settings import Count, Positive, PositiveShare, Seed, Settings, Text, Whole, headed
-from minillm.stage_config import BETTER, KeepConfig, MinillmStage, OptimiserConfig, SftStage, is_component
+from minillm.stage_config import BETTER, KeepConfig, MinillmStage, OptimiserConfig, SftStage, Stage, is_component
 from minillm.yaml_reader import read_yaml, read_yaml_file, write_yaml
 
 __all__ = [
@@ -28,9 +28,9 @@ __all__ = [
     "OptimiserConfig",
     "RunConfig",
     "SftStage",
+    "Stage",
     "dump_config",
     "load_config",
-    "resolved_bias",
 ]
 
 WORLD_SPLITS = ("train", "validation", "test")
@@ -48,6 +48,16 @@ class DecodingConfig(Settings):
     """Keep the student's k likeliest ids; 0 keeps all, as in the paper."""
     top_p: PositiveShare = 1.0
     """Keep the smallest set of ids with this share of the student's mass, above 0; 1 keeps all, as in the paper."""
+
+    @property
+    def truncated(self) -> bool:
+        """Whether some ids are never drawn."""
+        return self.top_k > 0 or self.top_p < 1
+
+    @property
+    def tempered(self) -> bool:
+        """Whether text is drawn from other than the models' own probabilities."""
+        return self.temperature != 1
 
 
 class DataConfig(Settings):
@@ -144,7 +154,7 @@ class RunConfig(Settings):
     """Prompts and references."""
     decoding: DecodingConfig
     """How text is drawn, everywhere in the run."""
-    stages: tuple[Annotated[SftStage | MinillmStage, Field(discriminator="kind")], ...]
+    stages: tuple[Stage, ...]
     """What is trained, in order; each stage starts from the weights that the one before hands on."""
     engine: EngineConfig = EngineConfig()
     """DeepSpeed settings of the student."""
@@ -171,7 +181,7 @@ class RunConfig(Settings):
             at = f"stages.{index} ('{stage.name}')"
             if stage.name in names[:index]:
                 raise ConfigError(f"{at} has the name of an earlier stage; give it another name")
-            if stage.kind == "minillm" and self.teacher is None:
+            if stage.wants_teacher and self.teacher is None:
                 raise UnsupportedCombination(f"{at} distils a teacher, but the run names none; add 'teacher: NAME'")
             if stage.validate_every > 0 and self.data.validation is None:
                 raise UnsupportedCombination(
@@ -207,26 +217,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def dump_config(config: RunConfig) -> str:
     """YAML with every setting written out, defaults too; ``load_config`` reads it back to an equal record."""
     return write_yaml(_listed(config.model_dump()))
-
-
-def resolved_bias(stage: MinillmStage, decoding: DecodingConfig) -> list[str]:
-    """Why the stage's gradient is not, in expectation, that of KL(student || teacher) per response; empty if it is.
-
-    A positive constant factor (equal weights other than 1, ``expected_length``) is no bias. Sources: design of the
-    estimator in docs, enumerated in tests/exact.
-    """
-    reasons = {
-        "per_step weights": stage.teacher_mix > 0 and stage.importance == "per_step",
-        "teacher mixing weighs the token only, not the prefix": stage.teacher_mix > 0,
-        "length normalisation": stage.length_norm,
-        "inner updates": stage.inner_updates > 1,
-        "single-step and long-horizon terms weighted differently": stage.single_weight != stage.long_weight,
-        "neither single-step nor long-horizon term": stage.single_weight == stage.long_weight == 0,
-        "language-model anchor": stage.lm_coefficient > 0,
-        "truncated sampling": decoding.top_k > 0 or decoding.top_p < 1,
-        "temperature other than 1: tempered student against tempered teacher": decoding.temperature != 1,
-    }
-    return [reason for reason, holds in reasons.items() if holds]
 
 
 def _check_source(source: str) -> None:

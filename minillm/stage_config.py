@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import re
-from typing import Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from minillm.errors import ConfigError, UnsupportedCombination, did_you_mean
 from minillm.settings import Count, Flag, NonNegative, Positive, Settings, Share, ShareBelowOne, Text, Whole
@@ -82,7 +82,10 @@ class KeepConfig(Settings):
 
 
 class _Stage(Settings):
-    """What both kinds of stage have; the first three are narrowed or explained by each kind."""
+    """What every kind of stage has; the first four are narrowed or explained by each kind.
+
+    A new kind is a class here, in ``Stage`` below, and its objective in ``stages``.
+    """
 
     kind: str
     """Says which kind of stage this is."""
@@ -90,6 +93,8 @@ class _Stage(Settings):
     """Names the stage in folders, logs and random keys; different from the other stages' names."""
     steps: Count
     """Optimiser steps, or rollouts."""
+    keep: KeepConfig
+    """Which weights the stage hands on."""
     micro_batch: Whole = 0
     """Rows per forward pass and rank; 0 takes all of the rank's rows at once. Changes memory, never the result."""
     optimiser: OptimiserConfig
@@ -98,6 +103,60 @@ class _Stage(Settings):
     """Steps between validations; 0 never validates and hands on the last weights."""
     patience: Whole = 0
     """Validations without improvement before an early stop; 0 never stops early."""
+
+    measures: ClassVar[tuple[str, ...]]
+    """What validation measures, and so what ``keep.metric`` may name."""
+    headline: ClassVar[tuple[str, ...]]
+    """Training figures beside the progress bar."""
+    on_policy: ClassVar[bool]
+    """Whether the student learns on its own text: then validation generates too, and nothing is dropped out, since the
+    weights that drew a token must be those that learn from it."""
+    wants_teacher: ClassVar[bool]
+    """Whether the stage distils a teacher."""
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows that all ranks together work on in one step."""
+        raise NotImplementedError
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimiser steps in one step of the loop."""
+        return 1
+
+    @property
+    def responses_needed(self) -> Literal["none", "some", "all"]:
+        """Of the rows that the stage draws from, which must have a reference response."""
+        raise NotImplementedError
+
+    def bias_reasons(self, *, truncated: bool, tempered: bool) -> list[str] | None:
+        """Why the stage's gradient is not that of KL(student || teacher); ``None`` where it is not meant to be.
+
+        ``truncated`` and ``tempered`` say how text is drawn: some ids never; at another temperature than 1.
+        """
+        return None
+
+    @model_validator(mode="after")
+    def _check_common(self) -> Self:
+        if not is_component(self.name):
+            raise ConfigError(f"name: got {self.name!r}, wanted letters, digits, '.', '_' and '-' only")
+        if self.keep.metric not in self.measures:
+            raise ConfigError(
+                f"keep.metric: validation of a stage of kind {self.kind} does not measure '{self.keep.metric}'; "
+                f"wanted {', '.join(self.measures)}"
+            )
+        if self.patience > 0 and self.validate_every == 0:
+            raise UnsupportedCombination(
+                f"patience {self.patience} with validate_every 0: nothing is validated; "
+                "set validate_every, or patience: 0"
+            )
+        updates = self.steps * self.updates_per_step
+        if self.optimiser.warmup_steps > updates:
+            raise UnsupportedCombination(
+                f"optimiser.warmup_steps {self.optimiser.warmup_steps} with {updates} updates in the stage: "
+                "the learning rate would never arrive; set fewer warm-up steps"
+            )
+        return self
 
 
 class SftStage(_Stage):
@@ -117,10 +176,20 @@ class SftStage(_Stage):
     keep: KeepConfig = KeepConfig()
     """Which weights the stage hands on; lowest validation loss, as official."""
 
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        _check_stage(self, updates=self.steps, measures=("loss",))
-        return self
+    measures = ("loss",)
+    headline = ("loss", "grad_norm")
+    on_policy = False
+    wants_teacher = False
+
+    @property
+    def rows_per_step(self) -> int:
+        """Its batch."""
+        return self.batch
+
+    @property
+    def responses_needed(self) -> Literal["none", "some", "all"]:
+        """Nothing else is learnt from."""
+        return "all"
 
 
 class MinillmStage(_Stage):
@@ -169,9 +238,47 @@ class MinillmStage(_Stage):
     keep: KeepConfig = KeepConfig(metric="reverse_kl")
     """Which weights the stage hands on; lowest validation reverse KL per response."""
 
+    measures = tuple(BETTER)[1:]
+    headline = ("reverse_kl", "mean_length", "loss")
+    on_policy = True
+    wants_teacher = True
+
+    @property
+    def rows_per_step(self) -> int:
+        """The responses of one rollout."""
+        return self.prompts * self.samples_per_prompt
+
+    @property
+    def updates_per_step(self) -> int:
+        """Updates on each rollout."""
+        return self.inner_updates
+
+    @property
+    def responses_needed(self) -> Literal["none", "some", "all"]:
+        """The language-model anchor draws from those that have one."""
+        return "some" if self.lm_coefficient > 0 else "none"
+
+    def bias_reasons(self, *, truncated: bool, tempered: bool) -> list[str] | None:
+        """Why the stage's gradient is not, in expectation, that of KL(student || teacher) per response; empty if it is.
+
+        A positive constant factor (equal weights other than 1, ``expected_length``) is no bias. Enumerated in
+        tests/exact.
+        """
+        reasons = {
+            "per_step weights": self.teacher_mix > 0 and self.importance == "per_step",
+            "teacher mixing weighs the token only, not the prefix": self.teacher_mix > 0,
+            "length normalisation": self.length_norm,
+            "inner updates": self.inner_updates > 1,
+            "single-step and long-horizon terms weighted differently": self.single_weight != self.long_weight,
+            "neither single-step nor long-horizon term": self.single_weight == self.long_weight == 0,
+            "language-model anchor": self.lm_coefficient > 0,
+            "truncated sampling": truncated,
+            "temperature other than 1: tempered student against tempered teacher": tempered,
+        }
+        return [reason for reason, holds in reasons.items() if holds]
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        _check_stage(self, updates=self.steps * self.inner_updates, measures=tuple(BETTER)[1:])
         _check_mixing(self)
         if self.baseline == "leave_one_out" and self.samples_per_prompt == 1:
             raise UnsupportedCombination(
@@ -188,29 +295,13 @@ class MinillmStage(_Stage):
         return self
 
 
+Stage = Annotated[SftStage | MinillmStage, Field(discriminator="kind")]
+"""Any kind of stage, as the run's file names it by ``kind``."""
+
+
 def is_component(name: str) -> bool:
     """Whether a name is safe as one part of a path: letters, digits, '.', '_' and '-', and not only dots."""
     return _COMPONENT.fullmatch(name) is not None and set(name) != {"."}
-
-
-def _check_stage(stage: SftStage | MinillmStage, *, updates: int, measures: tuple[str, ...]) -> None:
-    """Checks that both kinds of stage share; ``updates`` is how many optimiser steps the stage makes."""
-    if not is_component(stage.name):
-        raise ConfigError(f"name: got {stage.name!r}, wanted letters, digits, '.', '_' and '-' only")
-    if stage.keep.metric not in measures:
-        raise ConfigError(
-            f"keep.metric: validation of a stage of kind {stage.kind} does not measure '{stage.keep.metric}'; "
-            f"wanted {', '.join(measures)}"
-        )
-    if stage.patience > 0 and stage.validate_every == 0:
-        raise UnsupportedCombination(
-            f"patience {stage.patience} with validate_every 0: nothing is validated; set validate_every, or patience: 0"
-        )
-    if stage.optimiser.warmup_steps > updates:
-        raise UnsupportedCombination(
-            f"optimiser.warmup_steps {stage.optimiser.warmup_steps} with {updates} updates in the stage: "
-            "the learning rate would never arrive; set fewer warm-up steps"
-        )
 
 
 def _check_mixing(stage: MinillmStage) -> None:

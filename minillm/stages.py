@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from minillm.cards import Card
-from minillm.config import MinillmStage, RunConfig, SftStage, resolved_bias
+from minillm.config import RunConfig, SftStage, Stage
 from minillm.engines import Student, Teacher
 from minillm.loop import Keep, Progressed, Validate, run_steps
 from minillm.models import ModelFacts, load
@@ -18,9 +18,6 @@ from minillm.preflight import Pair, decoding_record, require_rows
 from minillm.ranks import Ranks
 from minillm.store import RunFolder, publish_student
 from minillm.types import Prompt
-
-HEADLINE = {"sft": ("loss", "grad_norm"), "minillm": ("reverse_kl", "mean_length", "loss")}
-"""The figures beside the progress bar, by kind of stage."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +30,7 @@ class Start:
 
 def run_stage(
     config: RunConfig,
-    stage: SftStage | MinillmStage,
+    stage: Stage,
     *,
     start: Start,
     pair: Pair,
@@ -47,7 +44,6 @@ def run_stage(
 ) -> Progressed:
     """Trains one stage and publishes its student at ``into``; ``model_card`` writes that folder's README."""
     check_rows(stage, prompts, ranks=ranks)
-    updates_per_step = 1 if isinstance(stage, SftStage) else stage.inner_updates
     student = Student(
         # In 32 bits whatever the card says: that is what the optimiser keeps, and the engine makes its own bf16 copy.
         lambda: load(start.card, start.facts, seed=config.seed, dtype=torch.float32),
@@ -55,10 +51,10 @@ def run_stage(
         settings=config.engine.student,
         precision=config.engine.precision,
         optimiser=stage.optimiser,
-        updates=stage.steps * updates_per_step,
+        updates=stage.steps * stage.updates_per_step,
         real_ids=pair.real_ids,
         from_files=start.card.build is None,
-        dropout=isinstance(stage, SftStage),
+        dropout=not stage.on_policy,
         seed=config.seed,
         name=stage.name,
     )
@@ -87,7 +83,7 @@ def run_stage(
             steps=stage.steps,
             ranks=ranks,
             folder=folder,
-            headline=HEADLINE[stage.kind],
+            headline=stage.headline,
             validate=validate,
             validate_every=stage.validate_every,
             keep=Keep(metric=stage.keep.metric, highest=stage.keep.mode == "max"),
@@ -98,50 +94,42 @@ def run_stage(
         student.close()
 
 
-def rows_per_step(stage: SftStage | MinillmStage) -> int:
-    """Rows that all ranks together work on in one step."""
-    return stage.batch if isinstance(stage, SftStage) else stage.prompts * stage.samples_per_prompt
+def usable(stage: Stage, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts that a stage's steps draw from: where it needs responses, those that have one."""
+    return [prompt for prompt in prompts if prompt.response_ids or stage.responses_needed != "all"]
 
 
-def learns_from_responses(stage: SftStage | MinillmStage) -> bool:
-    """Whether some of a stage's loss is on reference responses."""
-    return isinstance(stage, SftStage) or stage.lm_coefficient > 0
-
-
-def usable(stage: SftStage | MinillmStage, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts that a stage's steps draw from: those with a response for fine-tuning, all for MiniLLM."""
-    return [prompt for prompt in prompts if prompt.response_ids or not isinstance(stage, SftStage)]
-
-
-def check_rows(stage: SftStage | MinillmStage, prompts: Sequence[Prompt], *, ranks: Ranks) -> None:
+def check_rows(stage: Stage, prompts: Sequence[Prompt], *, ranks: Ranks) -> None:
     """Raise ``DataError`` where a stage has no row to draw from, or a step would leave a rank without one."""
-    require_rows(usable(stage, prompts), ranks=ranks.size, per_step=rows_per_step(stage), what=f"stage {stage.name}")
+    require_rows(usable(stage, prompts), ranks=ranks.size, per_step=stage.rows_per_step, what=f"stage {stage.name}")
 
 
-def unbiased_words(config: RunConfig, stage: SftStage | MinillmStage) -> str:
+def unbiased_words(config: RunConfig, stage: Stage) -> str:
     """The sentence of design D1: ``yes``, or ``no`` with every reason; "" for a stage that estimates no such
     gradient."""
-    if isinstance(stage, SftStage):
+    reasons = stage.bias_reasons(truncated=config.decoding.truncated, tempered=config.decoding.tempered)
+    if reasons is None:
         return ""
-    reasons = resolved_bias(stage, config.decoding)
     return f"no ({', '.join(reasons)})" if reasons else "yes"
 
 
 def _objective(
     config: RunConfig,
-    stage: SftStage | MinillmStage,
+    stage: Stage,
     *,
     pair: Pair,
     prompts: Sequence[Prompt],
     teacher: Teacher | None,
     ranks: Ranks,
 ) -> Objective:
+    """The one place that knows which objective a kind of stage has."""
+    rows = usable(stage, prompts)
     if isinstance(stage, SftStage):
-        return Sft(stage, prompts=usable(stage, prompts), ids=pair.ids, ranks=ranks, seed=config.seed)
-    assert teacher is not None, "the configuration refuses a minillm stage without a teacher"
+        return Sft(stage, prompts=rows, ids=pair.ids, ranks=ranks, seed=config.seed)
+    assert teacher is not None, "the configuration refuses a stage that wants a teacher where there is none"
     return Minillm(
         stage,
-        prompts=prompts,
+        prompts=rows,
         decoding=decoding_record(config.decoding),
         teacher=teacher,
         ids=pair.ids,

@@ -3,7 +3,7 @@
 1. a wrong value is told as one line with its dotted path, what was got and what was wanted, all problems at once;
 2. settings that exclude each other are an ``UnsupportedCombination`` with its cures;
 3. a dumped configuration loads back equal, and every shipped recipe loads;
-4. ``resolved_bias`` lists exactly the reasons that hold.
+4. ``bias_reasons`` lists exactly the reasons that hold.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from minillm.config import (
     SftStage,
     dump_config,
     load_config,
-    resolved_bias,
 )
 from minillm.errors import ConfigError, UnsupportedCombination
 
@@ -293,17 +292,21 @@ def test_odd_text_survives_a_dump(recipe: Path, tmp_path: Path) -> None:
     assert load_config(tmp_path / "dump.yaml") == run
 
 
+def reasons(stage: MinillmStage, **changes: Any) -> list[str] | None:
+    decoding = DecodingConfig(max_new_tokens=8, **changes)
+    return stage.bias_reasons(truncated=decoding.truncated, tempered=decoding.tempered)
+
+
 def test_exact_on_policy_settings_are_unbiased() -> None:
-    decoding = DecodingConfig(max_new_tokens=8)
     for future in ("sampled", "expected"):
         for baseline in ("none", "position_mean", "leave_one_out"):
-            assert resolved_bias(stage(future=future, baseline=baseline, samples_per_prompt=2), decoding) == []
+            assert reasons(stage(future=future, baseline=baseline, samples_per_prompt=2)) == []
     for changes in ({"importance": "per_step"}, {"clip": None}, {"expected_length": 9.0}, {"coin_groups": 4}):
-        assert resolved_bias(stage(**changes), decoding) == []
+        assert reasons(stage(**changes)) == []
 
 
 @pytest.mark.parametrize(
-    ("changes", "reasons"),
+    ("changes", "named"),
     [
         ({"teacher_mix": 0.2}, ["teacher mixing weighs the token only, not the prefix"]),
         (
@@ -317,8 +320,8 @@ def test_exact_on_policy_settings_are_unbiased() -> None:
         ({"length_norm": True, "inner_updates": 4}, ["length normalisation", "inner updates"]),
     ],
 )
-def test_each_bias_of_a_stage_is_named(changes: dict[str, Any], reasons: list[str]) -> None:
-    assert resolved_bias(stage(**changes), DecodingConfig(max_new_tokens=8)) == reasons
+def test_each_bias_of_a_stage_is_named(changes: dict[str, Any], named: list[str]) -> None:
+    assert reasons(stage(**changes)) == named
 
 
 @pytest.mark.parametrize(
@@ -330,7 +333,7 @@ def test_each_bias_of_a_stage_is_named(changes: dict[str, Any], reasons: list[st
     ],
 )
 def test_each_bias_of_decoding_is_named(changes: dict[str, Any], reason: str) -> None:
-    assert resolved_bias(stage(), DecodingConfig(max_new_tokens=8, **changes)) == [reason]
+    assert reasons(stage(), **changes) == [reason]
 
 
 def undescribed(models: Sequence[type[BaseModel]]) -> list[str]:
