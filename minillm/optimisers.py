@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from minillm.config import OptimiserConfig
+from minillm.muon import Muon
 
 
 def learning_rate_factor(update: int, *, total: int, schedule: str, warmup: int, final_fraction: float) -> float:
@@ -43,11 +44,10 @@ def build_optimiser(root: nn.Module, config: OptimiserConfig) -> torch.optim.Opt
         optimiser: torch.optim.Optimizer = torch.optim.AdamW([group for group in groups if group["params"]], **adam)
     else:
         optimiser = MuonWithAdamW(
-            torch.optim.Muon(
+            Muon(
                 hidden,
                 lr=config.muon_lr if config.muon_lr is not None else config.lr,
                 weight_decay=config.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
             ),
             torch.optim.AdamW(
                 [
@@ -77,7 +77,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
     others).
     """
 
-    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW) -> None:
+    def __init__(self, muon: Muon, adamw: torch.optim.AdamW) -> None:
         self._parts: tuple[torch.optim.Optimizer, ...] = (muon, adamw)
         super().__init__([group for part in self._parts for group in part.param_groups], {})
         # One list, the same group objects: a rate set here is the rate the parts step with.

@@ -27,7 +27,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         *("records", "rows", "prompts", "batches", "order", "templates", "vocabulary", "world"),
     ),
     4: ("models", "decode", "scoring"),
-    5: ("ranks", "engine_settings", "engines", "optimisers", "store", "model_card"),
+    5: ("ranks", "engine_settings", "engines", "muon", "optimisers", "store", "model_card"),
     6: ("objectives", "loop", "stages", "preflight", "progress"),
     7: (
         *("measures", "evaluation", "results", "statistics", "plots"),

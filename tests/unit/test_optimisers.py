@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from minillm.config import OptimiserConfig
 from minillm.models import CausalLM
+from minillm.muon import Muon
 from minillm.optimisers import MuonWithAdamW, build_optimiser, learning_rate_factor, set_learning_rate
 from tests import tiny
 
@@ -131,12 +132,7 @@ def test_a_frozen_weight_is_not_trained(root: CausalLM) -> None:
 def apart(root: CausalLM, settings: OptimiserConfig) -> list[torch.optim.Optimizer]:
     """Muon and AdamW by themselves, over the groups that the two of them have together."""
     groups = build_optimiser(root, settings).param_groups
-    muon = torch.optim.Muon(
-        groups[0]["params"],
-        lr=settings.muon_lr or settings.lr,
-        weight_decay=settings.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
-    )
+    muon = Muon(groups[0]["params"], lr=settings.muon_lr or settings.lr, weight_decay=settings.weight_decay)
     plain = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in groups[1:]]
     adamw = torch.optim.AdamW(plain, lr=settings.lr, betas=settings.betas, eps=settings.eps)
     return [muon, adamw]
