@@ -41,13 +41,33 @@ def jensen_shannon(logq_NV: Tensor, logp_NV: Tensor, *, beta: float) -> Tensor:
     """
     if not 0.0 < beta < 1.0:
         raise ValueError(f"jensen_shannon: beta must lie strictly between 0 and 1, got {beta}")
+    middle_NV = _mixture(logq_NV, logp_NV, teachers=beta)
+    return beta * _kl(logp_NV, middle_NV) + (1.0 - beta) * _kl(logq_NV, middle_NV)
+
+
+def skew_forward_kl(logq_NV: Tensor, logp_NV: Tensor, *, skew: float) -> Tensor:
+    """KL(p || skew p + (1 - skew) q), [N]: DistiLLM's (Ko et al. 2024); at most -log(skew), so that it stays bounded.
+
+    ``skew`` from 0 (the forward KL) to below 1.
+    """
+    return _kl(logp_NV, _mixture(logq_NV, logp_NV, teachers=skew))
+
+
+def skew_reverse_kl(logq_NV: Tensor, logp_NV: Tensor, *, skew: float) -> Tensor:
+    """KL(q || (1 - skew) p + skew q), [N]: the same with the student in front (Ko et al. 2024)."""
+    return _kl(logq_NV, _mixture(logq_NV, logp_NV, teachers=1.0 - skew))
+
+
+def _mixture(logq_NV: Tensor, logp_NV: Tensor, *, teachers: float) -> Tensor:
+    """log(teachers p + (1 - teachers) q)."""
+    if teachers in {0.0, 1.0}:
+        return logp_NV if teachers else logq_NV
     # Where both forbid a token logaddexp is right and its gradient NaN; any number will do there, its weight is 0.
     nowhere_NV = (logq_NV == -math.inf) & (logp_NV == -math.inf)
-    middle_NV = torch.logaddexp(
-        torch.where(nowhere_NV, 0.0, logp_NV) + math.log(beta),
-        torch.where(nowhere_NV, 0.0, logq_NV) + math.log1p(-beta),
+    return torch.logaddexp(
+        torch.where(nowhere_NV, 0.0, logp_NV) + math.log(teachers),
+        torch.where(nowhere_NV, 0.0, logq_NV) + math.log1p(-teachers),
     )
-    return beta * _kl(logp_NV, middle_NV) + (1.0 - beta) * _kl(logq_NV, middle_NV)
 
 
 def _kl(first_NV: Tensor, second_NV: Tensor) -> Tensor:

@@ -70,10 +70,10 @@ class Student:
         self.updates_done = 0
         self.learning_rate = 0.0
 
-    def statistics(self, **inputs: Any) -> dict[str, Tensor]:
-        """Per-token numbers with gradient (``models.CausalLM`` mode ``train``), through the engine."""
-        values: dict[str, Tensor] = self._engine("train", **inputs)
-        return values
+    def loss(self, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """(A loss with gradient, numbers per token without), ``models.CausalLM`` mode ``train``, through the engine."""
+        result: tuple[Tensor, dict[str, Tensor]] = self._engine("train", **inputs)
+        return result
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[ModelReader]:

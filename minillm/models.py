@@ -33,7 +33,8 @@ from minillm.cards import BuildSpec, Card
 from minillm.errors import ModelError, PositionsExceeded, did_you_mean
 from minillm.hub import asked_once
 from minillm.model_files import few, in_short, require_safe_folder
-from minillm.scoring import HeadWeights, TeacherView, token_statistics
+from minillm.scoring import HeadWeights, token_statistics
+from minillm.token_loss import Task, TileLoss, token_loss
 
 PROBE_TOLERANCE = 1e-3
 
@@ -60,11 +61,14 @@ class Head(nn.Module):
         bias = None if self.bias is None else self.bias[: self.real_ids]
         return HeadWeights(weight_VH=self.weight[: self.real_ids], bias_V=bias, scale=self.scale, softcap=self.softcap)
 
-    def forward(self, hidden_NH: Tensor, **statistics: Any) -> Tensor | dict[str, Tensor]:
-        """Logits [N, V] of real ids, or with ``taken_N`` and ``wanted`` the numbers of ``scoring.token_statistics``."""
-        if not statistics:
+    def forward(self, hidden_NH: Tensor, **asked: Any) -> Any:
+        """Logits [N, V] of real ids; with ``task`` and ``loss`` what ``token_loss`` gives; with ``taken_N`` and
+        ``wanted`` the numbers of ``scoring.token_statistics``."""
+        if not asked:
             return self.weights().logits(hidden_NH)
-        return token_statistics(hidden_NH, head=self.weights(), **statistics)
+        if "loss" in asked:
+            return token_loss(hidden_NH, head=self.weights(), **asked)
+        return token_statistics(hidden_NH, head=self.weights(), **asked)
 
 
 class CausalLM(nn.Module):
@@ -84,7 +88,7 @@ class CausalLM(nn.Module):
 
     def forward(self, mode: str, **inputs: Any) -> Any:
         """``read``: (hidden, cache). ``logits``: [N, V]. ``statistics``: dict of [N] from hidden states. ``train``:
-        dict of [N] from ids."""
+        (loss, dict of [N]) from ids."""
         if mode == "read":
             return self._read(**inputs)
         if mode == "train":
@@ -110,12 +114,10 @@ class CausalLM(nn.Module):
         ids_BL: Tensor,
         mask_BL: Tensor,
         predict_BL: Tensor,
-        wanted: tuple[str, ...],
-        temperature: float = 1.0,
-        teacher: TeacherView | None = None,
-        support_NC: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Statistics with gradient for the tokens at the columns where ``predict_BL`` is true (column 0 never is)."""
+        loss: TileLoss,
+        **task: Any,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """``token_loss`` for the tokens at the columns where ``predict_BL`` is true (column 0 never is)."""
         output = self.backbone(
             input_ids=ids_BL,
             attention_mask=mask_BL.long(),
@@ -123,15 +125,10 @@ class CausalLM(nn.Module):
             use_cache=False,
         )
         hidden_NH = output.last_hidden_state[:, :-1][predict_BL[:, 1:]]
-        statistics: dict[str, Tensor] = self.head(
-            hidden_NH,
-            taken_N=ids_BL[predict_BL],
-            wanted=wanted,
-            temperature=temperature,
-            teacher=teacher,
-            support_NC=support_NC,
+        result: tuple[Tensor, dict[str, Tensor]] = self.head(
+            hidden_NH, task=Task(taken_N=ids_BL[predict_BL], **task), loss=loss
         )
-        return statistics
+        return result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,7 @@ scored -> targets). ``learning`` turns the result into optimiser steps, each a l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -117,8 +117,7 @@ def lm_losses(
         inputs = _nobody(ranks.device)
         if indices:
             inputs = _example_inputs(example_batch([rows[i] for i in indices], pad_id=ids.pad, device=ranks.device))
-        logq_N = student.statistics(**inputs, wanted=("logq",))["logq"]
-        loss = -logq_N.sum() / max(tokens, 1)
+        loss, _ = student.loss(**inputs, wanted=("logq",), loss=lambda of, _: -of["logq"].sum() / max(tokens, 1))
         sums.add(lm=loss.detach())
         return weight * loss
 
@@ -276,28 +275,32 @@ class Minillm:
         rollout = targets.scored.rollout
         keep_BT = _kept_rows(rollout.mask_BT, rows)
         assert rollout.teacher_hidden_BTH is not None
-        values = student.statistics(
+        logq_N = _pick(targets.scored.logq_BT, rows, keep_BT)
+        advantage_N = _pick(targets.advantage_BT, rows, keep_BT)
+        importance_N = _pick(targets.importance_BT, rows, keep_BT)
+        denominator = collected.sequences * self._constant
+
+        def loss_of(numbers: Mapping[str, Tensor], here: slice) -> Tensor:
+            surrogate = clipped_surrogate(
+                numbers["logq"], logq_N[here], advantage=advantage_N[here], importance=importance_N[here],
+                clip=stage.clip, max_log_ratio=stage.max_log_ratio,
+            )  # fmt: skip
+            single, long = numbers["reverse_kl"].sum() / denominator, surrogate.loss.sum() / denominator
+            sums.add(
+                single=single.detach(), long=long.detach(), kept=len(surrogate.loss),
+                clipped=surrogate.clipped.sum(), clamped=surrogate.clamped.sum(),
+            )  # fmt: skip
+            return stage.single_weight * single + stage.long_weight * long
+
+        loss, _ = student.loss(
             **rollout_inputs(rollout, rows),
             wanted=("logq", "reverse_kl"),
             temperature=self._decoding.temperature,
             teacher=TeacherView(head=head, hidden_NH=_pick(rollout.teacher_hidden_BTH, rows, keep_BT)),
             support_NC=None if rollout.support_BTC is None else _pick(rollout.support_BTC, rows, keep_BT),
+            loss=loss_of,
         )
-        surrogate = clipped_surrogate(
-            values["logq"],
-            _pick(targets.scored.logq_BT, rows, keep_BT),
-            advantage=_pick(targets.advantage_BT, rows, keep_BT),
-            importance=_pick(targets.importance_BT, rows, keep_BT),
-            clip=stage.clip,
-            max_log_ratio=stage.max_log_ratio,
-        )
-        denominator = collected.sequences * self._constant
-        single, long = values["reverse_kl"].sum() / denominator, surrogate.loss.sum() / denominator
-        sums.add(
-            single=single.detach(), long=long.detach(), kept=len(surrogate.loss),
-            clipped=surrogate.clipped.sum(), clamped=surrogate.clamped.sum(),
-        )  # fmt: skip
-        return stage.single_weight * single + stage.long_weight * long
+        return loss
 
     def _update_figures(self, sums: Sums, anchor: Sums) -> dict[str, float]:
         total = sums.over_ranks(self._ranks)

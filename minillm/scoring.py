@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from minillm import divergences
 from minillm.errors import NonFinite
@@ -24,7 +23,8 @@ from minillm.types import Rollout, Scored
 TILE_BYTES = 64 * 2**20
 """Memory for one tile of logits of one model, in fp32; about six such tensors live at once."""
 
-STATISTICS = ("logq", "logp", "entropy", "reverse_kl", "forward_kl", "jsd")
+STATISTICS = ("logq", "logp", "entropy", "reverse_kl", "forward_kl", "jsd", "skew_fkl", "skew_rkl")
+"""Numbers that there are for each token; see ``tile_statistics``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +55,12 @@ class TeacherView:
     hidden_NH: Tensor
 
 
+def rows_of_a_tile(vocabulary: int) -> int:
+    """Tokens that are worked on together: as many as ``TILE_BYTES`` of logits hold."""
+    return max(16, TILE_BYTES // (4 * vocabulary))
+
+
+@torch.no_grad()
 def token_statistics(
     hidden_NH: Tensor,
     *,
@@ -65,40 +71,29 @@ def token_statistics(
     teacher: TeacherView | None = None,
     support_NC: Tensor | None = None,
     jsd_beta: float = 0.5,
+    skew: float = 0.1,
     tile: int | None = None,
 ) -> dict[str, Tensor]:
-    """The wanted numbers for each of N tokens, each [N], with gradient to hidden states and head where those carry one.
+    """The wanted numbers for each of N tokens, each [N], without gradient (``token_loss`` has one).
 
     ``wanted`` is chosen from ``STATISTICS``: log-probs of the taken token under student (``logq``) and teacher
     (``logp``), the student's ``entropy``, and the divergences of ``minillm.divergences``, all at ``temperature`` (of
-    both models) and, with a support, over the kept ids only, both distributions renormalised. With N = 0 each is an
-    empty tensor that still hangs on the graph. ``tile`` is the number of tokens a pass; by default it follows from
-    ``TILE_BYTES``.
+    both models) and, with a support, over the kept ids only, both distributions renormalised. ``tile`` is the number of
+    tokens a pass; by default it follows from ``TILE_BYTES``.
     """
-    rows = tile or max(16, TILE_BYTES // (4 * head.weight_VH.shape[0]))
-
-    def one_tile(hidden_nH: Tensor, weight: Tensor, bias: Tensor | None, start: int, stop: int) -> tuple[Tensor, ...]:
-        own = HeadWeights(weight_VH=weight, bias_V=bias, scale=head.scale, softcap=head.softcap)
-        other = None if teacher is None else teacher.head.logits(teacher.hidden_NH[start:stop])
-        support = None if support_NC is None else unpack_support(support_NC[start:stop], weight.shape[0])
-        values = tile_statistics(
-            own.logits(hidden_nH), other, taken_n=taken_N[start:stop], temperature=temperature, support_nV=support,
-            wanted=wanted, jsd_beta=jsd_beta,
-        )  # fmt: skip
-        return tuple(values[name] for name in wanted)
-
-    count = hidden_NH.shape[0]
-    parts: list[tuple[Tensor, ...]] = []
+    rows, count = tile or rows_of_a_tile(head.weight_VH.shape[0]), hidden_NH.shape[0]
+    parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
     for start in range(0, max(count, 1), rows):
-        stop = min(start + rows, count)
-        arguments = (hidden_NH[start:stop], head.weight_VH, head.bias_V, start, stop)
-        # One tile fits the budget as it is; with several, each is computed again in the backward pass instead of
-        # being kept.
-        if count <= rows or not torch.is_grad_enabled():
-            parts.append(one_tile(*arguments))
-        else:
-            parts.append(checkpoint(one_tile, *arguments, use_reentrant=False, preserve_rng_state=False))
-    return {name: torch.cat(columns) for name, columns in zip(wanted, zip(*parts, strict=True), strict=True)}
+        here = slice(start, min(start + rows, count))
+        support = None if support_NC is None else unpack_support(support_NC[here], head.weight_VH.shape[0])
+        values = tile_statistics(
+            head.logits(hidden_NH[here]), None if teacher is None else teacher.head.logits(teacher.hidden_NH[here]),
+            taken_n=taken_N[here], temperature=temperature, support_nV=support, wanted=wanted, jsd_beta=jsd_beta,
+            skew=skew,
+        )  # fmt: skip
+        for name in wanted:
+            parts[name].append(values[name])
+    return {name: torch.cat(columns) for name, columns in parts.items()}
 
 
 def tile_statistics(
@@ -110,6 +105,7 @@ def tile_statistics(
     support_nV: Tensor | None,
     wanted: Sequence[str],
     jsd_beta: float,
+    skew: float,
 ) -> dict[str, Tensor]:
     """The same for one tile from whole logits: the slow obvious form, and the definition that tiles are tested
     against."""
@@ -127,6 +123,10 @@ def tile_statistics(
         values["forward_kl"] = divergences.forward_kl(logq_nV, logp_nV)
     if "jsd" in wanted:
         values["jsd"] = divergences.jensen_shannon(logq_nV, logp_nV, beta=jsd_beta)
+    if "skew_fkl" in wanted:
+        values["skew_fkl"] = divergences.skew_forward_kl(logq_nV, logp_nV, skew=skew)
+    if "skew_rkl" in wanted:
+        values["skew_rkl"] = divergences.skew_reverse_kl(logq_nV, logp_nV, skew=skew)
     return values
 
 

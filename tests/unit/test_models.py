@@ -150,13 +150,16 @@ def a_rollout(root: CausalLM, teacher: CausalLM, decoding: Decoding, mix: float)
 def trained_logq(root: CausalLM, rollout: Rollout, decoding: Decoding, *, support: bool = True) -> Tensor:
     """What a training forward says about the sampled tokens, [N] in row order."""
     packed = None if rollout.support_BTC is None or not support else rollout.support_BTC[rollout.mask_BT]
-    values: dict[str, Tensor] = root(
+    values: dict[str, Tensor]
+    loss, values = root(
         "train",
         **rollout_inputs(rollout, range(len(rollout.stop_B))),
         wanted=("logq",),
         temperature=decoding.temperature,
         support_NC=packed,
+        loss=lambda numbers, _: numbers["logq"].sum(),
     )
+    assert loss.requires_grad
     return values["logq"]
 
 
@@ -170,7 +173,7 @@ def test_before_the_first_update_the_ratio_of_new_to_old_is_one(
     rollout = a_rollout(root, teacher, decoding, mix)
     assert (rollout.support_BTC is not None) is (decoding.top_k > 0)
     logq_N = trained_logq(root, rollout, decoding)
-    assert logq_N.requires_grad and gap(logq_N, rollout.logq_BT[rollout.mask_BT]) < CLOSE
+    assert gap(logq_N, rollout.logq_BT[rollout.mask_BT]) < CLOSE
     scored = score(
         rollout, student=reader_of(root), teacher_head=teacher.head.weights(), temperature=decoding.temperature
     )
