@@ -121,8 +121,11 @@ def find_engine_settings(name: str) -> Traversable:
     found = find_file(stem, folder="ds_configs", suffix=".json")
     if found is None:
         names = known_names("ds_configs", suffix=".json")
-        near = did_you_mean(stem, names) or f"; known: {', '.join(names)}"
-        raise ConfigError(f"engine settings {name!r}: no such .json file and no such name in ds_configs/{near}")
+        near = did_you_mean(stem, names)
+        raise ConfigError(
+            f"engine settings {name!r}: no such .json file and no such name in ds_configs/{near}\n"
+            f"  known: {', '.join(names)}"
+        )
     return found
 
 

@@ -62,9 +62,20 @@ Fresh = Annotated[
 ]
 
 
+def _tell_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"minillm {version('minillm')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _common(
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Say which version this is.")
+    ] = False,
 ) -> None:
     # DeepSpeed's launcher puts --local_rank before the command; the environment says the same, and libraries read it
     # there.
@@ -213,7 +224,7 @@ def _guarded(command: Callable[..., object]) -> int:
         return MinillmError.exit_code
     # typer turns an interruption that reaches it into this code.
     if result == INTERRUPTED:
-        print("interrupted; the same command starts the run again", file=sys.stderr)
+        print("interrupted; the same command starts from the beginning again", file=sys.stderr)
     return result if isinstance(result, int) else 0
 
 

@@ -50,9 +50,8 @@ class Progress:
         elif now - self._last_line >= LINE_EVERY_S or done == self._total:
             self._last_line = now
             left = (self._total - done) / max(rate, 1e-9)
-            print(
-                f"{self._title} {done}/{self._total}  {rate:.3g} {self._unit}/s  {left:.0f} s left  {text}", flush=True
-            )
+            line = f"{self._title} {done}/{self._total}  {rate:.3g} {self._unit}/s  {left:.0f} s left  {text}"
+            print(line.rstrip(), flush=True)
 
     def say(self, line: str) -> None:
         """A line of its own, above the bar."""

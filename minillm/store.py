@@ -171,6 +171,8 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
         raise
     for path in sorted(staging.rglob("*")):
+        if path.is_file():
+            path.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
         _sync(path)
     _sync(staging)
     if folder.exists():
@@ -183,6 +185,13 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         raise
     _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    """The rights that this process takes from new files; the only way to read it is to set it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def _sync(path: Path) -> None:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shlex
@@ -476,6 +477,11 @@ def test_help_answers_in_under_a_second_with_a_purpose_and_an_example_for_every_
         lines = [line for line in text.splitlines() if line.startswith(f"  {name} ")]
         assert len(lines) == 1 and lines[0].endswith(".") and not lines[0].endswith("..."), lines
         assert f"  minillm {name} " in text
+
+
+def test_the_version_is_that_of_the_package(run: Run) -> None:
+    outcome = run("--version")
+    assert (outcome.code, outcome.out) == (0, f"minillm {importlib.metadata.version('minillm')}\n")
 
 
 def test_a_purpose_that_is_too_long_would_be_cut() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -126,6 +127,19 @@ def test_the_folder_holds_safetensors_a_tokenizer_a_card_and_no_pickle(
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
     assert tokenizer("a b z")["input_ids"] == [2, 3, 27] and len(tokenizer) == REAL
     assert [path.name for path in tmp_path.iterdir()] == ["student"], "no staging folder is left beside it"
+
+
+@pytest.mark.parametrize(("mask", "rights"), [(0o022, 0o644), (0o077, 0o600)])
+def test_whoever_may_read_the_owners_files_may_read_the_weights(
+    mask: int, rights: int, tmp_path: Path, trained: Callable[..., PreTrainedModel]
+) -> None:
+    """Without a change of rights safetensors' file is the owner's alone, whatever the mask says."""
+    before = os.umask(mask)
+    try:
+        publish(tmp_path / "student", trained("llama"))
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "student").iterdir()} == {rights}
 
 
 @pytest.mark.parametrize(("eos", "want"), [((EOS,), EOS), ((EOS, 5), [EOS, 5])])
