@@ -48,7 +48,7 @@ def problem(name: str, kind: cards.Kind = "students") -> str:
 
 def test_the_globs_saw_the_shipped_files() -> None:
     assert {name for _, name in SHIPPED} >= {
-        "micro-world-96x3", "micro-world-16x1", "gpt2", "qwen2.5-0.5b", "micro-world", "gpt2-xl", "qwen2.5-7b",
+        "micro-world-64x3", "micro-world-16x1", "gpt2", "qwen2.5-0.5b", "micro-world", "gpt2-xl", "qwen2.5-7b",
     }  # fmt: skip
     assert {path.stem for path in ENGINES} >= {"zero0", "zero1", "zero2", "zero3", "teacher-zero3"}
 
@@ -75,7 +75,7 @@ def test_recipes_name_cards_that_exist(path: Path) -> None:
 
 
 def test_the_micro_world_heads_divide() -> None:
-    for name in ("micro-world-96x3", "micro-world-16x1"):
+    for name in ("micro-world-64x3", "micro-world-16x1"):
         card = load_card(name, kind="students")
         assert card.build is not None
         hidden, heads = card.build.config["hidden_size"], card.build.config["num_attention_heads"]
