@@ -1,8 +1,8 @@
 """Muon: momentum whose matrices are made nearly orthogonal before each step (Jordan et al., 2024).
 
 torch has one too (``torch.optim.Muon``), which always multiplies in bfloat16: on a processor without bfloat16
-arithmetic a step of a 355k model then takes 325 ms of which 60 are the model's own (docs/LOG.md). This one computes in
-32 bits unless the weights are on a GPU, and takes matrices of one shape together.
+arithmetic that took 325 of the 436 ms of a 355k model's step (docs/LOG.md). This one computes in 32 bits unless the
+weights are on a GPU, and takes matrices of one shape together.
 """
 
 from __future__ import annotations

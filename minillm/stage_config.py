@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -81,7 +82,7 @@ class KeepConfig(Settings):
         return self
 
 
-class _Stage(Settings):
+class _Stage(Settings, ABC):
     """What every kind of stage has; the first four are narrowed or explained by each kind.
 
     A new kind is a class here, in ``Stage`` below, and its objective in ``stages``.
@@ -115,26 +116,26 @@ class _Stage(Settings):
     """Whether the stage distils a teacher."""
 
     @property
+    @abstractmethod
     def rows_per_step(self) -> int:
         """Rows that all ranks together work on in one step."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def updates_per_step(self) -> int:
         """Optimiser steps in one step of the loop."""
-        return 1
 
     @property
+    @abstractmethod
     def responses_needed(self) -> Literal["none", "some", "all"]:
         """Of the rows that the stage draws from, which must have a reference response."""
-        raise NotImplementedError
 
+    @abstractmethod
     def bias_reasons(self, *, truncated: bool, tempered: bool) -> list[str] | None:
         """Why the stage's gradient is not that of KL(student || teacher); ``None`` where it is not meant to be.
 
         ``truncated`` and ``tempered`` say how text is drawn: some ids never; at another temperature than 1.
         """
-        return None
 
     @model_validator(mode="after")
     def _check_common(self) -> Self:
@@ -187,9 +188,18 @@ class SftStage(_Stage):
         return self.batch
 
     @property
+    def updates_per_step(self) -> int:
+        """One."""
+        return 1
+
+    @property
     def responses_needed(self) -> Literal["none", "some", "all"]:
         """Nothing else is learnt from."""
         return "all"
+
+    def bias_reasons(self, *, truncated: bool, tempered: bool) -> list[str] | None:
+        """It estimates no such gradient."""
+        return None
 
 
 class MinillmStage(_Stage):
