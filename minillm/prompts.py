@@ -176,11 +176,21 @@ def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, uids: Se
     for start in range(0, len(texts), ENCODE_ROWS):
         batch = list(texts[start : start + ENCODE_ROWS])
         try:
-            ids += map(tuple, tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"])
+            ids += _ids_of(batch, tokenizer)
         # The tokenizers library raises bare Exception; and of a whole batch it does not say which text it was.
         except Exception as error:
             raise _unreadable(batch, uids[start:], tokenizer) from error
     return ids
+
+
+def _ids_of(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, ...]]:
+    if not tokenizer.is_fast:
+        return map(tuple, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
+    # Without the masks, types and offsets that transformers would build and nobody reads: a third of the time.
+    core = tokenizer.backend_tokenizer
+    core.no_truncation()  # as transformers does at each call; a tokenizer.json may ask for either
+    core.no_padding()
+    return (tuple(encoding.ids) for encoding in core.encode_batch_fast(texts, add_special_tokens=False))
 
 
 def _unreadable(texts: Sequence[str], uids: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> DataError:

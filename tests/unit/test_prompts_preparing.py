@@ -12,7 +12,7 @@ import dataclasses
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from minillm import prompts as prompts_module
 from minillm.errors import DataError
@@ -83,6 +83,24 @@ def test_batches_of_encoding_keep_the_order(
     whole = encode(texts, tokenizer, uids=texts)
     monkeypatch.setattr(prompts_module, "ENCODE_ROWS", 2)
     assert encode(texts, tokenizer, uids=texts) == whole == [(A,), (B, B), (), (C,), (D, A, B)]
+
+
+def test_a_tokenizer_file_that_asks_for_cuts_and_padding_gets_neither(tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = ["a", "b b c d", "d"]
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    tokenizer.backend_tokenizer.enable_padding(pad_id=0)
+    control = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    assert [encoding.ids for encoding in control] == [[A, 0], [B, B], [D, 0]]
+    assert encode(texts, tokenizer, uids=texts) == [(A,), (B, B, C, D), (D,)]
+
+
+def test_a_tokenizer_in_python_gives_what_it_gives_itself() -> None:
+    slow = ByT5Tokenizer()
+    assert not slow.is_fast
+    texts = ["a b", "é"]
+    assert encode(texts, slow, uids=texts) == [
+        tuple(slow(text, add_special_tokens=False)["input_ids"]) for text in texts
+    ]
 
 
 @pytest.mark.parametrize("blank", ["", " \n\t", "\u00a0"])
