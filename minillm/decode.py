@@ -7,10 +7,11 @@ states at every position are there when the rollout ends; no scoring pass is nee
 
 *Lockstep.* A reader whose weights are sharded over ranks works only if all ranks make the same calls. They do, because
 what is called follows from facts that all ranks share: the coins (keyed by group and position, not by row) and the
-number of steps (``anyone`` answers the same everywhere). Per step: ``anyone``; student ``extend``, ``logits``; then,
-for each coin group that has heads, in order, teacher ``extend``, ``logits``. After the last step: teacher ``extend``
-for each group. A rank that has no row for a call makes it with a dummy of one row and one token, which counts as a
-forward. ``select_rows`` is local and free.
+number of steps (``anyone`` answers the same everywhere). Per step that calls one of them: ``anyone``; student
+``extend``, ``logits``; then, for each coin group that has heads, in order, teacher ``extend``, ``logits``. After
+the last step, for each group: teacher ``extend``, or ``read`` where the group's coins never fell on heads, as without
+mixing. A rank that has no row for a call makes it with a dummy of one row and one token, which counts as a forward.
+``select_rows`` is local and free.
 
 Legend: B rows, P prompt positions, T response positions, L = P + longest allowed response, R rows of one reading (some
 may be finished), N unfinished rows, S newly read positions, H hidden width, V real ids, G coin groups.
@@ -58,6 +59,9 @@ class Reader(Protocol):
 
         ``mask_BL`` (bool) covers past and new positions; position ids are its running count, less one.
         """
+
+    def read(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        """Hidden states [B, L, H] of whole rows, 0 off the mask, with no cache to go on from."""
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """[N, V] over real ids, before temperature, fp32 (float64 if the hidden states are)."""
@@ -171,11 +175,13 @@ class _Reading:
 
     def finish(self) -> None:
         """Reads what is still unread of any row, in one forward. In lockstep it always costs one."""
+        # Coins are the same on all ranks, so all ranks read whole rows here or none does.
+        whole = not any(self.heads_T)
         if bool((self.page.needed_R(self.rows_R) > self.read).any()):
             self._shed(least_share=self.rows_R.numel())
-            self._advance(int(self.page.needed_R(self.rows_R).max()))
+            self._advance(int(self.page.needed_R(self.rows_R).max()), whole=whole)
         elif self.reader.lockstep:
-            self._idle()
+            self._idle(whole=whole)
 
     def zero(self) -> Tensor:
         """A hidden state of zeros [1, 1, H]."""
@@ -201,17 +207,24 @@ class _Reading:
             self.zero_1V = torch.zeros_like(logits_NV[:1])
         return logits_NV
 
-    def _idle(self) -> Tensor:
+    def _idle(self, *, whole: bool = False) -> Tensor:
+        """The call of ``_advance`` on a rank that has no row for it."""
         ids_11 = torch.zeros(1, 1, dtype=torch.int64, device=self.reader.device)
-        return self._extend(ids_11, ids_11 == 0, None)[0]
+        if whole:
+            return self._whole(ids_11, ids_11 == 0)
+        hidden_11H, _ = self.reader.extend(ids_11, ids_11 == 0, None)
+        return self._counted(hidden_11H)
 
-    def _advance(self, stop: int) -> Tensor:
-        """Reads positions ``read`` .. ``stop`` - 1 of the present rows in one forward; the last one's states [R, H]."""
+    def _advance(self, stop: int, *, whole: bool = False) -> Tensor:
+        """Reads positions ``read`` .. ``stop`` - 1 of the present rows in one forward; the last one's states [R, H].
+
+        ``whole``: nothing was read before them and nothing will be after them.
+        """
         self._shed(least_share=_SHED_SHARE)
         assert stop > self.read, (stop, self.read)
         ids_RS = self.page.ids_BL[self.rows_R, self.read : stop].to(self.reader.device)
         mask_RL = self.page.attend_BL[self.rows_R, :stop].to(self.reader.device)
-        hidden_RSH, self.cache = self._extend(ids_RS, mask_RL, self.cache)
+        hidden_RSH = self._whole(ids_RS, mask_RL) if whole else self._extend(ids_RS, mask_RL)
         if self.keep:
             # The state at P - 1 predicts the first response token. A copy, or the prompt's states would stay in memory.
             first = max(self.read, self.page.prompt - 1)
@@ -220,12 +233,18 @@ class _Reading:
         self.read = stop
         return hidden_RSH[:, -1]
 
-    def _extend(self, ids_RS: Tensor, mask_RL: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    def _extend(self, ids_RS: Tensor, mask_RL: Tensor) -> Tensor:
+        hidden_RSH, self.cache = self.reader.extend(ids_RS, mask_RL, self.cache)
+        return self._counted(hidden_RSH)
+
+    def _whole(self, ids_RL: Tensor, mask_RL: Tensor) -> Tensor:
+        return self._counted(self.reader.read(ids_RL, mask_RL))
+
+    def _counted(self, hidden_RSH: Tensor) -> Tensor:
         self.forwards += 1
-        hidden_RSH, cache = self.reader.extend(ids_RS, mask_RL, cache)
         if self.zero_11H is None:
             self.zero_11H = hidden_RSH.new_zeros(1, 1, hidden_RSH.shape[2]).to(self.page.device)
-        return hidden_RSH, cache
+        return hidden_RSH
 
     def _shed(self, *, least_share: int) -> None:
         """Takes rows that have been read to their end out of the cache, if at least 1 in ``least_share`` are such."""
@@ -264,9 +283,10 @@ def roll_out(
 
     With a teacher ``teacher_hidden_BTH`` is complete, from at most heads + 1 forwards a coin group; at ``teacher_mix``
     0 from one forward after sampling, and the ids are those of a rollout without a teacher. ``anyone`` tells whether
-    any rank has unfinished rows: it is asked once before each token, and all ranks must hear the same answer if a
-    reader is in lockstep. T is the longest response of this rank, at least 1; B may be 0. Off the mask ``support_BTC``
-    keeps every id. Raises ``NonFinite`` where logits are NaN, ``ShapeMismatch`` where the vocabularies differ.
+    any rank has unfinished rows: it is asked before each token for which a reader in lockstep is called, and all ranks
+    must hear the same answer. T is the longest response of this rank, at least 1; B may be 0. Off the mask
+    ``support_BTC`` keeps every id. Raises ``NonFinite`` where logits are NaN, ``ShapeMismatch`` where the vocabularies
+    differ.
     """
     assert teacher is not None or teacher_mix == 0, "mixing needs a teacher"
     assert 0 <= teacher_mix <= 1 and decoding.temperature > 0, (teacher_mix, decoding.temperature)
@@ -340,9 +360,13 @@ def _write_responses(
     support: list[_Piece] = []
     for t in range(decoding.max_new_tokens):
         alive = bool(page.alive_B.any())
-        if not anyone(alive):
+        # Whether another rank waits here is a matter of readers and coins: the same answer everywhere.
+        met = own.reader.lockstep or any(guide.reader.lockstep and guide.heads_T[t] for guide in guides)
+        if met and not anyone(alive):
             assert not alive, "anyone() denied this rank's unfinished rows"
             break
+        if not met and not alive:
+            continue
         asked = own.next_logits(page.prompt + t)
         answers = [guide.next_logits(page.prompt + t) for guide in guides if guide.heads_T[t]]
         if asked is None:

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from minillm.config import OptimiserConfig
 from minillm.engine_settings import read_engine_settings, zero_stage
 from minillm.errors import ModelError, NonFinite
-from minillm.models import CausalLM, ModelReader, probe_head
+from minillm.models import CausalLM, ModelReader, probe_head, probe_packing
 from minillm.optimisers import build_optimiser, learning_rate_factor, set_learning_rate
 from minillm.ranks import Ranks
 from minillm.scoring import HeadWeights
@@ -67,6 +67,7 @@ class Student:
         )  # fmt: skip
         self._engine.train(dropout)
         self._twin = _meta_twin(model, real_ids=self.root.head.real_ids) if self.stage == 3 else None
+        self._probe_packing()
         self.updates_done = 0
         self.learning_rate = 0.0
 
@@ -149,6 +150,11 @@ class Student:
                 return {}
             return {name: p.detach().to("cpu", copy=True) for name, p in names.items()}
 
+    def _probe_packing(self) -> None:
+        with self.whole():  # without the hooks of ZeRO-3, whose record of the first forward is that of a training step
+            probe_packing(self._twin or self.root, name="student")
+        self.root.packs = (self._twin or self.root).packs
+
     def close(self) -> None:
         """Frees the engine; the student cannot be used afterwards."""
         self._engine.destroy()
@@ -188,6 +194,7 @@ class Teacher:
                 self.root, ranks=ranks, precision=precision, config=engine_config, optimiser=None
             )
             self._engine.eval()
+        probe_packing(self.root, call=self._engine, name="teacher")
         self.reader = ModelReader(self._engine or self.root, device=ranks.device, lockstep=sharded)
 
     @contextlib.contextmanager

@@ -110,7 +110,7 @@ def reference_loss(reader: ModelReader, judge: Judge, *, ranks: Ranks) -> float:
     total, tokens = 0.0, 0
     for start in range(0, len(mine), judge.batch):
         batch = example_batch(mine[start : start + judge.batch], pad_id=judge.ids.pad, device=reader.device)
-        hidden_BLH, _ = reader.extend(batch.ids_BL, batch.mask_BL, None)
+        hidden_BLH = reader.read(batch.ids_BL, batch.mask_BL)
         values = reader.statistics(
             hidden_BLH[:, :-1][batch.target_BL[:, 1:]], taken_N=batch.ids_BL[batch.target_BL], wanted=("logq",)
         )

@@ -9,10 +9,10 @@ import contextlib
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -33,10 +33,19 @@ from minillm.cards import BuildSpec, Card
 from minillm.errors import ModelError, PositionsExceeded, did_you_mean
 from minillm.hub import asked_once
 from minillm.model_files import few, in_short, require_safe_folder
+from minillm.packing import pack
 from minillm.scoring import HeadWeights, token_statistics
 from minillm.token_loss import Task, TileLoss, token_loss
 
 PROBE_TOLERANCE = 1e-3
+PROBE_WIDTH = 64
+"""Tokens of the longest row that ``probe_packing`` reads."""
+PACKED_BY_MASK = ("opt",)
+"""Architectures that do not tell rows of a line apart by positions, and do what a mask of four axes says. One that is
+missing here is padded."""
+
+Packs = Literal["no", "positions", "mask"]
+"""What tells the rows of a line apart: nothing (they are padded instead), their positions, or a mask for attention."""
 
 
 class Head(nn.Module):
@@ -78,6 +87,8 @@ class CausalLM(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.backbone: nn.Module = model.base_model
+        self.packs: Packs = "no"
+        """How whole rows are read end to end in lines (``packing``), if they are: set by ``probe_packing``."""
         config = model.config
         self.head = Head(
             model.get_output_embeddings(),
@@ -87,8 +98,10 @@ class CausalLM(nn.Module):
         )
 
     def forward(self, mode: str, **inputs: Any) -> Any:
-        """``read``: (hidden, cache). ``logits``: [N, V]. ``statistics``: dict of [N] from hidden states. ``train``:
-        (loss, dict of [N]) from ids."""
+        """``extend``: (hidden, cache). ``read``: hidden states of whole rows. ``logits``: [N, V]. ``statistics``: dict
+        of [N] from hidden states. ``train``: (loss, dict of [N]) from ids."""
+        if mode == "extend":
+            return self._extend(**inputs)
         if mode == "read":
             return self._read(**inputs)
         if mode == "train":
@@ -96,7 +109,7 @@ class CausalLM(nn.Module):
         assert mode in {"logits", "statistics"}, mode
         return self.head(**inputs)
 
-    def _read(self, ids_BS: Tensor, mask_BL: Tensor, cache: DynamicCache | None) -> tuple[Tensor, DynamicCache]:
+    def _extend(self, ids_BS: Tensor, mask_BL: Tensor, cache: DynamicCache | None) -> tuple[Tensor, DynamicCache]:
         cache = DynamicCache() if cache is None else cache
         position_BL = (mask_BL.long().cumsum(dim=1) - 1).clamp(min=0)
         output = self.backbone(
@@ -108,6 +121,31 @@ class CausalLM(nn.Module):
         )
         return output.last_hidden_state, output.past_key_values
 
+    def _read(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        hidden_NH = self._states(ids_BL, mask_BL, mask_BL)
+        hidden_BLH = hidden_NH.new_zeros(*mask_BL.shape, hidden_NH.shape[1])
+        hidden_BLH[mask_BL] = hidden_NH
+        return hidden_BLH
+
+    def _states(self, ids_BL: Tensor, mask_BL: Tensor, wanted_BL: Tensor) -> Tensor:
+        """Final hidden states [N, H] of the wanted tokens, row by row, without a cache."""
+        if self.packs == "no":
+            output = self.backbone(
+                input_ids=ids_BL,
+                attention_mask=mask_BL.long(),
+                position_ids=(mask_BL.long().cumsum(dim=1) - 1).clamp(min=0),
+                use_cache=False,
+            )
+            states_NH: Tensor = output.last_hidden_state[wanted_BL]
+            return states_NH
+        packed = pack(ids_BL, mask_BL)
+        # Without an attention mask transformers finds the sequences of a line by their positions.
+        mask_R1WW = packed.mask_R1WW() if self.packs == "mask" else None
+        output = self.backbone(
+            input_ids=packed.ids_RW, attention_mask=mask_R1WW, position_ids=packed.position_RW, use_cache=False
+        )
+        return packed.of_rows(output.last_hidden_state, wanted_BL)
+
     def _train(
         self,
         *,
@@ -118,13 +156,9 @@ class CausalLM(nn.Module):
         **task: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """``token_loss`` for the tokens at the columns where ``predict_BL`` is true (column 0 never is)."""
-        output = self.backbone(
-            input_ids=ids_BL,
-            attention_mask=mask_BL.long(),
-            position_ids=(mask_BL.long().cumsum(dim=1) - 1).clamp(min=0),
-            use_cache=False,
-        )
-        hidden_NH = output.last_hidden_state[:, :-1][predict_BL[:, 1:]]
+        # The state before a token predicts it.
+        before_BL = predict_BL.roll(-1, dims=1)
+        hidden_NH = self._states(ids_BL, mask_BL, before_BL)
         result: tuple[Tensor, dict[str, Tensor]] = self.head(
             hidden_NH, task=Task(taken_N=ids_BL[predict_BL], **task), loss=loss
         )
@@ -229,7 +263,7 @@ def probe_head(model: PreTrainedModel, root: CausalLM) -> None:
     """
     ids_BS = torch.arange(1, 9, device=model.device)[None] % model.config.vocab_size
     with torch.no_grad():
-        hidden, _ = root("read", ids_BS=ids_BS, mask_BL=torch.ones_like(ids_BS), cache=None)
+        hidden, _ = root("extend", ids_BS=ids_BS, mask_BL=torch.ones_like(ids_BS), cache=None)
         ours = root.head(hidden[0])
         output = model(input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS))
         theirs = output.logits[0, :, : ours.shape[1]].to(ours.dtype)
@@ -247,6 +281,42 @@ def probe_head(model: PreTrainedModel, root: CausalLM) -> None:
         )
 
 
+@torch.no_grad()
+def probe_packing(root: CausalLM, *, name: str, call: Callable[..., Any] | None = None) -> None:
+    """Sets ``root.packs``: by what this architecture reads rows end to end in a line as it reads them side by side.
+
+    Of three rows the two shorter ones share a line. The second of these must come out the same to the bit whatever
+    stands before it, and every token of all three as it does in a padded batch. Where one does not (recurrent layers,
+    positions from elsewhere, experts whose rounding depends on the batch) rows stay padded, and a note says so.
+    ``call`` is the engine of sharded weights: then every rank must call.
+    """
+    read, config = call or root, getattr(root.backbone, "config", None)
+    device, real_ids = next(root.parameters()).device, root.head.real_ids
+    width = min(PROBE_WIDTH, getattr(config, "max_position_embeddings", None) or PROBE_WIDTH)
+    ids_BL = 1 + torch.arange(3 * width, device=device).view(3, width) % (real_ids - 1)
+    # transformers warns of padding without a mask where a row begins with the pad id: once, so here, unheard.
+    pad_id = getattr(config, "pad_token_id", None)
+    if pad_id is not None and 0 <= pad_id < real_ids:
+        ids_BL[0, 0] = pad_id
+    other_BL = ids_BL.clone()
+    other_BL[1] = other_BL[1] % (real_ids - 1) + 1
+    length_B1 = torch.tensor([[width], [width // 2], [width // 3]], device=device)
+    mask_BL = torch.arange(width, device=device) < length_B1
+    root.packs = "no"
+    with quiet_transformers():
+        apart_BLH = read("read", ids_BL=ids_BL, mask_BL=mask_BL)
+        root.packs = "mask" if getattr(config, "model_type", None) in PACKED_BY_MASK else "positions"
+        packed_BLH, beside_BLH = (read("read", ids_BL=ids, mask_BL=mask_BL) for ids in (ids_BL, other_BL))
+    size_N, gap_N = (value[mask_BL].float().norm(dim=-1) for value in (apart_BLH, packed_BLH - apart_BLH))
+    limit = PROBE_TOLERANCE if apart_BLH.dtype in {torch.float32, torch.float64} else 0.05
+    if not (torch.equal(packed_BLH[2], beside_BLH[2]) and bool((gap_N <= limit * size_N).all())):
+        root.packs = "no"
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                f"note: {name}: rows are padded to one length; laid end to end it reads them otherwise", file=sys.stderr
+            )
+
+
 class ModelReader:
     """A ``decode.Reader`` over a root module, or over anything that is called as one (an engine)."""
 
@@ -258,8 +328,14 @@ class ModelReader:
     @torch.no_grad()
     def extend(self, ids_BS: Tensor, mask_BL: Tensor, cache: DynamicCache | None) -> tuple[Tensor, DynamicCache]:
         """Reads S more tokens after those in the cache; hidden states [B, S, H] and the longer cache."""
-        hidden, cache = self._root("read", ids_BS=ids_BS, mask_BL=mask_BL, cache=cache)
+        hidden, cache = self._root("extend", ids_BS=ids_BS, mask_BL=mask_BL, cache=cache)
         return hidden, cache
+
+    @torch.no_grad()
+    def read(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        """Hidden states [B, L, H] of whole rows, 0 off the mask; nothing is kept to go on from."""
+        hidden_BLH: Tensor = self._root("read", ids_BL=ids_BL, mask_BL=mask_BL)
+        return hidden_BLH
 
     @torch.no_grad()
     def logits(self, hidden_NH: Tensor) -> Tensor:

@@ -69,6 +69,9 @@ class TinyReader:
         )
         return output.last_hidden_state, output.past_key_values
 
+    def read(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        return self.extend(ids_BL, mask_BL, None)[0] * mask_BL[:, :, None]
+
     def logits(self, hidden_NH: Tensor) -> Tensor:
         logits: Tensor = self.model.get_output_embeddings()(hidden_NH)
         return logits
@@ -102,6 +105,9 @@ class TableReader:
             nodes.append(node_B)
         return torch.stack(nodes, dim=1)[:, :, None].double(), node_B
 
+    def read(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        return self.extend(ids_BL, mask_BL, None)[0] * mask_BL[:, :, None]
+
     def logits(self, hidden_NH: Tensor) -> Tensor:
         return self.table_XV[hidden_NH[:, 0].long().clamp(0, len(self.table_XV) - 1)]
 
@@ -122,6 +128,12 @@ class Recorder:
         self.told(f"{self.name}.extend")
         hidden_BSH, cache = self.reader.extend(ids_BS, mask_BL, cache)
         return hidden_BSH, cache
+
+    def read(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        assert ids_BL.numel() > 0 and mask_BL.shape == ids_BL.shape
+        self.told(f"{self.name}.read")
+        hidden_BLH: Tensor = self.reader.read(ids_BL, mask_BL)
+        return hidden_BLH
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         self.told(f"{self.name}.logits")

@@ -46,7 +46,14 @@ class Meeting:
 
 
 def run_rank(
-    rank: int, rows: list[int], meeting: Meeting, *, mix: float, drop: bool, lockstep: tuple[bool, bool]
+    rank: int,
+    rows: list[int],
+    meeting: Meeting,
+    *,
+    mix: float,
+    drop: bool,
+    lockstep: tuple[bool, bool],
+    student_waits: bool,
 ) -> tuple[Rollout, list[str]]:
     calls: list[str] = []
 
@@ -59,10 +66,11 @@ def run_rank(
         calls.append("anyone")
         return any(meeting.exchange(rank, alive))
 
-    # Both readers are sharded here, and wait for the other rank; ``lockstep`` is what they tell the loop.
+    # Both readers are sharded here, and wait for the other rank (the student unless ``student_waits`` is off);
+    # ``lockstep`` is what they tell the loop.
     rollout = roll_out(
         batch_of([PROMPTS[row] for row in rows], uids=[UIDS[row] for row in rows]),
-        student=Recorder(STUDENT, told, name="student", lockstep=lockstep[0]),
+        student=Recorder(STUDENT, told if student_waits else calls.append, name="student", lockstep=lockstep[0]),
         teacher=Recorder(TEACHER, told, name="teacher", lockstep=lockstep[1]),
         teacher_mix=mix,
         coin_groups=GROUPS,
@@ -83,12 +91,15 @@ def run_both(
     mix: float = 0.4,
     drop: bool = True,
     lockstep: tuple[bool, bool] = (True, True),
+    student_waits: bool = True,
     patience: float = PATIENCE,
 ) -> list[tuple[Rollout, list[str]]]:
     meeting = Meeting(patience)
     with ThreadPoolExecutor(max_workers=2) as pool:
         ranks = [
-            pool.submit(run_rank, rank, rows, meeting, mix=mix, drop=drop, lockstep=lockstep)
+            pool.submit(
+                run_rank, rank, rows, meeting, mix=mix, drop=drop, lockstep=lockstep, student_waits=student_waits
+            )
             for rank, rows in enumerate(shares)
         ]
         return [rank.result() for rank in ranks]
@@ -114,6 +125,23 @@ SHARES = {
 def test_ranks_make_the_same_calls_and_draw_what_one_rank_would(share: str, drop: bool, mix: float) -> None:
     results = run_both(SHARES[share], mix=mix, drop=drop)
     assert results[0][1] == results[1][1]
+    require_whole(results, share, mix=mix)
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("share", SHARES)
+def test_ranks_with_a_whole_student_each_meet_only_where_the_teacher_is_called(share: str, mix: float) -> None:
+    results = run_both(SHARES[share], mix=mix, lockstep=(False, True), student_waits=False)
+    shared = [[call for call in calls if not call.startswith("student")] for _, calls in results]
+    assert shared[0] == shared[1]
+    if mix == 0.0:
+        assert shared[0] == ["teacher.read"]
+    assert shared[0].count("anyone") <= shared[0].count("teacher.logits") + 1
+    require_whole(results, share, mix=mix)
+
+
+def require_whole(results: list[tuple[Rollout, list[str]]], share: str, *, mix: float) -> None:
+    """Every row of every rank is what one rank with all of them draws and reads."""
     want = whole(mix)
     for (rollout, _), rows in zip(results, SHARES[share], strict=True):
         for at, row in enumerate(rows):

@@ -160,5 +160,6 @@ def test_mixing_without_a_teacher_and_a_token_key_for_coins_are_our_mistakes() -
     coin = DrawKey(seed=0, stage="minillm", purpose=Purpose.COIN, rollout=0)
     with pytest.raises(AssertionError, match="share its random number"):
         roll_out(batch_of([(2,)], uids=["a"]), student=student, key=coin, **options)  # type: ignore[arg-type]
+    student.lockstep = True
     with pytest.raises(AssertionError, match="denied"):
         roll_out(batch_of([(2,)], uids=["a"]), student=student, key=KEY, anyone=lambda alive: False, **options)  # type: ignore[arg-type]

@@ -223,7 +223,7 @@ def test_scales_caps_and_biases_of_known_architectures_are_reproduced(family: st
     root = CausalLM(model)
     probe_head(model, root)
     ids_BS = torch.arange(2, 20)[None]
-    hidden_BSH, _ = root("read", ids_BS=ids_BS, mask_BL=torch.ones_like(ids_BS), cache=None)
+    hidden_BSH, _ = root("extend", ids_BS=ids_BS, mask_BL=torch.ones_like(ids_BS), cache=None)
     assert gap(root.head(hidden_BSH[0]), model(ids_BS).logits[0]) < CLOSE
 
 
