@@ -26,7 +26,11 @@ def __getattr__(name: str) -> Any:
         from minillm import config
 
         return getattr(config, name)
-    if name in {"build_report", "distill", "evaluate"}:
+    if name == "build_report":
+        from minillm import report
+
+        return report.build_report
+    if name in {"distill", "evaluate"}:
         from minillm import api
 
         return getattr(api, name)

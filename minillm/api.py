@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ from minillm.model_card import CardFacts, render
 from minillm.models import fingerprint, inspect, load
 from minillm.preflight import Pair, Split, check_pair, read_split
 from minillm.ranks import Ranks
-from minillm.report import combine, print_tables, write_report
+from minillm.report import build_report, combine, write_report
 from minillm.results import asked_of, evaluate_into, judge_of, stored_results, versions
 from minillm.stages import Start, check_rows, run_stage, unbiased_words
-from minillm.store import Clock, RunFolder, make_folder, write_text
+from minillm.store import Clock, RunFolder, make_folder
 from minillm.types import Purpose
 
 
@@ -167,40 +166,6 @@ def evaluate(model: str | Path, config: RunConfig, *, out: str | Path, fresh: bo
     finally:
         if teacher is not None:
             teacher.close()
-
-
-def build_report(
-    evaluations: Mapping[str, Path],
-    *,
-    out: str | Path,
-    differences: Sequence[tuple[str, str]] = (),
-    training: Mapping[str, Path] | None = None,
-    title: str = "minillm report",
-    resamples: int = 2000,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Puts evaluation folders side by side: ``results.json`` and ``report.html`` in ``out``, and the tables in the
-    terminal."""
-    from rich.console import Console
-
-    training = training or {}
-    seconds: dict[str, float] = {}
-    for name, folder in training.items():
-        spent = dict(RunFolder(Path(folder), writes=False).status().get("seconds", {}))
-        evaluation = spent.pop("evaluation", None)
-        seconds[name] = round(sum(spent.values()), 2)
-        if evaluation is not None:
-            seconds[f"{name}, evaluation"] = evaluation
-    combined = combine(evaluations, differences=differences, resamples=resamples, seed=seed, seconds=seconds)
-    out = Path(out)
-    make_folder(out, setting="--out")
-    # The page first: it reads what the training folders hold, and where it cannot, nothing is left.
-    write_report(
-        combined, evaluations=evaluations, training=training, out=out / "report.html", title=title, settings={}
-    )
-    write_text(out / "results.json", json.dumps(combined, indent=2) + "\n")
-    print_tables(combined, Console())
-    return combined
 
 
 def _read_splits(config: RunConfig, pair: Pair) -> dict[str, Split]:

@@ -167,9 +167,9 @@ def report(
         if not comma or not left or not right:
             raise ConfigError(f"--difference {text!r}: wanted two names with a comma between them, such as minillm,sft")
         pairs.append((left, right))
-    from minillm import api
+    from minillm.report import build_report  # not from api, which would load torch for it
 
-    api.build_report(named, out=out, differences=pairs, training=runs, title=title)
+    build_report(named, out=out, differences=pairs, training=runs, title=title)
 
 
 @app.command()

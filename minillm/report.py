@@ -7,6 +7,7 @@ Reads what evaluations and runs left behind (``results.json`` and ``samples.json
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,10 +20,45 @@ from minillm.report_html import page
 from minillm.report_text import AT_EACH_TEMPERATURE, DASH, MINUS, figure, interval, plain, reading
 from minillm.report_words import describe
 from minillm.statistics import difference
+from minillm.store import RunFolder, make_folder, write_text
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+
+def build_report(
+    evaluations: Mapping[str, Path],
+    *,
+    out: str | Path,
+    differences: Sequence[tuple[str, str]] = (),
+    training: Mapping[str, Path] | None = None,
+    title: str = "minillm report",
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Puts evaluation folders side by side: ``results.json`` and ``report.html`` in ``out``, and the tables in the
+    terminal."""
+    from rich.console import Console
+
+    training = training or {}
+    seconds: dict[str, float] = {}
+    for name, folder in training.items():
+        spent = dict(RunFolder(Path(folder), writes=False).status().get("seconds", {}))
+        evaluation = spent.pop("evaluation", None)
+        seconds[name] = round(sum(spent.values()), 2)
+        if evaluation is not None:
+            seconds[f"{name}, evaluation"] = evaluation
+    combined = combine(evaluations, differences=differences, resamples=resamples, seed=seed, seconds=seconds)
+    out = Path(out)
+    make_folder(out, setting="--out")
+    # The page first: it reads what the training folders hold, and where it cannot, nothing is left.
+    write_report(
+        combined, evaluations=evaluations, training=training, out=out / "report.html", title=title, settings={}
+    )
+    write_text(out / "results.json", json.dumps(combined, indent=2) + "\n")
+    print_tables(combined, Console())
+    return combined
 
 
 def combine(

@@ -15,8 +15,9 @@ from minillm.loop import Keep, Progressed, Validate, run_steps
 from minillm.models import ModelFacts, load
 from minillm.objectives import Minillm, Objective, Sft
 from minillm.preflight import Pair, decoding_record, require_rows
+from minillm.publish import publish_student
 from minillm.ranks import Ranks
-from minillm.store import RunFolder, publish_student
+from minillm.store import RunFolder
 from minillm.types import Prompt
 
 

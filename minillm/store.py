@@ -1,4 +1,4 @@
-"""What a run leaves behind: its folder, its log, and a student folder that is never half written.
+"""What a run leaves behind: its folder, its log, and files that are never half written.
 
 runs/NAME/{config.yaml, run.json, metrics.jsonl, samples.jsonl, stages/, student/, results.json, report.html}
 """
@@ -6,7 +6,6 @@ runs/NAME/{config.yaml, run.json, metrics.jsonl, samples.jsonl, stages/, student
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import math
 import os
@@ -17,13 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
-
 from minillm.errors import ConfigError, DataError, RunExists
-from minillm.models import CausalLM, quiet_transformers
-from minillm.types import Decoding
 
 RESULTS = ("run.json", "metrics.jsonl", "samples.jsonl", "results.json", "report.html")
 """Files that a run makes beside config.yaml and student/."""
@@ -107,53 +100,6 @@ class RunFolder:
         if self._writes:
             with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(_strict(record), allow_nan=False) + "\n")
-
-
-def publish_student(
-    folder: Path,
-    *,
-    state: Mapping[str, Tensor],
-    config: PreTrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    real_ids: int,
-    decoding: Decoding,
-    eos_ids: tuple[int, ...],
-    pad_id: int,
-    card: str,
-) -> None:
-    """Writes an ordinary transformers folder: safetensors, tokenizer, generation config, README.md (the model card).
-
-    Head and embedding rows beyond ``real_ids`` are cut off, so that plain transformers samples from the distribution
-    that was trained (design D9). The folder appears under its name only when it is whole.
-    """
-    # Made without storage, then given the real tensors: an initialisation would draw from the global random stream.
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-        root = CausalLM(model)
-    wanted = {name for name, _ in root.named_parameters(remove_duplicate=False)}
-    assert wanted == set(state), sorted(wanted ^ set(state))[:5]
-    root.load_state_dict(dict(state), assign=True, strict=False)
-    projection = model.get_output_embeddings()
-    projection.weight, projection.bias = root.head.weight, root.head.bias
-    model.tie_weights()
-    if model.get_input_embeddings().weight.shape[0] != real_ids:
-        with torch.random.fork_rng(devices=[]):  # it initialises the smaller matrix before it copies into it
-            model.resize_token_embeddings(real_ids, mean_resizing=False)
-    model.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=decoding.temperature,
-        top_k=decoding.top_k,
-        top_p=decoding.top_p,
-        max_new_tokens=decoding.max_new_tokens,
-        eos_token_id=list(eos_ids) if len(eos_ids) > 1 else eos_ids[0],
-        pad_token_id=pad_id,
-        bos_token_id=tokenizer.bos_token_id,
-    )
-    with replaced_folder(folder) as staging:
-        with quiet_transformers():
-            model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        write_text(staging / "README.md", card)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,8 @@ from minillm import store
 from minillm.errors import RunExists
 from minillm.model_card import CardFacts, render
 from minillm.models import CausalLM
-from minillm.store import RunFolder, publish_student, replaced_folder, write_jsonl, write_text
+from minillm.publish import publish_student
+from minillm.store import RunFolder, replaced_folder, write_jsonl, write_text
 from minillm.types import Decoding
 from tests import tiny
 
