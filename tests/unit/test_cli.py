@@ -412,7 +412,9 @@ def test_an_interruption_ends_with_130_and_no_traceback(run: Run, monkeypatch: p
         time.sleep(5)
 
     monkeypatch.setattr(stages, "run_steps", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     outcome = run("distill", "--config", "{place}/good.yaml")
+    signal.signal(signal.SIGINT, before)
     assert outcome.code == 130 and outcome.err.splitlines()[-1].startswith("interrupted")
     assert "Traceback" not in outcome.err
 
