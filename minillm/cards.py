@@ -42,6 +42,8 @@ class BuildSpec(Settings):
     """Which transformers configuration class is filled."""
     tokenizer: Text
     """'world' for the embedded world's, or a folder or hub name to load one from."""
+    vocabulary: Count | None = None
+    """Rows of the embedding; those beyond the tokenizer's ids are padding. As many as there are ids where not given."""
     config: dict[str, Annotated[int | float | bool | str, PlainValidator(_scalar)]] = Field(default_factory=dict)
     """Fields of that class. Vocabulary size and special ids come from the tokenizer and may not stand here."""
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from minillm.bench.commands import app as bench_app
 from minillm.errors import ConfigError, DataError, MinillmError
 
 if TYPE_CHECKING:
@@ -197,6 +198,9 @@ def world(
         records = rows(split)
         write_jsonl(out / f"{split}.jsonl", records)
         print(f"{out / f'{split}.jsonl'}: {len(records):,} rows")
+
+
+app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:

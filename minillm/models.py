@@ -408,8 +408,14 @@ def _hub_call(function: Any, name: Any, **options: Any) -> Any:
 
 
 def _build_config(build: BuildSpec, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    rows = build.vocabulary or len(tokenizer)
+    if rows < len(tokenizer):
+        raise ModelError(
+            f"build.vocabulary is {rows:,}, and tokenizer {build.tokenizer!r} has {len(tokenizer):,} ids.\n"
+            "  leave it out, or give every id a row"
+        )
     ids = {
-        "vocab_size": len(tokenizer),
+        "vocab_size": rows,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

@@ -20,8 +20,9 @@ from minillm.errors import NonFinite
 from minillm.sampling import restrict, unpack_support
 from minillm.types import Rollout, Scored
 
-TILE_BYTES = 64 * 2**20
-"""Memory for one tile of logits of one model, in fp32; about six such tensors live at once."""
+TILE_BYTES = 40 * 2**20
+"""Memory for one tile of logits of one model, in fp32; about eleven such tensors live at once. Above 32 MiB, to which
+glibc lets its heap take blocks: there, freed tiles of slightly different sizes once piled up to 2 GiB."""
 
 STATISTICS = ("logq", "logp", "entropy", "reverse_kl", "forward_kl", "jsd", "skew_fkl", "skew_rkl")
 """Numbers that there are for each token; see ``tile_statistics``."""

@@ -93,9 +93,11 @@ class _TokenLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, from_above: Tensor) -> tuple[Tensor | None, ...]:
-        grads: _Gradients = ctx.grads
-        hidden, weight, bias = (
-            None if grad is None else (grad * from_above).to(kept)
+        grads: _Gradients | None = ctx.grads
+        assert grads is not None, "a second backward pass: the first one used the gradients up"
+        ctx.grads = None
+        hidden, weight, bias = (  # in place: that of a head is as large as the head
+            None if grad is None else grad.mul_(from_above).to(kept)
             for grad, kept in zip((grads.hidden_NH, grads.weight_VH, grads.bias_V), grads.dtypes, strict=True)
         )
         return hidden, weight, bias, None, None, None, None

@@ -429,6 +429,15 @@ def test_a_build_that_its_architecture_does_not_know_is_a_model_error(config: di
         inspect(Card(name="it", build=spec))
 
 
+def test_a_build_may_have_more_rows_than_ids_and_never_fewer() -> None:
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "num_hidden_layers": 1}
+    wide = Card(name="it", build=BuildSpec(architecture="llama", tokenizer="world", vocabulary=300, config=sizes))
+    assert load(wide, inspect(wide), seed=0).get_output_embeddings().weight.shape == (300, 8)
+    narrow = Card(name="it", build=BuildSpec(architecture="llama", tokenizer="world", vocabulary=20, config=sizes))
+    with pytest.raises(ModelError, match=r"build.vocabulary is 20, and tokenizer 'world' has \d+ ids"):
+        inspect(narrow)
+
+
 def test_a_configuration_with_a_value_of_the_wrong_kind_is_a_model_error(
     tmp_path: Path, folders: Callable[..., Path]
 ) -> None:

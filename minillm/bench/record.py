@@ -1,0 +1,45 @@
+"""Where figures go: a table in the terminal, and one section of a JSON file that all benchmarks share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minillm.errors import DataError
+from minillm.results import versions
+from minillm.store import write_text
+
+SCHEMA = 1
+
+
+def write_section(file: Path, name: str, section: Mapping[str, Any]) -> None:
+    """Puts a benchmark's figures, with the versions they were measured with, under its name; other sections stay.
+
+    Raises ``DataError`` where the file is there and holds something else.
+    """
+    found: dict[str, Any] = {"schema": SCHEMA}
+    if file.exists():
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{file} is no JSON: {error}\n  name another file, or remove this one") from error
+        if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+            raise DataError(f"{file} is not a file of benchmarks\n  name another file, or remove this one")
+    found[name] = {**section, "versions": versions()}
+    write_text(file, json.dumps(found, indent=2) + "\n")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Right-aligned but for the first column."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="right" if place else "left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

@@ -1,0 +1,134 @@
+"""Benchmarks measure what they say: the twins compute the same, turns alternate, ratios are of neighbours, and memory
+is the peak beyond what stood before."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from minillm import cli
+from minillm.bench.loss import LossCase, LossWork, measure_loss
+from minillm.bench.memory import extra_peak
+from minillm.bench.pairs import in_turns, ratio, spread_of
+from minillm.bench.record import write_section
+from minillm.bench.step import PARTS, Bare, Ours, StepCase, measure_step
+from minillm.errors import ConfigError, DataError
+from minillm.ranks import Ranks
+from tests import tiny
+
+CPU = torch.device("cpu")
+SMALL = LossCase(tokens=11, vocabulary=50, hidden=6, teacher_hidden=8, dtype="float64")
+MIB = 2**20
+
+
+def test_variants_run_in_turns_after_one_that_is_not_counted() -> None:
+    calls: list[str] = []
+    seconds = in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3, device=CPU)
+    assert "".join(calls) == "ab" * 4
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_a_ratio_is_taken_turn_by_turn() -> None:
+    """A machine that becomes ten times slower half way through changes no ratio."""
+    found = ratio([1.0, 10.0, 1.1], [2.0, 20.0, 2.0])
+    assert (found.median, found.low, found.high) == (0.5, 0.5, 0.55)
+    assert spread_of([3.0, 1.0, 2.0]).median == 2.0
+
+
+def test_tiles_and_whole_logits_are_the_same_loss_with_the_same_gradients() -> None:
+    work = LossWork(SMALL)
+    found = []
+    for variant in (work.tiles, work.whole_logits):
+        loss = variant()
+        assert work.hidden_NH.grad is not None and work.head.weight_VH.grad is not None
+        found.append((loss, work.hidden_NH.grad.clone(), work.head.weight_VH.grad.clone()))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
+    assert float(found[0][2].abs().max()) > 1e-3
+
+
+def peak_of(mebibytes: int) -> int:
+    """In a fresh process: one tensor that is freed at once beside 64 MiB that stood before."""
+    before = torch.ones(64 * MIB // 4)
+    found = extra_peak(lambda: torch.ones(mebibytes * MIB // 4).sum(), device=CPU)
+    assert before.numel() > 0
+    return found
+
+
+def test_memory_is_the_peak_beyond_what_stood_before() -> None:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        small, large = pool.map(peak_of, [100, 300], chunksize=1)
+    assert 99 * MIB <= small < 120 * MIB  # the system counts pages in lots
+    assert 299 * MIB <= large < 320 * MIB
+
+
+def test_figures_of_a_small_case_are_whole() -> None:
+    figures = measure_loss(LossCase(tokens=64, vocabulary=40_000, hidden=8, teacher_hidden=8), repeats=2)
+    assert set(figures.seconds) == set(figures.extra_bytes) == {"tiles", "whole_logits"}
+    # One matrix of logits is 10 MiB; whole logits keep several of them, and so would tiles that were never cut.
+    assert figures.extra_bytes["whole_logits"] > 40 * MIB
+    assert figures.time_fraction.low <= figures.time_fraction.median <= figures.time_fraction.high
+
+
+def test_the_command_writes_its_section_and_keeps_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "bench.json"
+    write_section(file, "other", {"figure": 1})
+    words = ["bench", "loss", "--tokens", "8", "--vocabulary", "30000", "--hidden", "4", "--repeats", "1"]
+    assert cli._guarded(lambda **options: cli.app([*words, "--json", str(file)], **options)) == 0
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert found["other"]["figure"] == 1
+    assert found["loss"]["cases"][0]["case"]["vocabulary"] == 30000
+    assert found["loss"]["time_fraction"] == found["loss"]["cases"][0]["time_fraction"]["median"]
+    assert found["loss"]["versions"]["torch"] == torch.__version__
+    assert "30,000" in capsys.readouterr().out
+
+
+def test_a_step_and_its_parts_are_timed_and_no_row_ends_early(tmp_path: Path) -> None:
+    teacher, student = (tiny.save_model(tmp_path / name, "llama", seed=seed) for seed, name in enumerate("ts"))
+    case = StepCase(
+        teacher=str(teacher), student=str(student), rows=3, prompt_tokens=4, new_tokens=6, inner_updates=2, threads=1
+    )
+    found = measure_step(case, repeats=2)
+    assert set(found.seconds) == {"step", *PARTS}
+    assert found.tokens_per_s == pytest.approx(3 * 6 / found.seconds["step"].median)
+    parts = found.seconds["decode"].high + found.seconds["teacher"].high + 2 * found.seconds["update"].high
+    assert found.over_parts.low >= found.seconds["step"].low / parts
+    assert found.parameters["student"] == sum(
+        p.numel() for p in AutoModelForCausalLM.from_pretrained(student).parameters()
+    )
+
+
+def test_the_bare_decode_loop_draws_as_many_tokens_as_the_step_does(tmp_path: Path) -> None:
+    folder = str(tiny.save_model(tmp_path / "m", "gpt2", seed=1))
+    case = StepCase(teacher=folder, student=folder, rows=3, prompt_tokens=4, new_tokens=6, inner_updates=1, threads=1)
+    ranks = Ranks()
+    ours, bare = Ours(case, ranks=ranks), Bare(case, device=ranks.device)
+    assert bare.decode().shape == (3, 6) and bare.teacher().shape[:2] == (3, 10)
+    before = [p.detach().clone() for p in ours.student.root.parameters()]
+    ours.step()
+    assert ours.student.updates_done == 1
+    assert any(not torch.equal(old, new) for old, new in zip(before, ours.student.root.parameters(), strict=True))
+    ours.close()
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '{"schema": 2}'])
+def test_a_file_that_is_none_of_ours_is_left_alone(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "bench.json"
+    file.write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match="name another file"):
+        write_section(file, "loss", {})
+    assert file.read_text(encoding="utf-8") == content
+
+
+def test_an_unknown_dtype_is_refused_before_anything_is_measured() -> None:
+    assert (
+        cli._guarded(lambda **options: cli.app(["bench", "loss", "--dtype", "int8"], **options))
+        == ConfigError.exit_code
+    )
