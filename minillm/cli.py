@@ -33,6 +33,7 @@ Examples:
     --config recipes/quickstart/minillm.yaml
   minillm report a=runs/a b=runs/b --difference a,b --out runs/a-and-b
   minillm world --out world
+  minillm bench loss --json bench.json
 
 \b
 On several processes or GPUs, under DeepSpeed's launcher:

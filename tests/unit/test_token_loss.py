@@ -191,20 +191,21 @@ def test_half_precision_has_losses_in_32_bits_and_gradients_in_16() -> None:
     case = Case()
     weight_VH = case.weight_VH.detach().bfloat16().requires_grad_()
     hidden_NH = case.hidden_NH.detach().bfloat16().requires_grad_()
-    task = Task(taken_N=case.taken_N, wanted=("logq", "entropy"), tile=4)
-    loss, numbers = token_loss(
-        hidden_NH, head=HeadWeights(weight_VH=weight_VH, bias_V=None), task=task, loss=lambda n, _: n["logq"].sum()
-    )
+    head = HeadWeights(weight_VH=weight_VH, bias_V=None)
+
+    def of_tiles(tile: int) -> tuple[Tensor, dict[str, Tensor]]:
+        task = Task(taken_N=case.taken_N, wanted=("logq", "entropy"), tile=tile)
+        return token_loss(hidden_NH, head=head, task=task, loss=lambda n, _: n["logq"].sum())
+
+    loss, numbers = of_tiles(4)
     assert loss.dtype == torch.float32 and {value.dtype for value in numbers.values()} == {torch.float32}
     for grad, leaf in zip(torch.autograd.grad(loss, [hidden_NH, weight_VH]), (hidden_NH, weight_VH), strict=True):
         assert grad.dtype == torch.bfloat16 and grad.shape == leaf.shape
     # ... summed over tiles in 32 bits: the same as one tile's to the last rounding
-    whole, _ = token_loss(
-        hidden_NH, head=HeadWeights(weight_VH=weight_VH, bias_V=None),
-        task=Task(taken_N=case.taken_N, wanted=("logq",), tile=N), loss=lambda n, _: n["logq"].sum(),
-    )  # fmt: skip
-    (one,), (other,) = (torch.autograd.grad(each, [weight_VH], retain_graph=True) for each in (loss, whole))
+    (one,), (other,) = (torch.autograd.grad(of_tiles(tile)[0], [weight_VH]) for tile in (4, N))
     assert torch.allclose(one.float(), other.float(), rtol=2**-6, atol=2**-6)
+    with pytest.raises(AssertionError, match="a second backward pass"):  # gradients are scaled in place, once
+        torch.autograd.grad(loss, [weight_VH])
 
 
 def test_the_teacher_receives_no_gradient_even_if_it_could() -> None:
