@@ -22,13 +22,14 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    DynamicCache,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.cache_utils import Cache
 
+from minillm.cache import growing_cache
 from minillm.cards import BuildSpec, Card
 from minillm.errors import ModelError, PositionsExceeded, did_you_mean
 from minillm.hub import asked_once
@@ -109,8 +110,8 @@ class CausalLM(nn.Module):
         assert mode in {"logits", "statistics"}, mode
         return self.head(**inputs)
 
-    def _extend(self, ids_BS: Tensor, mask_BL: Tensor, cache: DynamicCache | None) -> tuple[Tensor, DynamicCache]:
-        cache = DynamicCache() if cache is None else cache
+    def _extend(self, ids_BS: Tensor, mask_BL: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
+        cache = growing_cache() if cache is None else cache
         position_BL = (mask_BL.long().cumsum(dim=1) - 1).clamp(min=0)
         output = self.backbone(
             input_ids=ids_BS,
@@ -326,7 +327,7 @@ class ModelReader:
         self.lockstep = lockstep
 
     @torch.no_grad()
-    def extend(self, ids_BS: Tensor, mask_BL: Tensor, cache: DynamicCache | None) -> tuple[Tensor, DynamicCache]:
+    def extend(self, ids_BS: Tensor, mask_BL: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
         """Reads S more tokens after those in the cache; hidden states [B, S, H] and the longer cache."""
         hidden, cache = self._root("extend", ids_BS=ids_BS, mask_BL=mask_BL, cache=cache)
         return hidden, cache
@@ -349,7 +350,7 @@ class ModelReader:
         values: dict[str, Tensor] = self._root("statistics", hidden_NH=hidden_NH, **arguments)
         return values
 
-    def select_rows(self, cache: DynamicCache, index: Tensor) -> DynamicCache:
+    def select_rows(self, cache: Cache, index: Tensor) -> Cache:
         """The cache with only these rows, in this order."""
         cache.batch_select_indices(index)
         return cache

@@ -24,7 +24,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     2: ("sampling", "divergences", "credit", "policy_loss"),
     3: (
         *("settings", "stage_config", "yaml_reader", "config", "cards", "hub", "model_files"),
-        *("records", "rows", "prompts", "batches", "packing", "order", "templates", "vocabulary", "world"),
+        *("records", "rows", "prompts", "batches", "packing", "cache", "order", "templates", "vocabulary", "world"),
     ),
     4: ("models", "decode", "scoring", "token_loss"),
     5: ("ranks", "engine_settings", "engines", "muon", "optimisers", "store", "publish", "model_card"),
