@@ -24,6 +24,16 @@ Json = Annotated[
 ]
 Repeats = Annotated[int, typer.Option("--repeats", min=1, help="How often each variant is timed, in turns.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of torch, on a CPU.")]
+TeacherName = Annotated[str, typer.Option("--teacher", metavar="CARD|DIR", help="The model that is imitated.")]
+StudentName = Annotated[str, typer.Option("--student", metavar="CARD|DIR", help="The model that learns.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Responses in a rollout.")]
+PromptTokens = Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens of each prompt.")]
+NewTokens = Annotated[int, typer.Option("--new-tokens", min=1, help="Most tokens of a response.")]
+Alpha = Annotated[
+    float,
+    typer.Option("--alpha", min=0.0, max=0.99, help="Share of tokens that the teacher draws, where it draws any."),
+]
+CoinGroups = Annotated[int, typer.Option("--coin-groups", min=1, help="Groups of rows with coins of their own.")]
 
 
 @app.callback()
@@ -87,49 +97,59 @@ def loss(  # noqa: PLR0917 (typer reads options from parameters)
 
 @app.command()
 def step(  # noqa: PLR0917 (typer reads options from parameters)
-    teacher: Annotated[
-        str, typer.Option("--teacher", metavar="CARD|DIR", help="The model that is imitated.")
-    ] = "bench-30m",
-    student: Annotated[str, typer.Option("--student", metavar="CARD|DIR", help="The model that learns.")] = "bench-4m",
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Responses in a rollout.")] = 16,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens of each prompt.")] = 64,
-    new_tokens: Annotated[
-        int, typer.Option("--new-tokens", min=1, help="Tokens of each response; none ends early.")
-    ] = 128,
+    teacher: TeacherName = "bench-30m",
+    student: StudentName = "bench-4m",
+    batch: Batch = 16,
+    prompt_tokens: PromptTokens = 64,
+    new_tokens: NewTokens = 128,
+    alpha: Alpha = 0.2,
+    coin_groups: CoinGroups = 1,
     inner_updates: Annotated[int, typer.Option("--inner-updates", min=1, help="Updates on each rollout.")] = 2,
+    precision: Annotated[str, typer.Option("--precision", help="fp32 or bf16, of both models.")] = "fp32",
     repeats: Repeats = 3,
     threads: Threads = 2,
     json_file: Json = None,
 ) -> None:
-    """A whole MiniLLM step, without teacher mixing, against the sum of its bare parts.
+    """A whole MiniLLM step against the sum of its bare parts: without teacher mixing, and with --alpha of it (0: only
+    without).
 
     \b
     Example:
       minillm bench step --batch 4 --new-tokens 32 --json bench.json
     """
+    if precision not in {"fp32", "bf16"}:
+        raise ConfigError(f"--precision {precision!r}: wanted fp32 or bf16")
+    from minillm.bench.bare import Sizes
     from minillm.bench.record import print_table, write_section
     from minillm.bench.step import StepCase, measure_step
 
-    case = StepCase(
+    sizes = Sizes(
         teacher=teacher, student=student, rows=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
-        inner_updates=inner_updates, threads=threads,
+        precision=precision,
     )  # fmt: skip
-    print(f"{teacher} and {student}: {repeats + 1} turns of a step and its parts …", flush=True)
-    found = measure_step(case, repeats=repeats)
-    sizes = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in found.parameters.items())
-    print_table(
-        f"One step of {batch} responses of {new_tokens} tokens ({sizes})",
-        ["", "seconds", "least to greatest"],
-        [
-            [name, f"{one.median:.3f}", f"{one.low:.3f}–{one.high:.3f}"]
-            for name, one in (*found.seconds.items(), ("step / sum of parts", found.over_parts))
-        ],
-    )
-    print(f"{found.tokens_per_s:,.0f} new tokens a second; the update counts {inner_updates} times in the sum")
+    found = []
+    for mix in (0.0, alpha) if alpha else (0.0,):
+        case = StepCase(
+            sizes=sizes, inner_updates=inner_updates, threads=threads, teacher_mix=mix, coin_groups=coin_groups
+        )
+        print(f"{teacher} and {student}, alpha {mix:g}: {repeats + 1} turns of a step and its parts …", flush=True)
+        one = measure_step(case, repeats=repeats)
+        found.append(one)
+        models = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in one.parameters.items())
+        print_table(
+            f"One step of {batch} responses of {new_tokens} tokens, alpha {mix:g} ({models}, {precision})",
+            ["", "seconds", "least to greatest"],
+            [
+                [name, f"{of.median:.3f}", f"{of.low:.3f}–{of.high:.3f}"]
+                for name, of in (*one.seconds.items(), ("step / sum of parts", one.over_parts))
+            ],
+        )
+        print(f"{one.tokens_per_s:,.0f} new tokens a second; the update counts {inner_updates} times in the sum")
     if json_file is not None:
+        mixed = {"over_parts_mixed": found[1].over_parts.median} if alpha else {}
         section = {
-            "over_parts": found.over_parts.median, "tokens_per_s": found.tokens_per_s, "threads": threads,
-            "figures": found.as_json(),
+            "over_parts": found[0].over_parts.median, **mixed, "tokens_per_s": found[0].tokens_per_s,
+            "threads": threads, "figures": [one.as_json() for one in found],
         }  # fmt: skip
         write_section(json_file, "step", section)
 

@@ -6,17 +6,19 @@ from __future__ import annotations
 import json
 import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from minillm import cli
+from minillm.bench.bare import Bare, Sizes
 from minillm.bench.loss import LossCase, LossWork, measure_loss
 from minillm.bench.memory import extra_peak
 from minillm.bench.pairs import in_turns, ratio, spread_of
 from minillm.bench.record import write_section
-from minillm.bench.step import PARTS, Bare, Ours, StepCase, measure_step
+from minillm.bench.step import PARTS, Ours, StepCase, measure_step
 from minillm.errors import ConfigError, DataError
 from minillm.ranks import Ranks
 from tests import tiny
@@ -90,31 +92,48 @@ def test_the_command_writes_its_section_and_keeps_the_others(
     assert "30,000" in capsys.readouterr().out
 
 
-def test_a_step_and_its_parts_are_timed_and_no_row_ends_early(tmp_path: Path) -> None:
-    teacher, student = (tiny.save_model(tmp_path / name, "llama", seed=seed) for seed, name in enumerate("ts"))
-    case = StepCase(
-        teacher=str(teacher), student=str(student), rows=3, prompt_tokens=4, new_tokens=6, inner_updates=2, threads=1
-    )
+def sizes_of(folder: Path, **more: Any) -> Sizes:
+    """Two tiny models, few tokens."""
+    names = {}
+    for seed, name in enumerate(("teacher", "student")):
+        names[name] = str(tiny.save_model(folder / name, "llama", seed=seed))
+    return Sizes(**{"rows": 3, "prompt_tokens": 4, "new_tokens": 6, **names, **more})
+
+
+@pytest.mark.parametrize("teacher_mix", [0.0, 0.5])
+def test_a_step_and_its_parts_are_timed_and_no_row_ends_early(tmp_path: Path, teacher_mix: float) -> None:
+    case = StepCase(sizes=sizes_of(tmp_path), inner_updates=2, threads=1, teacher_mix=teacher_mix)
     found = measure_step(case, repeats=2)
     assert set(found.seconds) == {"step", *PARTS}
     assert found.tokens_per_s == pytest.approx(3 * 6 / found.seconds["step"].median)
     parts = found.seconds["decode"].high + found.seconds["teacher"].high + 2 * found.seconds["update"].high
     assert found.over_parts.low >= found.seconds["step"].low / parts
     assert found.parameters["student"] == sum(
-        p.numel() for p in AutoModelForCausalLM.from_pretrained(student).parameters()
+        p.numel() for p in AutoModelForCausalLM.from_pretrained(case.sizes.student).parameters()
     )
 
 
 def test_the_bare_decode_loop_draws_as_many_tokens_as_the_step_does(tmp_path: Path) -> None:
-    folder = str(tiny.save_model(tmp_path / "m", "gpt2", seed=1))
-    case = StepCase(teacher=folder, student=folder, rows=3, prompt_tokens=4, new_tokens=6, inner_updates=1, threads=1)
+    case = StepCase(sizes=sizes_of(tmp_path), inner_updates=1, threads=1)
     ranks = Ranks()
-    ours, bare = Ours(case, ranks=ranks), Bare(case, device=ranks.device)
+    ours, bare = Ours(case, ranks=ranks), Bare(case.sizes, device=ranks.device)
     assert bare.decode().shape == (3, 6) and bare.teacher().shape[:2] == (3, 10)
     before = [p.detach().clone() for p in ours.student.root.parameters()]
-    ours.step()
+    assert ours.step()["tokens"] == 3 * 6
     assert ours.student.updates_done == 1
     assert any(not torch.equal(old, new) for old, new in zip(before, ours.student.root.parameters(), strict=True))
+    ours.close()
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_bare_teacher_reads_as_often_as_the_teacher_of_a_mixed_step(tmp_path: Path, groups: int) -> None:
+    sizes = sizes_of(tmp_path, rows=5, new_tokens=9)
+    case = StepCase(sizes=sizes, inner_updates=1, threads=1, teacher_mix=0.4, coin_groups=groups)
+    ranks = Ranks()
+    ours, bare = Ours(case, ranks=ranks), Bare(sizes, device=ranks.device)
+    counts = [(ours.step()["teacher_forwards"], bare.mixed_teacher(case.coins(step))) for step in range(4)]
+    assert all(mine == theirs for mine, theirs in counts)
+    assert len({mine for mine, _ in counts}) > 1  # not because no coin fell, or always the same ones
     ours.close()
 
 

@@ -1,0 +1,159 @@
+"""The parts of a step as plainly as transformers allows: a cached decode loop, a forward of the teacher, a forward and
+backward of the student with whole logits. What a step costs beyond them is ours.
+
+Legend: B rows, P prompt tokens, T new tokens, L = P + T, N = B T, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from minillm.bench.loss import whole_logits_loss
+from minillm.cards import load_card
+from minillm.models import inspect, load
+from minillm.sampling import coin_group, coin_keys, uniforms
+from minillm.scoring import HeadWeights, TeacherView
+from minillm.types import DrawKey, Prompt, Purpose
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Which models, and how many tokens."""
+
+    teacher: str
+    student: str
+    rows: int
+    prompt_tokens: int
+    new_tokens: int
+    precision: str = "fp32"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What weights are held in."""
+        return {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}[self.precision]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Coins:
+    """Where the teacher draws, by the coins that a rollout of this number tosses."""
+
+    key: DrawKey
+    teacher_mix: float
+    groups: int
+
+    def heads_GT(self, tokens: int) -> list[list[bool]]:
+        """Whether each group has heads at each position."""
+        coin_G1 = coin_keys(self.key, range(self.groups))[:, None]
+        heads: list[list[bool]] = (uniforms(coin_G1, torch.arange(tokens)) < self.teacher_mix).tolist()
+        return heads
+
+    def rows_G(self, uids: Sequence[str]) -> list[Tensor]:
+        """The rows of each group."""
+        group_B = torch.tensor([coin_group(uid, self.groups) for uid in uids])
+        return [(group_B == group).nonzero().squeeze(1) for group in range(self.groups)]
+
+
+def draw_key(rollout: int) -> DrawKey:
+    """The key of a benchmark's rollout."""
+    return DrawKey(seed=0, stage="minillm", purpose=Purpose.TOKEN, rollout=rollout)
+
+
+def random_prompts(sizes: Sizes, *, vocabulary: int, ranks: int = 1) -> list[Prompt]:
+    """As many prompts as all ranks have rows, of random ids, all of one length."""
+    ids_BP = random_ids(sizes.rows * ranks, sizes.prompt_tokens, vocabulary=vocabulary, seed=0)
+    return [Prompt(uid=f"row-{row}", text="", ids=tuple(ids.tolist())) for row, ids in enumerate(ids_BP)]
+
+
+class Bare:
+    """The parts, each by itself."""
+
+    def __init__(self, sizes: Sizes, *, device: torch.device) -> None:
+        self._sizes = sizes
+        self._teacher = model_loader(sizes.teacher, "teachers", dtype=sizes.dtype)().to(device).eval()  # type: ignore[arg-type]
+        self._student = model_loader(sizes.student, "students", dtype=sizes.dtype)().to(device).eval()  # type: ignore[arg-type]
+        vocabulary = self._student.config.vocab_size
+        self._uids = [prompt.uid for prompt in random_prompts(sizes, vocabulary=vocabulary)]
+        self._ids_BP = random_ids(sizes.rows, sizes.prompt_tokens, vocabulary=vocabulary, seed=0).to(device)
+        more_BT = random_ids(sizes.rows, sizes.new_tokens, vocabulary=vocabulary, seed=1).to(device)
+        noise = torch.Generator().manual_seed(2)
+        self._ids_BL = torch.cat([self._ids_BP, more_BT], dim=1)
+        self._advantage_N = torch.randn(more_BT.numel(), generator=noise).to(device)
+        states_NH = torch.randn(more_BT.numel(), self._teacher.config.hidden_size, generator=noise)
+        self._view = TeacherView(head=_head(self._teacher), hidden_NH=states_NH.to(device, sizes.dtype))
+
+    @torch.no_grad()
+    def decode(self) -> Tensor:
+        """Ids of the new tokens, [B, T]."""
+        ids_BS, cache, drawn = self._ids_BP, None, []
+        for _ in range(self._sizes.new_tokens):
+            output = self._student(input_ids=ids_BS, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
+            ids_BS = torch.multinomial(output.logits[:, -1].softmax(dim=-1), 1)
+            drawn.append(ids_BS)
+        return torch.cat(drawn, dim=1)
+
+    @torch.no_grad()
+    def teacher(self) -> Tensor:
+        """Hidden states [B, L, H]; its logits belong to the update that needs them."""
+        states_BLH: Tensor = self._teacher.base_model(input_ids=self._ids_BL, use_cache=False).last_hidden_state
+        return states_BLH
+
+    @torch.no_grad()
+    def mixed_teacher(self, coins: Coins) -> int:
+        """The teacher of a mixed rollout: one cached forward at each head, over all tokens since the last, with logits
+        of the token to draw, and one over the rest. How many forwards that were."""
+        forwards, heads_GT = 0, coins.heads_GT(self._sizes.new_tokens)
+        for rows_R, heads_T in zip(coins.rows_G(self._uids), heads_GT, strict=True):
+            if not len(rows_R):
+                continue
+            stops = [self._sizes.prompt_tokens + t for t, heads in enumerate(heads_T) if heads]
+            start, cache = 0, None
+            for stop in stops:
+                output = self._teacher(
+                    input_ids=self._ids_BL[rows_R, start:stop], past_key_values=cache, use_cache=True, logits_to_keep=1
+                )
+                start, cache = stop, output.past_key_values
+            # Nothing follows the last token, so nobody reads it.
+            rest_RS = self._ids_BL[rows_R, start:-1]
+            if rest_RS.shape[1]:
+                self._teacher.base_model(input_ids=rest_RS, past_key_values=cache, use_cache=True)
+            forwards += len(stops) + bool(rest_RS.shape[1])
+        return forwards
+
+    def update(self) -> Tensor:
+        """Loss and gradient of the student, both models' logits whole; no optimiser."""
+        self._student.zero_grad()
+        first = self._sizes.prompt_tokens
+        states_BLH = self._student.base_model(input_ids=self._ids_BL, use_cache=False).last_hidden_state
+        loss = whole_logits_loss(
+            states_BLH[:, first - 1 : -1].flatten(0, 1),
+            head=_head(self._student),
+            teacher=self._view,
+            taken_N=self._ids_BL[:, first:].flatten(),
+            advantage_N=self._advantage_N,
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+
+def model_loader(name: str, kind: Any, *, dtype: torch.dtype) -> Callable[[], PreTrainedModel]:
+    """Builds or reads the model of a card or folder, whenever it is called."""
+    card = load_card(name, kind=kind)
+    facts = inspect(card)
+    return lambda: load(card, facts, seed=0, dtype=dtype)
+
+
+def random_ids(rows: int, columns: int, *, vocabulary: int, seed: int) -> Tensor:
+    """Ids but for 0, [rows, columns]."""
+    return torch.randint(1, vocabulary, (rows, columns), generator=torch.Generator().manual_seed(seed))
+
+
+def _head(model: PreTrainedModel) -> HeadWeights:
+    projection = model.get_output_embeddings()
+    return HeadWeights(weight_VH=projection.weight, bias_V=projection.bias)
