@@ -32,14 +32,14 @@ def write_section(file: Path, name: str, section: Mapping[str, Any]) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Right-aligned but for the first column."""
+    """A title as wide as it needs, and a table, right-aligned but for the first column."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
+    table = Table(box=SIMPLE_HEAD)
     for place, column in enumerate(columns):
         table.add_column(column, justify="right" if place else "left")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console().print(title, table, sep="\n", highlight=False)
