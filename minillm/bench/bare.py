@@ -75,8 +75,8 @@ class Bare:
 
     def __init__(self, sizes: Sizes, *, device: torch.device) -> None:
         self._sizes = sizes
-        self._teacher = model_loader(sizes.teacher, "teachers", dtype=sizes.dtype)().to(device).eval()  # type: ignore[arg-type]
-        self._student = model_loader(sizes.student, "students", dtype=sizes.dtype)().to(device).eval()  # type: ignore[arg-type]
+        self._teacher: Any = model_loader(sizes.teacher, "teachers", dtype=sizes.dtype, device=device)().eval()
+        self._student: Any = model_loader(sizes.student, "students", dtype=sizes.dtype, device=device)().eval()
         vocabulary = self._student.config.vocab_size
         self._uids = [prompt.uid for prompt in random_prompts(sizes, vocabulary=vocabulary)]
         self._ids_BP = random_ids(sizes.rows, sizes.prompt_tokens, vocabulary=vocabulary, seed=0).to(device)
@@ -142,11 +142,20 @@ class Bare:
         return loss.detach()
 
 
-def model_loader(name: str, kind: Any, *, dtype: torch.dtype) -> Callable[[], PreTrainedModel]:
-    """Builds or reads the model of a card or folder, whenever it is called."""
+def model_loader(
+    name: str, kind: Any, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Callable[[], PreTrainedModel]:
+    """Builds or reads the model of a card or folder, whenever it is called; random weights are drawn on the device."""
     card = load_card(name, kind=kind)
     facts = inspect(card)
-    return lambda: load(card, facts, seed=0, dtype=dtype)
+
+    def made() -> PreTrainedModel:
+        with torch.device(device):
+            model: Any = load(card, facts, seed=0, dtype=dtype)
+        found: PreTrainedModel = model.to(device)
+        return found
+
+    return made
 
 
 def random_ids(rows: int, columns: int, *, vocabulary: int, seed: int) -> Tensor:

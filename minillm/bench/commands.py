@@ -146,6 +146,11 @@ def step(  # noqa: PLR0917 (typer reads options from parameters)
             ],
         )
         print(f"{one.tokens_per_s:,.0f} new tokens a second; the update counts {inner_updates} times in the sum")
+        print(
+            f"a decoded token takes {one.decode_over_floor:.1f} times as long as reading the student's weights "
+            f"({one.peaks.bytes_per_s / 1e9:,.1f} GB/s); the teacher {one.teacher_over_floor:.2f} times as long as its "
+            f"products ({one.peaks.flops_per_s / 1e9:,.0f} GFLOP/s)"
+        )
     if json_file is not None:
         mixed = {"over_parts_mixed": found[1].over_parts.median} if alpha else {}
         section = {

@@ -273,6 +273,6 @@ def _between(curve: dict[int, list[float]], rows: int, t: int) -> float:
 
 
 def _root(name: str, kind: str, *, sizes: Sizes, device: torch.device) -> CausalLM:
-    root = CausalLM(model_loader(name, kind, dtype=sizes.dtype)().to(device).eval())  # type: ignore[arg-type]
+    root = CausalLM(model_loader(name, kind, dtype=sizes.dtype, device=device)().eval())
     probe_packing(root, name=name)
     return root

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from minillm.bench.bare import Bare, Coins, Sizes, draw_key, model_loader, random_prompts
-from minillm.bench.pairs import Spread, in_turns, ratio, spread_of
+from minillm.bench.pairs import Spread, in_turns, ratio, spread_of, threads
+from minillm.bench.peaks import Peaks, measure_peaks
 from minillm.engines import Student, Teacher
 from minillm.objectives import Minillm
 from minillm.ranks import Ranks
@@ -57,6 +58,11 @@ class StepFigures:
     """The step over decode + teacher + inner updates, turn by turn."""
     tokens_per_s: float
     """New tokens in a step over its median seconds."""
+    decode_over_floor: float
+    """Median seconds of a token's bare decoding over those to read the student's weights from memory once."""
+    teacher_over_floor: float
+    """Median seconds of the bare teacher over those of its products at the machine's peak."""
+    peaks: Peaks
 
     def as_json(self) -> dict[str, Any]:
         """Nested plain values."""
@@ -81,15 +87,22 @@ def measure_step(case: StepCase, *, repeats: int) -> StepFigures:
         parameters = {"teacher": ours.teacher.parameters, "student": ours.student.parameters}
     finally:
         ours.close()
-    updates = [case.inner_updates * one for one in seconds["update"]]
+    with threads(case.threads):
+        peaks = measure_peaks(ranks.device, case.sizes.dtype)
+    sizes, updates = case.sizes, [case.inner_updates * one for one in seconds["update"]]
     parts = [sum(turn) for turn in zip(seconds["decode"], seconds["teacher"], updates, strict=True)]
-    whole = spread_of(seconds["step"])
+    spread = {name: spread_of(values) for name, values in seconds.items()}
+    weight_bytes = parameters["student"] * sizes.dtype.itemsize
+    read_tokens = sizes.rows * (sizes.prompt_tokens + sizes.new_tokens)
     return StepFigures(
         case=case,
         parameters=parameters,
-        seconds={name: spread_of(values) for name, values in seconds.items()},
+        seconds=spread,
         over_parts=ratio(seconds["step"], parts),
-        tokens_per_s=case.sizes.rows * case.sizes.new_tokens / whole.median,
+        tokens_per_s=sizes.rows * sizes.new_tokens / spread["step"].median,
+        decode_over_floor=spread["decode"].median / sizes.new_tokens / peaks.seconds_to_read(weight_bytes),
+        teacher_over_floor=spread["teacher"].median / peaks.seconds_to_multiply(parameters["teacher"], read_tokens),
+        peaks=peaks,
     )
 
 
@@ -107,9 +120,10 @@ class Ours:
             length_norm=True,
             optimiser=OptimiserConfig(lr=1e-5),
         )
-        teacher = model_loader(sizes.teacher, "teachers", dtype=sizes.dtype)
+        teacher = model_loader(sizes.teacher, "teachers", dtype=sizes.dtype, device=ranks.device)
         # As in a run: whole precision, from which the engine makes its own.
-        student = model_loader(sizes.student, "students", dtype=torch.promote_types(sizes.dtype, torch.float32))
+        whole = torch.promote_types(sizes.dtype, torch.float32)
+        student = model_loader(sizes.student, "students", dtype=whole, device=ranks.device)
         self.teacher = Teacher(teacher, ranks=ranks, placement="replicated", precision=sizes.precision)
         self.student = Student(
             student, ranks=ranks, settings=case.settings or ("zero1" if sizes.precision == "bf16" else "zero0"),

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from minillm.bench.bare import Bare, Sizes
 from minillm.bench.loss import LossCase, LossWork, measure_loss
 from minillm.bench.memory import extra_peak
 from minillm.bench.pairs import in_turns, ratio, spread_of
+from minillm.bench.peaks import Peaks, measure_peaks
 from minillm.bench.record import write_section
 from minillm.bench.step import PARTS, Ours, StepCase, measure_step
 from minillm.errors import ConfigError, DataError
@@ -151,3 +155,22 @@ def test_an_unknown_dtype_is_refused_before_anything_is_measured() -> None:
         cli._guarded(lambda **options: cli.app(["bench", "loss", "--dtype", "int8"], **options))
         == ConfigError.exit_code
     )
+
+
+def test_floors_are_of_the_machine_and_follow_from_counts() -> None:
+    peaks = measure_peaks(CPU, torch.float32)
+    assert 1e8 < peaks.bytes_per_s < 1e13 and 1e9 < peaks.flops_per_s < 1e15
+    made_up = Peaks(flops_per_s=200.0, bytes_per_s=50.0)
+    assert made_up.seconds_to_read(100) == 2.0
+    assert made_up.seconds_to_multiply(parameters=10, tokens=30) == 3.0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it would measure")
+def test_the_script_for_a_gpu_says_so_where_there_is_none(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[2] / "scripts" / "bench_gpu.sh"
+    done = subprocess.run(
+        ["bash", str(script), str(tmp_path / "b.json")], capture_output=True, text=True, check=False,
+        env={**os.environ, "MINILLM_PYTHON": sys.executable},
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.strip().endswith("torch sees no GPU here")
+    assert not list(tmp_path.iterdir())

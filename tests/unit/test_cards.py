@@ -113,8 +113,8 @@ def test_a_misspelt_path_is_not_taken_for_a_hub_name(working_folder: Path) -> No
     [
         ("gpt3", "did you mean 'gpt2'?"),
         ("teachers/gpt3-xl", "in teachers/; did you mean 'gpt2-xl'?"),
-        ("zzzz", "known cards: bench-4m, gpt2, "),
-        ("", "known cards: bench-4m, gpt2, "),
+        ("zzzz", "known cards: bench-1.3b, bench-4m, bench-gpt2, gpt2, "),
+        ("", "known cards: bench-1.3b, bench-4m, bench-gpt2, gpt2, "),
         ("runs/a/b/student", "finish that run first"),
         ("../../etc/passwd", "no card of that name"),
         ("students/../../x", "no card of that name"),
