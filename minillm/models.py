@@ -319,7 +319,7 @@ def probe_packing(root: CausalLM, *, name: str, call: Callable[..., Any] | None 
 
 
 class ModelReader:
-    """A ``decode.Reader`` over a root module, or over anything that is called as one (an engine)."""
+    """A ``reading.Reader`` over a root module, or over anything that is called as one (an engine)."""
 
     def __init__(self, root: Any, *, device: torch.device, lockstep: bool) -> None:
         self._root = root

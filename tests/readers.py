@@ -39,7 +39,7 @@ _EXTRA = {
 
 
 class TinyReader:
-    """A ``decode.Reader`` over a tiny transformers model in float64, random weights of a seed."""
+    """A ``reading.Reader`` over a tiny transformers model in float64, random weights of a seed."""
 
     def __init__(self, family: str, *, seed: int, lockstep: bool = False, sharpness: float = 0.5) -> None:
         sizes = {**_SIZES[family], **_EXTRA.get(family, {})}

@@ -18,8 +18,9 @@ from torch import Tensor
 from minillm.batches import prompt_batch
 from minillm.bench.bare import Coins, Sizes, draw_key, model_loader, random_prompts
 from minillm.bench.pairs import Spread, in_turns, ratio, spread_of, threads
-from minillm.decode import Reader, roll_out
+from minillm.decode import roll_out
 from minillm.models import CausalLM, ModelReader, probe_packing
+from minillm.reading import Reader
 from minillm.sampling import draw, row_keys, uniforms
 from minillm.types import Decoding, PromptBatch, Rollout
 

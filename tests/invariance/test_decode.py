@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from minillm import decode
+from minillm import decode, reading
 from minillm.decode import roll_out
 from minillm.errors import NonFinite, ShapeMismatch
 from minillm.sampling import coin_group, coin_keys, row_keys, uniforms, unpack_support
@@ -383,3 +383,50 @@ def test_a_rollout_carries_no_gradient_and_says_whose_weights_it_is_of() -> None
     assert got.policy_step == 17
     tensors = (got.logq_BT, got.student_hidden_BTH, got.teacher_hidden_BTH)
     assert not any(value.requires_grad for value in tensors if value is not None)
+
+
+@pytest.mark.parametrize("look_every", [2, 3, 50])
+@pytest.mark.parametrize(("decoding", "mix"), SETTINGS)
+def test_looking_less_often_which_rows_have_ended_changes_nothing(
+    decoding: Decoding, mix: float, look_every: int
+) -> None:
+    """Rows end at different tokens, most of them between two looks."""
+    every, seldom = (
+        roll(list(range(ROWS)), family="qwen2", decoding=decoding, mix=mix, look_every=look) for look in (1, look_every)
+    )
+    assert len(set(every.length_B.tolist())) > 2
+    for row in range(ROWS):
+        assert differences(row_of(every, row), row_of(seldom, row)) == []
+    assert not bool(seldom.logq_BT[~seldom.mask_BT].any()) and not bool(seldom.teacher_drew_BT[~seldom.mask_BT].any())
+
+
+def test_writing_past_the_end_between_two_looks_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: rows that have ended are written to until the next look."""
+    want = roll(list(range(ROWS)), family="qwen2", decoding=PLAIN, mix=0.0)
+    plain = reading.Page.write
+
+    def careless(self: reading.Page, rows_N: Tensor, t: int, **more: Any) -> None:
+        self.alive_B[rows_N] = True
+        plain(self, rows_N, t, **more)
+
+    monkeypatch.setattr(reading.Page, "write", careless)
+    got = roll(list(range(ROWS)), family="qwen2", decoding=PLAIN, mix=0.0, look_every=3)
+    assert got.length_B.tolist() != want.length_B.tolist()
+
+
+@pytest.mark.parametrize("look_every", [2, 50])
+def test_logits_that_are_no_numbers_are_refused_between_two_looks_too(look_every: int) -> None:
+    class Late(TinyReader):
+        """Says NaN at its second token, for one row."""
+
+        calls = 0
+
+        def logits(self, hidden_NH: Tensor) -> Tensor:
+            Late.calls += 1
+            logits_NV = TinyReader.logits(self, hidden_NH)
+            if Late.calls == 2:
+                logits_NV[0] = torch.nan
+            return logits_NV
+
+    with pytest.raises(NonFinite, match="NaN"):
+        roll([0, 1, 2], family="opt", decoding=PLAIN, mix=0.0, student=Late("opt", seed=1), look_every=look_every)

@@ -54,6 +54,7 @@ def run_rank(
     drop: bool,
     lockstep: tuple[bool, bool],
     student_waits: bool,
+    look_every: int,
 ) -> tuple[Rollout, list[str]]:
     calls: list[str] = []
 
@@ -80,6 +81,7 @@ def run_rank(
         pad_id=PAD,
         keep_hidden=True,
         drop_finished=drop,
+        look_every=look_every,
         anyone=anyone,
     )
     return rollout, calls
@@ -93,12 +95,21 @@ def run_both(
     lockstep: tuple[bool, bool] = (True, True),
     student_waits: bool = True,
     patience: float = PATIENCE,
+    look_every: int = 1,
 ) -> list[tuple[Rollout, list[str]]]:
     meeting = Meeting(patience)
     with ThreadPoolExecutor(max_workers=2) as pool:
         ranks = [
             pool.submit(
-                run_rank, rank, rows, meeting, mix=mix, drop=drop, lockstep=lockstep, student_waits=student_waits
+                run_rank,
+                rank,
+                rows,
+                meeting,
+                mix=mix,
+                drop=drop,
+                lockstep=lockstep,
+                student_waits=student_waits,
+                look_every=look_every,
             )
             for rank, rows in enumerate(shares)
         ]
@@ -126,6 +137,15 @@ def test_ranks_make_the_same_calls_and_draw_what_one_rank_would(share: str, drop
     results = run_both(SHARES[share], mix=mix, drop=drop)
     assert results[0][1] == results[1][1]
     require_whole(results, share, mix=mix)
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.4])
+@pytest.mark.parametrize("share", SHARES)
+def test_ranks_that_look_seldom_make_the_same_calls_too(share: str, mix: float) -> None:
+    results = run_both(SHARES[share], mix=mix, look_every=3)
+    assert results[0][1] == results[1][1]
+    for (one, _), (other, _) in zip(results, run_both(SHARES[share], mix=mix), strict=True):
+        assert torch.equal(one.response_BT, other.response_BT) and one.stop_B == other.stop_B
 
 
 @pytest.mark.parametrize("mix", [0.0, 0.2, 1.0])

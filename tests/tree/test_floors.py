@@ -26,7 +26,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         *("settings", "stage_config", "yaml_reader", "config", "cards", "hub", "model_files"),
         *("records", "rows", "prompts", "batches", "packing", "cache", "order", "templates", "vocabulary", "world"),
     ),
-    4: ("models", "decode", "scoring", "token_loss"),
+    4: ("models", "reading", "decode", "scoring", "token_loss"),
     5: ("ranks", "engine_settings", "engines", "muon", "optimisers", "store", "publish", "model_card"),
     6: ("objectives", "loop", "stages", "preflight", "progress"),
     7: (
