@@ -1,107 +1,91 @@
 """Responses are distributed as the enumerated mixture (1 - a) student + a teacher, EOS included.
 
-Two ways: the drawing functions alone, 50,000 responses each under a rollout index of its own; and whole rollouts, in
-which every row has a coin group of its own, so that rows are independent. Planted errors must fail the same check.
+200,000 rollouts, each under a rollout index of its own, since rows of one rollout share coins and are not independent:
+drawn by the loop itself, with keys replaced as ``mixture.roll_keyed`` says, and held equal to calls in which nothing
+is. Then one rollout of many rows with nothing replaced, in which every row has a coin group of its own. Planted errors
+must fail the same check.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from minillm import decode, sampling
-from minillm.decode import roll_out
-from minillm.types import Decoding, DrawKey, Purpose, Rollout
-from tests.readers import TableReader, batch_of
+from minillm.types import DrawKey, Rollout
+from tests.exact.mixture import (
+    Draw,
+    Keys,
+    T,
+    drew,
+    enumerate_responses,
+    keys_of,
+    off_by_one,
+    p_value,
+    responses,
+    roll,
+    roll_keyed,
+)
 
-V, T, EOS = 4, 3, 0
-STUDENT, TEACHER = TableReader(vocabulary=V, depth=T, seed=0), TableReader(vocabulary=V, depth=T, seed=1)
-KEY = DrawKey(seed=5, stage="minillm", purpose=Purpose.TOKEN, rollout=0)
-ROLLOUTS = 50_000
+ROLLOUTS = 200_000
+CALLS = 150
 ROWS = 1_600
-TOLD = 1e-4
-"""A right sampler falls below it for one seed in 10,000; seeds are fixed. Planted errors must fall below ``SURE``."""
-SURE = 1e-12
-
-Draw = Callable[[Tensor, Tensor], Tensor]
+TOLD = 1e-3
+"""A right sampler falls below it for one seed in 1,000; seeds are fixed. Planted errors must fall below ``SURE``."""
+SURE = 1e-6
 
 
-def enumerate_mixture(alpha: float) -> dict[tuple[int, ...], float]:
-    """Probability of each response: ended by EOS, or T tokens long."""
-    mixed_XV = (1 - alpha) * STUDENT.table_XV.softmax(-1) + alpha * TEACHER.table_XV.softmax(-1)
-    cells: dict[tuple[int, ...], float] = {}
-    open_prefixes: list[tuple[tuple[int, ...], int, float]] = [((), 0, 1.0)]
-    while open_prefixes:
-        prefix, node, mass = open_prefixes.pop()
-        for v, share in enumerate(mixed_XV[node].tolist()):
-            response = (*prefix, v)
-            if v == EOS or len(response) == T:
-                cells[response] = mass * share
-            else:
-                open_prefixes.append((response, node * V + v + 1, mass * share))
-    return cells
-
-
-def p_value(responses: list[tuple[int, ...]], alpha: float) -> float:
-    """Of Pearson's chi-square against the enumeration; cells with fewer than 5 expected responses are put together."""
-    cells, total = enumerate_mixture(alpha), len(responses)
-    assert math.isclose(sum(cells.values()), 1.0)
-    count = dict.fromkeys(cells, 0)
-    for response in responses:
-        count[response] += 1  # a response that cannot be is a KeyError
-    large = [r for r in cells if cells[r] * total >= 5]
-    pairs = [(count[r], cells[r] * total) for r in large]
-    rest = total - sum(want for _, want in pairs)
-    if rest > 1e-6 * total:
-        pairs.append((total - sum(got for got, _ in pairs), rest))
-    statistic = sum((got - want) ** 2 / want for got, want in pairs)
-    freedom = torch.tensor((len(pairs) - 1) / 2, dtype=torch.float64)
-    return float(torch.special.gammaincc(freedom, torch.tensor(statistic / 2, dtype=torch.float64)))
+def p_of(rollout: Rollout, alpha: float) -> float:
+    """P-value of the chi-square of all responses of a rollout against the enumerated mixture."""
+    return p_value(responses(rollout), enumerate_responses([alpha] * T))
 
 
 @pytest.fixture(scope="module")
-def keys() -> tuple[Tensor, Tensor]:
-    """Row key and coin key of one row in each of many rollouts."""
-    each = [replace(KEY, rollout=n) for n in range(ROLLOUTS)]
-    rows = torch.cat([sampling.row_keys(key, ["row"], [0], device="cpu") for key in each])
-    return rows, torch.cat([sampling.coin_keys(key, [0]) for key in each])
-
-
-def draw_directly(rows: Tensor, coins: Tensor, *, alpha: float, draw: Draw = sampling.draw) -> list[tuple[int, ...]]:
-    """One response a key, by the drawing functions and nothing else."""
-    node_B, alive_B = torch.zeros(len(rows), dtype=torch.long), torch.ones(len(rows), dtype=torch.bool)
-    ids = []
-    for t in range(T):
-        heads_B1 = (sampling.uniforms(coins, t) < alpha)[:, None]
-        logits_BV = torch.where(heads_B1, TEACHER.table_XV[node_B], STUDENT.table_XV[node_B])
-        id_B = torch.where(alive_B, draw(logits_BV, sampling.uniforms(rows, t)), -1)
-        ids.append(id_B)
-        alive_B = alive_B & (id_B != EOS)
-        node_B = torch.where(alive_B, node_B * V + id_B + 1, 0) if t + 1 < T else node_B
-    return [tuple(v for v in row if v >= 0) for row in torch.stack(ids, dim=1).tolist()]
-
-
-def off_by_one(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """The last id whose cumulated mass does not exceed, instead of the first that does."""
-    return (sampling.draw(logits_BV, uniform_B) - 1).clamp(min=0)
+def keys() -> Keys:
+    return keys_of(range(ROLLOUTS), ["row"])
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 1.0])
-def test_drawn_responses_follow_the_enumerated_mixture(keys: tuple[Tensor, Tensor], alpha: float) -> None:
-    assert p_value(draw_directly(*keys, alpha=alpha), alpha) > TOLD
+def test_200000_rollouts_follow_the_enumerated_mixture(keys: Keys, alpha: float) -> None:
+    rollout = roll_keyed(keys, alpha)
+    assert len(rollout.stop_B) == ROLLOUTS
+    assert p_of(rollout, alpha) > TOLD
 
 
-def test_planted_errors_in_the_drawing_functions_fail(keys: tuple[Tensor, Tensor]) -> None:
-    rows, coins = keys
-    assert p_value(draw_directly(rows, coins, alpha=0.3), 0.2) < SURE  # another share of the teacher
-    assert p_value(draw_directly(rows, rows, alpha=0.2), 0.2) < SURE  # the coin's number used for the token again
-    assert p_value(draw_directly(rows, coins, alpha=0.2, draw=off_by_one), 0.2) < SURE
-    assert p_value(draw_directly(rows, coins, alpha=0.2), 0.0) < SURE  # mixing where none was asked for
+@pytest.mark.parametrize("alpha", [0.0, 0.2, 1.0])
+def test_each_of_them_is_the_rollout_that_a_call_of_its_own_makes(keys: Keys, alpha: float) -> None:
+    """What ``roll_keyed`` replaces changes nothing: the same tokens, and the same coins, as with nothing replaced."""
+    one = roll_keyed(Keys(row_R=keys.row_R[:CALLS], coin_R=keys.coin_R[:CALLS]), alpha)
+    calls = [roll(["row"], alpha, coin_groups=1, rollout=n) for n in range(CALLS)]
+    assert responses(one) == [found for call in calls for found in responses(call)]
+    assert drew(one) == [found for call in calls for found in drew(call)]
+    assert len(set(drew(one))) > (3 if alpha == 0.2 else 2)
+    later = roll(["row"], alpha, coin_groups=1, rollout=CALLS)  # control: another index is another rollout
+    assert responses(later) + responses(one)[1:] != responses(one)
+
+
+@pytest.mark.parametrize(("drawn", "asked"), [(0.02, 0.0), (0.18, 0.2), (0.22, 0.2), (0.98, 1.0)])
+def test_a_share_of_the_teacher_that_is_off_by_two_hundredths_fails(keys: Keys, drawn: float, asked: float) -> None:
+    """Negative control: 200,000 responses tell it."""
+    assert p_of(roll_keyed(keys, drawn), asked) < SURE
+
+
+def one_number(keys_B: Tensor, position: Tensor) -> Tensor:
+    """Broken: one number for all positions of a row."""
+    return sampling.uniforms(keys_B, torch.zeros_like(position))
+
+
+def test_planted_errors_fail(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative controls: each is a mistake that could be made in the loop or in the functions that it draws with."""
+    coin_reused = Keys(row_R=keys.row_R, coin_R=keys.row_R)
+    assert p_of(roll_keyed(coin_reused, 0.2), 0.2) < SURE
+    for alpha in (0.0, 0.2, 1.0):
+        assert p_of(roll_keyed(keys, alpha, draw=off_by_one), alpha) < SURE
+    monkeypatch.setattr(decode, "uniforms", one_number)
+    assert p_of(roll_keyed(keys, 0.2), 0.2) < SURE
 
 
 def uid_of_group(groups: int) -> dict[int, str]:
@@ -109,84 +93,35 @@ def uid_of_group(groups: int) -> dict[int, str]:
     return {sampling.coin_group(str(n), groups): str(n) for n in range(3 * groups)}
 
 
-def _groups(rows: int) -> int:
-    return rows * 5 // 4
-
-
-def roll(alpha: float, *, rows: int = ROWS) -> list[tuple[int, ...]]:
-    """Responses of whole rollouts, one coin group a row."""
-    uids = list(uid_of_group(_groups(rows)).values())[:rows]
+def roll_apart(alpha: float, *, rows: int = ROWS) -> Rollout:
+    """One rollout, one coin group a row, nothing replaced."""
+    groups = rows * 5 // 4
+    uids = list(uid_of_group(groups).values())[:rows]
     assert len(uids) == rows
-    rollout: Rollout = roll_out(
-        batch_of([(1,)] * rows, uids=uids),
-        student=STUDENT,
-        teacher=TEACHER if alpha else None,
-        teacher_mix=alpha,
-        coin_groups=_groups(rows),
-        decoding=Decoding(max_new_tokens=T),
-        key=KEY,
-        eos_ids=(EOS,),
-        pad_id=EOS,
-    )
-    lengths = rollout.length_B.tolist()
-    return [tuple(ids[:n]) for ids, n in zip(rollout.response_BT.tolist(), lengths, strict=True)]
+    return roll(uids, alpha, coin_groups=groups)
 
 
-def test_a_plain_rollout_follows_the_enumerated_student() -> None:
-    assert p_value(roll(0.0, rows=20_000), 0.0) > TOLD
+@pytest.mark.parametrize(("alpha", "rows"), [(0.0, 20_000), (0.2, ROWS), (1.0, ROWS)])
+def test_rows_of_one_rollout_in_groups_of_their_own_follow_the_enumerated_mixture(alpha: float, rows: int) -> None:
+    assert p_of(roll_apart(alpha, rows=rows), alpha) > TOLD
 
 
-@pytest.mark.parametrize("alpha", [0.2, 1.0])
-def test_a_mixed_rollout_follows_the_enumerated_mixture(alpha: float) -> None:
-    assert p_value(roll(alpha), alpha) > TOLD
+@pytest.mark.parametrize(
+    ("name", "broken"), [("draw", off_by_one), ("uniforms", one_number)], ids=["off-by-one", "one-number"]
+)
+def test_planted_errors_in_that_rollout_fail(
+    name: str, broken: Draw | Callable[[Tensor, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, name, broken)
+    assert p_of(roll_apart(0.2), 0.2) < SURE
 
 
-def test_planted_errors_in_the_rollout_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each breaks the loop itself, in the place where such a mistake would be made."""
-    assert p_value(roll(0.4), 0.2) < SURE
-    with monkeypatch.context() as patch:
-        patch.setattr(decode, "draw", off_by_one)
-        assert p_value(roll(0.2), 0.2) < SURE
-    with monkeypatch.context() as patch:
-        number = uid_of_group(_groups(ROWS))
-        patch.setattr(
-            decode,
-            "coin_keys",
-            lambda key, groups: sampling.row_keys(
-                key, [number.get(g, "") for g in groups], [0] * len(groups), device="cpu"
-            ),
-        )
-        assert p_value(roll(0.2), 0.2) < SURE
-    with monkeypatch.context() as patch:  # one number for all positions of a row
-        plain = sampling.uniforms
-        patch.setattr(decode, "uniforms", lambda keys, at: plain(keys, torch.zeros_like(at)))
-        assert p_value(roll(0.2), 0.2) < SURE
+def test_a_coin_that_is_the_rows_own_number_fails_in_that_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
+    uid = uid_of_group(ROWS * 5 // 4)
+    plain = sampling.row_keys
 
+    def of_rows(key: DrawKey, groups: range) -> Tensor:
+        return plain(key, [uid.get(group, "") for group in groups], [0] * len(groups), device="cpu")
 
-def test_rows_of_a_group_share_coins_but_not_their_tokens_numbers() -> None:
-    """What one batch has in common: the coin of a position within a group, and nothing else."""
-    uids = [f"row-{n}" for n in range(400)]
-    rollout = roll_out(
-        batch_of([(1,)] * 400, uids=uids),
-        student=STUDENT,
-        teacher=TEACHER,
-        teacher_mix=0.5,
-        coin_groups=3,
-        decoding=Decoding(max_new_tokens=T),
-        key=replace(KEY, rollout=1),
-        eos_ids=(),  # no row ends early, so all coins show
-        pad_id=EOS,
-    )
-    group_B = torch.tensor([sampling.coin_group(uid, 3) for uid in uids])
-    patterns = [rollout.teacher_drew_BT[group_B == group] for group in range(3)]
-    assert all(bool((pattern == pattern[0]).all()) for pattern in patterns)
-    assert len({tuple(pattern[0].tolist()) for pattern in patterns}) > 1
-    # Under one coin the first tokens of a group still spread over the teacher's or the student's distribution.
-    for group, pattern in enumerate(patterns):
-        table = TEACHER if bool(pattern[0, 0]) else STUDENT
-        want = table.table_XV[0].softmax(-1)
-        first = rollout.response_BT[group_B == group, 0]
-        got = torch.bincount(first, minlength=V) / len(first)
-        assert float((got - want).abs().max()) < 4 * math.sqrt(0.25 / len(first))
-        other = (STUDENT if table is TEACHER else TEACHER).table_XV[0].softmax(-1)
-        assert float((got - other).abs().max()) > float((got - want).abs().max())
+    monkeypatch.setattr(decode, "coin_keys", of_rows)
+    assert p_of(roll_apart(0.2), 0.2) < SURE
