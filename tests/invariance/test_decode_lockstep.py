@@ -6,19 +6,21 @@ collective would; a rank that calls alone, or calls something else, fails.
 
 from __future__ import annotations
 
+import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch import Tensor
 
 from minillm.decode import roll_out
 from minillm.sampling import coin_group
 from minillm.types import Decoding, DrawKey, Purpose, Rollout
 from tests.readers import EOS, PAD, Recorder, TinyReader, batch_of, some_prompts
 
-KEY = DrawKey(seed=4, stage="minillm", purpose=Purpose.TOKEN, rollout=9)
-ROWS = 9
+KEY = DrawKey(seed=4, stage="minillm", purpose=Purpose.TOKEN, rollout=18)
+ROWS = 16
 UIDS = [f"row-{n}" for n in range(ROWS)]
 PROMPTS = some_prompts(ROWS, seed=5)
 GROUPS = 3
@@ -121,16 +123,20 @@ def one_group() -> list[int]:
     return [row for row in range(ROWS) if coin_group(UIDS[row], GROUPS) == coin_group(UIDS[0], GROUPS)]
 
 
+SHORT = 10
+"""A row that ends early."""
 SHARES = {
-    "alternating": ([0, 2, 4, 6, 8], [1, 3, 5, 7]),
-    "one-row": ([0, 1, 2, 3, 4, 6, 7, 8], [5]),
+    "alternating": (list(range(0, ROWS, 2)), list(range(1, ROWS, 2))),
+    "one-row": ([row for row in range(ROWS) if row != SHORT], [SHORT]),
+    "row-each": ([SHORT], [7]),
+    "three-rows": ([11, 2], [SHORT]),
     "no-row": (list(range(ROWS)), []),
     "one-group": (one_group(), [row for row in range(ROWS) if row not in one_group()]),
     "nobody": ([], []),
 }
 
 
-@pytest.mark.parametrize("mix", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("mix", [0.0, 0.2, 1.0])
 @pytest.mark.parametrize("drop", [True, False])
 @pytest.mark.parametrize("share", SHARES)
 def test_ranks_make_the_same_calls_and_draw_what_one_rank_would(share: str, drop: bool, mix: float) -> None:
@@ -165,13 +171,28 @@ def require_whole(results: list[tuple[Rollout, list[str]]], share: str, *, mix: 
     want = whole(mix)
     for (rollout, _), rows in zip(results, SHARES[share], strict=True):
         for at, row in enumerate(rows):
-            kept, same = rollout.mask_BT[at], want.mask_BT[row]
-            assert rollout.response_BT[at][kept].tolist() == want.response_BT[row][same].tolist()
-            assert rollout.teacher_hidden_BTH is not None and want.teacher_hidden_BTH is not None
-            got_TH, want_TH = rollout.teacher_hidden_BTH[at][kept], want.teacher_hidden_BTH[row][same]
-            torch.testing.assert_close(got_TH, want_TH, rtol=0, atol=1e-9)
+            assert same_row(rollout, at, want, row), row
 
 
+def same_row(one: Rollout, at: int, other: Rollout, row: int) -> bool:
+    """Whether ids, coins, ends, log-probs and both models' hidden states of two rows are the same, floats to 1e-9."""
+    exact = [
+        (rollout.response_BT[n][rollout.mask_BT[n]].tolist(), rollout.teacher_drew_BT[n][rollout.mask_BT[n]].tolist())
+        for rollout, n in ((one, at), (other, row))
+    ]
+    if exact[0] != exact[1] or one.stop_B[at] != other.stop_B[row]:
+        return False
+    pairs = zip(_floats(one), _floats(other), strict=True)
+    kept, same = one.mask_BT[at], other.mask_BT[row]
+    return all(torch.allclose(mine[at][kept], its[row][same], rtol=0, atol=1e-9) for mine, its in pairs)
+
+
+def _floats(rollout: Rollout) -> list[Tensor]:
+    assert rollout.student_hidden_BTH is not None and rollout.teacher_hidden_BTH is not None
+    return [rollout.logq_BT, rollout.student_hidden_BTH, rollout.teacher_hidden_BTH]
+
+
+@functools.cache
 def whole(mix: float) -> Rollout:
     return roll_out(
         batch_of(PROMPTS, uids=UIDS),
@@ -183,16 +204,23 @@ def whole(mix: float) -> Rollout:
         key=KEY,
         eos_ids=(EOS, 5),
         pad_id=PAD,
+        keep_hidden=True,
     )
 
 
-def test_the_case_is_hard_enough() -> None:
-    """Rows end at different times, the ranks of each share differ in length, and every group has a row."""
-    lengths = whole(0.4).length_B
-    assert len(set(lengths.tolist())) > 3
-    assert int(lengths[5]) < int(lengths.max())
+@pytest.mark.parametrize("mix", [0.0, 0.2])
+def test_the_case_is_hard_enough(mix: float) -> None:
+    """Rows end at different times, the ranks of a share differ in length, every group has rows, one has no heads."""
+    length_B = whole(mix).length_B
+    assert len(set(length_B.tolist())) > 3
+    assert int(length_B[SHORT]) < int(length_B.max())
     assert {coin_group(uid, GROUPS) for uid in UIDS} == set(range(GROUPS))
     assert 0 < len(one_group()) < ROWS
+    drew_BT = whole(0.2).teacher_drew_BT
+    assert len({coin_group(UIDS[row], GROUPS) for row in range(ROWS) if drew_BT[row].any()}) == GROUPS - 1
+    # Control of the comparison of rows: no row passes for another one.
+    rollout = whole(mix)
+    assert all(same_row(rollout, n, rollout, m) == (n == m) for n in range(ROWS) for m in range(ROWS))
 
 
 @pytest.mark.parametrize("lockstep", [(False, True), (True, False)])
@@ -207,7 +235,7 @@ def test_replicated_readers_make_no_dummy_calls() -> None:
     calls: list[str] = []
     reader = Recorder(STUDENT, calls.append, name="student")
     roll_out(
-        batch_of([PROMPTS[5]], uids=[UIDS[5]]),
+        batch_of([PROMPTS[SHORT]], uids=[UIDS[SHORT]]),
         student=reader,
         decoding=Decoding(max_new_tokens=8, top_k=12),
         key=KEY,
@@ -215,4 +243,4 @@ def test_replicated_readers_make_no_dummy_calls() -> None:
         pad_id=PAD,
         anyone=lambda alive: True,
     )
-    assert calls.count("student.extend") == int(whole(0.0).length_B[5]) < 8
+    assert calls.count("student.extend") == int(whole(0.0).length_B[SHORT]) < 8
