@@ -22,6 +22,7 @@ from minillm import decode
 from minillm.decode import roll_out
 from minillm.sampling import coin_group, coin_keys, uniforms
 from minillm.types import Decoding, DrawKey, Purpose, Rollout
+from tests.coins import heads_of, lives, wanted
 from tests.readers import Recorder, batch_of
 
 V, EOS, ENDS_AT_ONCE = 6, 0, 5
@@ -88,28 +89,8 @@ def roll(
     return got
 
 
-def heads_of(mix: float, *, groups: int, rollout: int, longest: int) -> list[list[int]]:
-    """Where each group's coin falls on the teacher, by the keyed numbers alone."""
-    coin_G1 = coin_keys(replace(KEY, rollout=rollout), range(groups))[:, None]
-    heads_GT = uniforms(coin_G1, torch.arange(longest)) < mix
-    return [heads_T.nonzero()[:, 0].tolist() for heads_T in heads_GT]
-
-
-def lives(rollout: Rollout, groups: int) -> list[int]:
-    """How many tokens the longest row of each group has; 0 for a group without rows."""
-    life = [0] * groups
-    for uid, length in zip(rollout.prompts.uid_B, rollout.length_B.tolist(), strict=True):
-        life[coin_group(uid, groups)] = max(life[coin_group(uid, groups)], length)
-    return life
-
-
-def wanted(heads: list[int], life: int) -> int:
-    """Forwards of one group: at each head while a row of it lives, and for what is unread at the end.
-
-    Nothing follows a row's last token, so a head at the last token of the longest row leaves nothing unread.
-    """
-    drawn = [t for t in heads if t < life]
-    return len(drawn) + (life > 0 and (not drawn or drawn[-1] < life - 1))
+def heads_in(mix: float, *, groups: int, rollout: int, longest: int) -> list[list[int]]:
+    return heads_of(replace(KEY, rollout=rollout), mix=mix, groups=groups, longest=longest)
 
 
 @pytest.mark.parametrize("groups", [1, 3])
@@ -122,7 +103,7 @@ def test_the_teacher_runs_at_heads_and_once_more_a_group(mix: float, groups: int
         if mix == 0:  # no coin, no groups: all rows are read together
             assert got.teacher_forwards == 1
             continue
-        heads_G, life_G = heads_of(mix, groups=groups, rollout=rollout, longest=24), lives(got, groups)
+        heads_G, life_G = heads_in(mix, groups=groups, rollout=rollout, longest=24), lives(got, groups)
         drawn = sum(t < life for heads, life in zip(heads_G, life_G, strict=True) for t in heads)
         assert got.teacher_forwards == sum(map(wanted, heads_G, life_G)) <= drawn + 2 * groups
         lengths |= set(got.length_B.tolist())
@@ -141,7 +122,7 @@ def test_heads_after_the_end_of_a_groups_rows_cost_nothing(mix: float) -> None:
     got = roll(mix, **options)
     life_G = lives(got, 3)
     assert life_G[short] == 1 and {life for g, life in enumerate(life_G) if g != short} == {24}
-    heads_G = heads_of(mix, groups=3, rollout=3, longest=24)
+    heads_G = heads_in(mix, groups=3, rollout=3, longest=24)
     assert got.teacher_forwards == sum(map(wanted, heads_G, life_G))
     assert wanted(heads_G[short], 1) == 1 and sum(t > 0 for t in heads_G[short]) > 0
     # Control, and the price of sharding: ranks in step cannot know whose rows ended, so all heads are called.
@@ -164,7 +145,7 @@ def test_a_sharded_teacher_runs_at_all_heads_of_the_rollout_and_once_more_a_grou
             return alive or len(asked) <= 20  # noqa: B023
 
         got = roll(mix, groups=groups, rollout=rollout, rows=rows, lockstep=True, longest=20, anyone=anyone)
-        heads_G = heads_of(mix, groups=groups, rollout=rollout, longest=20) if mix > 0 else [[]]
+        heads_G = heads_in(mix, groups=groups, rollout=rollout, longest=20) if mix > 0 else [[]]
         assert got.teacher_forwards == sum(len(heads) + 1 for heads in heads_G)
 
 
