@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from minillm.decode import _Asked, _mix
+from minillm.decode import _mix
+from minillm.reading import Asked
 from minillm.policy_loss import importance_weights
 from minillm.scoring import tile_statistics
 from minillm.types import Decoding
@@ -50,7 +51,7 @@ class State:
     def drawn(self, decoding: Decoding) -> tuple[Tensor, Tensor, Tensor | None]:
         """q, p [V] and the student's support, as the decode loop draws: tails from the first, heads from the second."""
         rows = torch.zeros(1, dtype=torch.long)
-        asked, taught = (_Asked(rows, logits_V[None]) for logits_V in (self.student_V, self.teacher_V))
+        asked, taught = (Asked(rows, logits_V[None]) for logits_V in (self.student_V, self.teacher_V))
         student_1V, chosen_1V, support_1V = _mix(asked, [taught], decoding=decoding)
         return student_1V.softmax(-1)[0], chosen_1V.softmax(-1)[0], None if support_1V is None else support_1V[0]
 

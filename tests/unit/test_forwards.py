@@ -256,14 +256,14 @@ def test_a_teacher_that_runs_at_each_token_is_seen(models: Models, monkeypatch: 
 
 def test_a_step_without_cache_is_seen(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: a decode loop that reads the whole text at every token makes as many forwards, and longer."""
-    plain = decode._Reading._extend
+    plain = reading.Reading._extend
 
     def whole(self: Any, ids_RS: Tensor, mask_RL: Tensor) -> Tensor:
         self.cache = None
         ids_RL = self.page.ids_BL[self.rows_R, : mask_RL.shape[1]]
         return plain(self, ids_RL, mask_RL)[:, -ids_RS.shape[1] :]
 
-    monkeypatch.setattr(decode._Reading, "_extend", whole)
+    monkeypatch.setattr(reading.Reading, "_extend", whole)
     assert complaints(models, mix=0.0) == [["student, decoding: the prompts, then token by token"]] * 2
 
 
