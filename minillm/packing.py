@@ -4,7 +4,8 @@ Most transformers models take such lines as they are: where positions start agai
 token attends across the border. Others (OPT) need a mask that says so. The place of every token is kept, so what a
 forward gives comes back row by row.
 
-Legend: B rows, L their padded length, R lines, W the length of a line (the longest row's), H hidden width, N tokens.
+Legend: B rows, L their padded length, R lines, W the length of a line, H hidden width, N tokens. A *place* is one
+position of a line: what a forward computes, whether a token lies there or not.
 """
 
 from __future__ import annotations
@@ -15,6 +16,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+WIDER = 1.5
+"""How much longer than the longest row a line may be."""
+WIDTHS = 8
+"""How many widths beyond the longest row's are tried."""
+SURE_WIDTH = 512
+"""Lines grow beyond the longest row up to here only: a few architectures (GPT-Neo, the first GPT) keep a causal mask of
+just as many tokens as they have positions, and pretrained ones have no fewer than this."""
+ATTENTION = 1024
+"""The width at which attention is taken to cost as much as the rest of a layer. Counted in multiplications that is six
+times the hidden width; this is a small model's, so that lines are not widened for little."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,25 +50,53 @@ class Packed:
         return hidden_RWH.flatten(0, 1).index_select(0, self.place_BL[wanted_BL])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lines:
+    """Where each row begins in the flattened lines."""
+
+    starts: list[int]
+    count: int
+    width: int
+
+    @property
+    def places(self) -> int:
+        """What a forward over them computes."""
+        return self.count * self.width
+
+
 def pack(ids_BL: Tensor, mask_BL: Tensor) -> Packed:
-    """The real tokens of each row side by side in as few lines as are found, none longer than the longest row.
+    """The real tokens of each row side by side in lines, as ``lay_out`` says.
 
     Padding may be on either side. Rows of 5, 2 and 3 tokens give two lines of 5: the first row, and the other two. At
     least one line, one token long, even without any row.
     """
-    length_B = mask_BL.sum(dim=1)
-    lengths = length_B.tolist()
-    width = max([1, *lengths])
-    starts, lines = first_places(lengths, width=width)
-    start_B1 = torch.tensor(starts, dtype=torch.int64, device=ids_BL.device).unsqueeze(1)
+    lines = lay_out(mask_BL.sum(dim=1).tolist())
+    start_B1 = torch.tensor(lines.starts, dtype=torch.int64, device=ids_BL.device).unsqueeze(1)
     position_BL = mask_BL.long().cumsum(dim=1) - 1
     place_BL = torch.where(mask_BL, start_B1 + position_BL, -1)
     place_N = place_BL[mask_BL]
-    ids_F = ids_BL.new_zeros(lines * width)
+    ids_F = ids_BL.new_zeros(lines.places)
     position_F = torch.zeros_like(ids_F)
     ids_F[place_N] = ids_BL[mask_BL]
     position_F[place_N] = position_BL[mask_BL]
-    return Packed(ids_RW=ids_F.view(lines, width), position_RW=position_F.view(lines, width), place_BL=place_BL)
+    shape = (lines.count, lines.width)
+    return Packed(ids_RW=ids_F.view(shape), position_RW=position_F.view(shape), place_BL=place_BL)
+
+
+def lay_out(lengths: Sequence[int]) -> Lines:
+    """Rows of these lengths in lines of the width that costs least: the longest row's, or up to ``WIDER`` times that.
+
+    Wider lines leave fewer places over, since more rows may share one, and cost more attention at each place. Never
+    more places than at the longest row's width.
+    """
+    longest = max([1, *lengths])
+    widest = max(longest, min(int(WIDER * longest), SURE_WIDTH))
+    widths = sorted({longest + (widest - longest) * step // WIDTHS for step in range(WIDTHS + 1)})
+    found = []
+    for width in widths:
+        starts, count = first_places(lengths, width=width)
+        found.append(Lines(starts=starts, count=count, width=width))
+    return min(found, key=lambda lines: lines.places * (ATTENTION + lines.width))
 
 
 def first_places(lengths: Sequence[int], *, width: int) -> tuple[list[int], int]:
