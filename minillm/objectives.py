@@ -24,6 +24,7 @@ from minillm.batches import ExampleBatch, example_batch, prompt_batch
 from minillm.config import MinillmStage, SftStage
 from minillm.decode import roll_out
 from minillm.engines import Student, Teacher
+from minillm.micro_batches import Limits, cut
 from minillm.models import ModelReader
 from minillm.order import GlobalOrder, WindowedOrder, occurrences, share
 from minillm.policy_loss import clipped_surrogate, importance_weights
@@ -94,14 +95,14 @@ class Sft:
             student=student,
             ids=self._ids,
             ranks=self._ranks,
-            micro_batch=self._stage.micro_batch,
+            limits=_limits(self._stage),
             weight=1.0,
         )
         yield [Update(losses, lambda: {"loss": sums.over_ranks(self._ranks)["lm"]})]
 
 
 def lm_losses(
-    rows: Sequence[Prompt], *, student: Student, ids: Ids, ranks: Ranks, micro_batch: int, weight: float
+    rows: Sequence[Prompt], *, student: Student, ids: Ids, ranks: Ranks, limits: Limits, weight: float
 ) -> tuple[list[Loss], Sums]:
     """Micro-batch losses of this rank's share of ``rows``: cross-entropy over the kept tokens of *all* rows, times
     ``weight``.
@@ -121,9 +122,8 @@ def lm_losses(
         sums.add(lm=loss.detach())
         return weight * loss
 
-    # Every rank runs as many micro-batches as the fullest one (rank 0, by the way rows are shared).
-    cuts = cut(mine, size=micro_batch, pieces=_pieces(-(-len(rows) // ranks.size), micro_batch))
-    return [lambda indices=indices: loss_of(indices) for indices in cuts], sums  # type: ignore[misc]
+    cuts = in_step([lengths[i] for i in mine], limits=limits, student=student, ranks=ranks)
+    return [lambda picked=picked: loss_of([mine[at] for at in picked]) for picked in cuts], sums  # type: ignore[misc]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,25 +180,27 @@ class Minillm:
     @contextmanager
     def learning(self, collected: Collected, student: Student) -> Iterator[list[Update]]:
         """``inner_updates`` steps over the same rollout; the teacher's head is gathered once for all of them."""
+        rollout, limits = collected.targets.scored.rollout, _limits(self._stage)
+        length_B = rollout.prompts.mask_BP.sum(dim=1) + rollout.length_B
+        cuts = in_step(length_B.tolist(), limits=limits, student=student, ranks=self._ranks)
         with self._teacher.head() as head:
-            yield [self._update(collected, student=student, head=head) for _ in range(self._stage.inner_updates)]
+            yield [self._update(collected, cuts, student=student, head=head) for _ in range(self._stage.inner_updates)]
 
-    def _update(self, collected: Collected, *, student: Student, head: HeadWeights) -> Update:
-        """One pass over the rollout in micro-batches of rows of similar length, and over the anchor's rows if any."""
-        rollout, size = collected.targets.scored.rollout, self._stage.micro_batch
-        by_length = sorted(range(len(rollout.stop_B)), key=lambda i: int(rollout.length_B[i]))
+    def _update(
+        self, collected: Collected, cuts: Sequence[Sequence[int]], *, student: Student, head: HeadWeights
+    ) -> Update:
+        """One pass over the rollout in these micro-batches, and over the anchor's rows if any."""
         sums = Sums({"single": 0.0, "long": 0.0, "clipped": 0.0, "clamped": 0.0, "kept": 0.0})
         anchor_sums = Sums({"lm": 0.0})
 
         def loss_on(rows: Sequence[int]) -> Loss:
             return lambda: self._loss(rows, collected, student=student, head=head, sums=sums)
 
-        pieces = _pieces(-(-collected.sequences // self._ranks.size), size)
-        losses = [loss_on(rows) for rows in cut(by_length, size=size, pieces=pieces)]
+        losses = [loss_on(rows) for rows in cuts]
         if collected.anchor:
             more, anchor_sums = lm_losses(
-                collected.anchor, student=student, ids=self._ids, ranks=self._ranks, micro_batch=size,
-                weight=self._stage.lm_coefficient,
+                collected.anchor, student=student, ids=self._ids, ranks=self._ranks,
+                limits=_limits(self._stage), weight=self._stage.lm_coefficient,
             )  # fmt: skip
             losses += more
         return Update(losses, lambda: self._update_figures(sums, anchor_sums))
@@ -348,32 +350,33 @@ class Minillm:
 
 
 def rollout_inputs(rollout: Rollout, rows: Sequence[int]) -> dict[str, Tensor]:
-    """Inputs of a training forward over some rows of a rollout, cut to the longest of them; a dummy row if there are
-    none."""
+    """Inputs of a training forward over some rows of a rollout, right-padded to the longest of them; a dummy row if
+    there are none."""
     prompts = rollout.prompts
     if not rows:
         return _nobody(prompts.ids_BP.device)
     index = torch.as_tensor(rows, device=prompts.ids_BP.device)
-    mask_BT = rollout.mask_BT[index]
-    start = prompts.ids_BP.shape[1] - int(prompts.mask_BP[index].sum(dim=1).max())
-    stop = int(mask_BT.sum(dim=1).max())
-    mask_BP, mask_BT = prompts.mask_BP[index][:, start:], mask_BT[:, :stop]
+    mask_BP, mask_BT = prompts.mask_BP[index], rollout.mask_BT[index]
+    mask_BL = torch.cat([mask_BP, mask_BT], dim=1)
+    # Prompts end and responses begin at one column; without the gaps on both sides no row is wider than the longest.
+    longest = int(mask_BL.sum(dim=1).max())
+    order_BL = mask_BL.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
     return {
-        "ids_BL": torch.cat([prompts.ids_BP[index][:, start:], rollout.response_BT[index][:, :stop]], dim=1),
-        "mask_BL": torch.cat([mask_BP, mask_BT], dim=1),
-        "predict_BL": torch.cat([torch.zeros_like(mask_BP), mask_BT], dim=1),
+        "ids_BL": torch.cat([prompts.ids_BP[index], rollout.response_BT[index]], dim=1).gather(1, order_BL),
+        "mask_BL": mask_BL.gather(1, order_BL),
+        "predict_BL": torch.cat([torch.zeros_like(mask_BP), mask_BT], dim=1).gather(1, order_BL),
     }
 
 
-def cut(rows: Sequence[int], *, size: int, pieces: int) -> list[Sequence[int]]:
-    """``rows`` in ``pieces`` runs of at most ``size`` (0: one run); the last ones may be empty, so that ranks stay in
-    step."""
-    size = size or max(len(rows), 1)
-    return [rows[i * size : (i + 1) * size] for i in range(pieces)]
+def in_step(lengths: Sequence[int], *, limits: Limits, student: Student, ranks: Ranks) -> list[list[int]]:
+    """This rank's rows, by index, in micro-batches: as many on every rank as the one with the most needs, since each
+    forward and backward pass of a sharded model is made by all of them together; the last ones may be empty."""
+    cuts = cut(lengths, limits=limits, packed=student.root.packs != "no")
+    return cuts + [[] for _ in range(ranks.most(len(cuts)) - len(cuts))]
 
 
-def _pieces(rows: int, size: int) -> int:
-    return max(1, -(-rows // size)) if size else 1
+def _limits(stage: SftStage | MinillmStage) -> Limits:
+    return Limits(rows=stage.micro_batch, places=stage.micro_tokens)
 
 
 def _kept_rows(mask_BT: Tensor, rows: Sequence[int]) -> Tensor:

@@ -98,6 +98,9 @@ class _Stage(Settings, ABC):
     """Which weights the stage hands on."""
     micro_batch: Whole = 0
     """Rows per forward pass and rank; 0 takes all of the rank's rows at once. Changes memory, never the result."""
+    micro_tokens: Whole = 0
+    """Places per forward pass and rank, padding included; 0 sets no limit. A longer row goes alone. Beside micro_batch
+    both limits hold. Changes memory, never the result."""
     optimiser: OptimiserConfig
     """Optimiser, learning rate and schedule."""
     validate_every: Whole = 0
@@ -173,7 +176,7 @@ class SftStage(_Stage):
     """Rows per optimiser step, all ranks together."""
     length_window: Count = 1
     """Batches whose rows are sorted by length together: more pads less, but makes the rows of a batch alike, which cost
-    more than it saved when measured (docs/LOG.md). 1 leaves the order random; micro_batch also saves padding."""
+    more than it saved when measured (docs/LOG.md). 1 leaves the order random; packing leaves little padding anyway."""
     keep: KeepConfig = KeepConfig()
     """Which weights the stage hands on; lowest validation loss, as official."""
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from minillm.micro_batches import Limits, cut
 from tests.exact.tabular import (
     TabularLM,
     assert_close,
@@ -91,6 +92,17 @@ def test_cutting_a_batch_changes_nothing(sizes: list[int], denominator: str) -> 
     count = float(len(loss_B)) if denominator == "sequences" else float(length_B.sum())
     whole_D = gradient(loss_B.sum() / count, student)
     pieces = [gradient(part.sum() / count, student) for part in torch.split(loss_B, sizes)]
+    assert_close(torch.stack(pieces).sum(0), whole_D, atol=1e-13)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("budget", [1, 4, 6, 9, 40])
+def test_cutting_a_batch_by_a_budget_of_tokens_changes_nothing(budget: int, packed: bool) -> None:
+    student, loss_B, length_B = batch()
+    whole_D = gradient(loss_B.sum() / len(loss_B), student)
+    cuts = cut(length_B.long().tolist(), limits=Limits(places=budget), packed=packed)
+    assert (len(cuts) == 1) == (budget == 40)
+    pieces = [gradient(loss_B[torch.tensor(rows)].sum() / len(loss_B), student) for rows in cuts]
     assert_close(torch.stack(pieces).sum(0), whole_D, atol=1e-13)
 
 

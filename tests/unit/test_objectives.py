@@ -21,8 +21,9 @@ from minillm.cards import Card
 from minillm.config import MinillmStage, SftStage
 from minillm.engines import Student, Teacher
 from minillm.errors import DataError
+from minillm.micro_batches import Limits
 from minillm.models import inspect, load
-from minillm.objectives import Ids, Minillm, Sft, cut, lm_losses, rollout_inputs
+from minillm.objectives import Ids, Minillm, Sft, lm_losses, rollout_inputs
 from minillm.preflight import require_rows
 from minillm.prompts import prepare
 from minillm.ranks import Ranks
@@ -44,6 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     top = tmp_path_factory.mktemp("models")
     tiny.save_model(top / "teacher", "llama", seed=1, rows=32)
     tiny.save_model(top / "student", "llama", seed=2, rows=30)
+    tiny.save_model(top / "exact", "gpt2", seed=2)  # whose norms, unlike Llama's, compute in float64 if asked to
     return top
 
 
@@ -132,9 +134,9 @@ def minillm(folder: Path, teacher: Teacher, prompts: list[Prompt]) -> Callable[.
     return make
 
 
-def sft(folder: Path, prompts: list[Prompt], **changes: Any) -> Work:
+def sft(folder: Path, prompts: list[Prompt], *, student: str = "student", **changes: Any) -> Work:
     stage = SftStage(**{"steps": 3, "batch": 7, "optimiser": OPTIMISER, **changes})
-    return Work(folder / "student", Sft(stage, prompts=prompts, ids=IDS, ranks=RANKS, seed=3), updates=3)
+    return Work(folder / student, Sft(stage, prompts=prompts, ids=IDS, ranks=RANKS, seed=3), updates=3)
 
 
 def differences(
@@ -150,6 +152,12 @@ def differences(
 
 CLOSE = 1e-5
 APART = 1e-4
+CUTS: tuple[dict[str, int], ...] = (
+    {"micro_batch": 1},
+    {"micro_batch": 3},
+    {"micro_tokens": 30},
+    {"micro_batch": 2, "micro_tokens": 25},
+)
 RICH = {
     "samples_per_prompt": 2,
     "inner_updates": 2,
@@ -164,9 +172,9 @@ RICH = {
 def test_micro_batches_change_neither_loss_nor_weights(decoding: Decoding, minillm: Callable[..., Work]) -> None:
     with minillm(**RICH, decoding=decoding) as whole:
         want = whole.run(2)
-    for micro_batch in (1, 3):
-        with minillm(**RICH, decoding=decoding, micro_batch=micro_batch) as work:
-            assert differences(want, work.run(2)) < CLOSE, micro_batch
+    for limits in CUTS:
+        with minillm(**RICH, decoding=decoding, **limits) as work:
+            assert differences(want, work.run(2)) < CLOSE, limits
 
 
 def test_another_seed_is_another_run(minillm: Callable[..., Work]) -> None:
@@ -178,9 +186,9 @@ def test_another_seed_is_another_run(minillm: Callable[..., Work]) -> None:
 def test_micro_batches_change_nothing_in_fine_tuning(folder: Path, prompts: list[Prompt]) -> None:
     with sft(folder, prompts) as whole:
         want = whole.run(3)
-    for micro_batch in (1, 3):
-        with sft(folder, prompts, micro_batch=micro_batch) as work:
-            assert differences(want, work.run(3)) < CLOSE, micro_batch
+    for limits in CUTS:
+        with sft(folder, prompts, **limits) as work:
+            assert differences(want, work.run(3)) < CLOSE, limits
 
 
 def test_a_mean_of_micro_batch_means_would_be_seen(
@@ -242,54 +250,144 @@ def test_empty_micro_batches_that_keep_ranks_in_step_change_nothing(
 ) -> None:
     with minillm(**RICH, micro_batch=3) as plain, minillm(**RICH, micro_batch=3) as padded:
         want = plain.run(2)
-        pieces = objectives._pieces
-        monkeypatch.setattr(objectives, "_pieces", lambda rows, size: pieces(rows, size) + 2)
+        cut = objectives.cut
+        monkeypatch.setattr(objectives, "cut", lambda *rows, **limits: [*cut(*rows, **limits), [], []])
         assert differences(want, padded.run(2)) == 0.0
 
 
-@pytest.mark.parametrize(
-    ("size", "pieces", "want"),
-    [
-        (0, 1, [[1, 2, 3, 4, 5]]),
-        (2, 3, [[1, 2], [3, 4], [5]]),
-        (2, 4, [[1, 2], [3, 4], [5], []]),
-        (9, 1, [[1, 2, 3, 4, 5]]),
-    ],
-)
-def test_rows_are_cut_into_as_many_pieces_as_the_fullest_rank_has(
-    size: int, pieces: int, want: list[list[int]]
+BUDGETS = (1, 20, 33, 60, 200)
+
+
+def doubled(folder: Path) -> Teacher:
+    """The teacher in float64."""
+    guide = make_teacher(folder / "teacher")
+    guide.root.double()
+    return guide
+
+
+def read_by(work: Work) -> list[int]:
+    """Grows by the places of every forward from here on."""
+    found: list[int] = []
+    work.student.root.backbone.register_forward_pre_hook(
+        lambda _, __, inputs: found.append(inputs["input_ids"].numel()), with_kwargs=True
+    )
+    return found
+
+
+@pytest.mark.parametrize("packs", ["positions", "no"])
+def test_the_gradient_of_a_step_is_the_same_for_every_budget_of_tokens(
+    packs: Any, minillm: Callable[..., Work], folder: Path
 ) -> None:
-    assert cut([1, 2, 3, 4, 5], size=size, pieces=pieces) == want
-    assert cut([], size=size, pieces=pieces) == [[]] * pieces
+    """In float64, with the anchor, packed and padded; no forward is larger than its budget but for a single row."""
+    with minillm(**RICH, student=folder / "exact", guide=doubled(folder)) as work:
+        root = work.student.root.double()
+        collected, _ = work.objective.collect(0, work.student)
+        rollout, stage, root.packs = collected.targets.scored.rollout, work.objective._stage, packs
+        longest = int((rollout.prompts.mask_BP.sum(dim=1) + rollout.length_B).max())
+        sizes = read_by(work)
+
+        def gradients(**limits: int) -> list[Tensor]:
+            sizes.clear()
+            work.objective._stage = stage.model_copy(update=limits)
+            with work.objective.learning(collected, work.student) as updates:
+                return work.gradients(updates[0].losses)
+
+        want = gradients()
+        counts = [len(sizes)]
+        for budget in BUDGETS:
+            for mine, other in zip(gradients(micro_tokens=budget), want, strict=True):
+                torch.testing.assert_close(mine, other, rtol=0, atol=1e-10)
+            assert max(sizes) <= max(budget, longest)
+            counts.append(len(sizes))
+        assert counts[0] == 2 and counts[1] == 14 + 5 and len(set(counts)) > 4
+        # Negative control: each micro-batch divided by its own rows, and the mean of these.
+        plain = Minillm._loss
+
+        def own_mean(self: Minillm, rows: Sequence[int], of: Any, **options: Any) -> Tensor:
+            return plain(self, rows, dataclasses.replace(of, sequences=len(rows)), **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Minillm, "_loss", own_mean)
+            collected = dataclasses.replace(collected, anchor=[])
+            whole, cut_up = (
+                [grad / pieces for grad in gradients(micro_batch=size)] for size, pieces in ((0, 1), (3, 5))
+            )
+        assert max(float((a - b).abs().max()) for a, b in zip(whole, cut_up, strict=True)) > APART
+
+
+@pytest.mark.parametrize("packs", ["positions", "no"])
+def test_the_gradient_of_fine_tuning_is_the_same_for_every_budget_of_tokens(
+    packs: Any, folder: Path, prompts: list[Prompt]
+) -> None:
+    with sft(folder, prompts, student="exact") as work:
+        root = work.student.root.double()
+        root.packs = packs
+        sizes = read_by(work)
+
+        def gradients(rows: Sequence[Prompt], budget: int) -> list[Tensor]:
+            losses, _ = lm_losses(
+                rows, student=work.student, ids=IDS, ranks=RANKS, limits=Limits(places=budget), weight=1.0
+            )
+            return work.gradients(losses)
+
+        want = gradients(prompts, 0)
+        for budget in BUDGETS:
+            sizes.clear()
+            for mine, other in zip(gradients(prompts, budget), want, strict=True):
+                torch.testing.assert_close(mine, other, rtol=0, atol=1e-10)
+            assert max(sizes) <= max(budget, *(len(row.ids) + len(row.response_ids) for row in prompts))
+        # Negative control: the mean of the halves' means.
+        halves = [gradients(prompts[:3], 0), gradients(prompts[3:], 0)]
+        assert max(float((w - (a + b) / 2).abs().max()) for w, a, b in zip(want, *halves, strict=True)) > APART
 
 
 class RankOf:
-    """One of several ranks, as far as sharing rows goes."""
+    """One of several ranks, as far as sharing rows goes; ``others`` is the most that any of them has."""
 
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size, self.device = rank, size, torch.device("cpu")
+    def __init__(self, rank: int, size: int, *, others: int = 0) -> None:
+        self.rank, self.size, self.others, self.device = rank, size, others, torch.device("cpu")
+
+    def most(self, value: int) -> int:
+        """What all ranks agree on."""
+        return max(value, self.others)
 
 
-@pytest.mark.parametrize(("rows", "size", "micro_batch"), [(7, 2, 0), (7, 2, 1), (5, 4, 1), (1, 2, 0), (2, 3, 1)])
+@pytest.mark.parametrize(
+    ("rows", "size", "limits"),
+    [
+        (7, 2, Limits()),
+        (7, 2, Limits(rows=1)),
+        (7, 2, Limits(places=20)),
+        (5, 4, Limits(rows=1)),
+        (5, 4, Limits(places=12)),
+        (1, 2, Limits()),
+        (2, 3, Limits(places=1)),
+    ],
+)
 def test_ranks_share_a_language_model_step_without_changing_it(
-    rows: int, size: int, micro_batch: int, folder: Path, prompts: list[Prompt]
+    rows: int, size: int, limits: Limits, folder: Path, prompts: list[Prompt]
 ) -> None:
     """Also where a rank has fewer micro-batches than another, or no row at all."""
     with sft(folder, prompts) as work:
 
         def gradients(ranks: Any) -> list[Tensor]:
             losses, sums = lm_losses(
-                prompts[:rows], student=work.student, ids=IDS, ranks=ranks, micro_batch=micro_batch, weight=0.7
+                prompts[:rows], student=work.student, ids=IDS, ranks=ranks, limits=limits, weight=0.7
             )
-            counts.add(len(losses))
+            counts.append(len(losses))
             found = work.gradients(losses)
             total.append(sums.values["lm"])
             return found
 
-        counts: set[int] = set()
+        counts: list[int] = []
         total: list[float] = []
-        shares = [gradients(RankOf(rank, size)) for rank in range(size)]
-        assert len(counts) == 1, "ranks with different numbers of forwards wait for each other for ever"
+        for rank in range(size):
+            gradients(RankOf(rank, size))  # what each needs by itself
+        most = max(counts)
+        total.clear()
+        shares = [gradients(RankOf(rank, size, others=most)) for rank in range(size)]
+        # Ranks with different numbers of forwards would wait for each other for ever.
+        assert counts[size:] == [most] * size
         want = gradients(RANKS)
         assert sum(total[:size]) == pytest.approx(total[size], rel=1e-5)
         for parts in zip(want, *shares, strict=True):
@@ -489,12 +587,12 @@ def always_ends(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("micro_batch", [0, 1])
+@pytest.mark.parametrize("limits", [{}, {"micro_batch": 1}, {"micro_tokens": 9}])
 def test_a_student_that_says_nothing_still_makes_a_finite_step(
-    micro_batch: int, minillm: Callable[..., Work], tmp_path: Path
+    limits: dict[str, int], minillm: Callable[..., Work], tmp_path: Path
 ) -> None:
     """Rows of one token: no future, so no policy gradient; the single-step term alone teaches."""
-    with minillm(student=always_ends(tmp_path), micro_batch=micro_batch, teacher_mix=0.0) as work:
+    with minillm(student=always_ends(tmp_path), **limits, teacher_mix=0.0) as work:
         (line, *_), state = work.run(1)
     assert (line["mean_length"], line["cut_share"], line["tokens"]) == (0.0, 0.0, 7.0)
     assert line["long_loss"] == 0.0 == line["advantage_std"]
@@ -511,5 +609,11 @@ def test_a_training_forward_reads_only_the_columns_its_rows_need(minillm: Callab
         width = int(rollout.prompts.mask_BP[row].sum()) + int(rollout.mask_BT[row].sum())
         assert inputs["ids_BL"].shape == (1, width) and bool(inputs["mask_BL"].all())
         assert int(inputs["predict_BL"].sum()) == int(rollout.mask_BT[row].sum())
+    together, prompts = rollout_inputs(rollout, [4, 0, 3]), rollout.prompts
+    for place, row in enumerate([4, 0, 3]):
+        prompt_P, response_T = prompts.ids_BP[row][prompts.mask_BP[row]], rollout.response_BT[row][rollout.mask_BT[row]]
+        assert together["ids_BL"][place][together["mask_BL"][place]].tolist() == [*prompt_P, *response_T]
+        assert together["ids_BL"][place][together["predict_BL"][place]].tolist() == [*response_T]
+    assert bool(together["mask_BL"].all(dim=1).any()), "as wide as the longest row, and no wider"
     nobody = rollout_inputs(rollout, [])
     assert not nobody["predict_BL"].any() and bool(nobody["mask_BL"].all())

@@ -1,0 +1,119 @@
+"""Micro-batches hold every row once and keep within their limits, and packed ones leave few places over."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+
+from minillm import micro_batches
+from minillm.micro_batches import Limits, cut, places
+from minillm.packing import pack
+
+WORLD = [12, 14, 18, 20, 22, 24, 26, 48, 50]
+"""Lengths spread as the embedded world's."""
+
+
+def computed(lengths: Sequence[int], *, packed: bool) -> int:
+    """Places of a forward, counted on the tensors that it reads."""
+    mask_BL = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return pack(mask_BL.long(), mask_BL).ids_RW.numel() if packed else mask_BL.numel()
+
+
+def cases() -> Iterator[tuple[list[int], Limits]]:
+    """Rows and limits of all sizes, from one row a micro-batch to all at once."""
+    source = random.Random(0)
+    for _ in range(150):
+        longest = source.choice([1, 5, 60])
+        lengths = [source.randint(1, longest) for _ in range(source.randint(1, 40))]
+        yield lengths, Limits(rows=source.choice([0, 1, 3, 16]), places=source.choice([0, 1, 30, 70, 200, 1000]))
+
+
+def broken(lengths: Sequence[int], limits: Limits, cuts: Sequence[Sequence[int]], *, packed: bool) -> list[str]:
+    """What is wrong with these cuts; [] where nothing is."""
+    found = []
+    if sorted(row for rows in cuts for row in rows) != list(range(len(lengths))):
+        found.append("rows")
+    for rows in cuts:
+        if limits.rows and len(rows) > limits.rows:
+            found.append("too many rows")
+        sizes = [lengths[row] for row in rows]
+        if limits.places and computed(sizes, packed=packed) > limits.places and len(rows) > 1:
+            found.append("too many places")
+    return found
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_row_is_in_one_micro_batch_and_all_are_within_the_limits(packed: bool) -> None:
+    for lengths, limits in cases():
+        assert broken(lengths, limits, cut(lengths, limits=limits, packed=packed), packed=packed) == []
+
+
+def test_what_counts_as_places_is_what_a_forward_reads() -> None:
+    for lengths, _ in cases():
+        for packed in (False, True):
+            assert places(lengths, packed=packed) == computed(lengths, packed=packed)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_limit_that_is_not_looked_at_would_be_seen(packed: bool) -> None:
+    """Negative control: cut by one limit, the other is broken; cut for padding, so is that of packing no more."""
+    for ignored in ("rows", "places"):
+        kept = [limits for _, limits in cases() if limits.rows and limits.places]
+        wrong = 0
+        for lengths, limits in cases():
+            if limits in kept:
+                less = Limits(rows=limits.rows) if ignored == "places" else Limits(places=limits.places)
+                wrong += bool(broken(lengths, limits, cut(lengths, limits=less, packed=packed), packed=packed))
+        assert wrong > 5, ignored
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_row_beyond_the_limit_goes_alone(packed: bool) -> None:
+    cuts = cut([3, 90, 4, 80, 5], limits=Limits(places=20), packed=packed)
+    assert [1] in cuts and [3] in cuts and sorted(map(sorted, cuts))[0] == [0, 2, 4]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_without_limits_all_rows_go_at_once_in_their_order(packed: bool) -> None:
+    assert cut([3, 9, 4], limits=Limits(), packed=packed) == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("limits", [Limits(), Limits(rows=2), Limits(places=7)])
+def test_no_row_at_all_is_one_empty_micro_batch(limits: Limits, packed: bool) -> None:
+    assert cut([], limits=limits, packed=packed) == [[]]
+
+
+def test_padded_rows_stay_with_those_of_similar_length() -> None:
+    assert cut([2, 9, 3, 8, 1], limits=Limits(rows=2), packed=False) == [[1, 3], [2, 0], [4]]
+    assert cut([2, 9, 3, 8, 1], limits=Limits(places=18), packed=False) == [[1, 3], [2, 0, 4]]
+
+
+def test_there_are_few_micro_batches() -> None:
+    """Packed: hardly more than would hold the tokens without any padding."""
+    source = random.Random(1)
+    for rows in (16, 64, 256):
+        lengths = [source.choice(WORLD) for _ in range(rows)]
+        for limit in (400, 2000):
+            cuts = cut(lengths, limits=Limits(places=limit), packed=True)
+            assert len(cuts) <= -(-1.12 * sum(lengths) // limit)
+        assert len(cut(lengths, limits=Limits(rows=8), packed=True)) == rows // 8
+
+
+def left_over(cuts: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:
+    """Share of the places that hold no token."""
+    used = sum(places([lengths[row] for row in rows], packed=True) for rows in cuts)
+    return 1 - sum(lengths) / used
+
+
+def test_long_and_short_rows_together_leave_few_places_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: rows of one length fill lines badly, so runs sorted by length leave more."""
+    source = random.Random(2)
+    lengths = [source.choice(WORLD) for _ in range(128)]
+    limits = Limits(places=1000)
+    assert left_over(cut(lengths, limits=limits, packed=True), lengths) < 0.05
+    monkeypatch.setattr(micro_batches, "_dealt", micro_batches._in_runs)
+    assert left_over(cut(lengths, limits=limits, packed=True), lengths) > 0.05
