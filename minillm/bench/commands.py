@@ -12,10 +12,11 @@ from minillm.errors import ConfigError
 if TYPE_CHECKING:
     from minillm.bench.coins import CoinFigures
     from minillm.bench.loss import LossFigures
+    from minillm.bench.padding import PaddingFigures
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Time the parts of a step beside their slow obvious twins.",
+    help="Time the parts of a step beside their slow obvious twins, and count padding.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -40,7 +41,7 @@ Precision = Annotated[str, typer.Option("--precision", help="fp32 or bf16, of bo
 
 @app.callback()
 def bench() -> None:
-    """Time the parts of a step beside their slow obvious twins.
+    """Time the parts of a step beside their slow obvious twins, and count padding.
 
     \b
     Example:
@@ -269,6 +270,75 @@ def coins(  # noqa: PLR0917 (typer reads options from parameters)
     _print_coins(found)
     if json_file is not None:
         write_section(json_file, "coins", {"coin_variance": found.variance, "figures": found.as_json()})
+
+
+@app.command()
+def padding(  # noqa: PLR0917 (typer reads options from parameters)
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FILE]...", help="Rows, as data.train names them; world:train where none is named."),
+    ] = None,
+    unit: Annotated[
+        str, typer.Option("--unit", help="What a length counts: tokens, words, or bytes (in lots of four).")
+    ] = "tokens",
+    tokenizer: Annotated[
+        str,
+        typer.Option("--tokenizer", metavar="CARD|DIR", help="Whose tokens; 'world' knows the embedded world only."),
+    ] = "world",
+    micro_tokens: Annotated[
+        int, typer.Option("--micro-tokens", min=1, help="Most places in a forward, as a stage's micro_tokens.")
+    ] = 4096,
+    batches: Annotated[int, typer.Option("--batches", min=1, help="Random batches of each size.")] = 100,
+    json_file: Json = None,
+) -> None:
+    """How many of the places that training computes hold no token.
+
+    \b
+    Example:
+      minillm bench padding train.jsonl test.jsonl.gz --unit words
+    """
+    from minillm.bench.padding import UNITS, measure_padding
+    from minillm.bench.record import print_table, write_section
+
+    if unit not in UNITS:
+        raise ConfigError(f"--unit {unit!r}: wanted {', '.join(UNITS)}")
+    found = []
+    for source in files or ["world:train"]:
+        print(f"{source}: {batches} batches of each size …", flush=True)
+        found.append(
+            measure_padding(source, unit=unit, tokenizer=tokenizer, micro_tokens=micro_tokens, batches=batches)
+        )
+    counted = f"{UNITS[unit]} of {tokenizer}" if unit == "tokens" else UNITS[unit]
+    for one in found:
+        print(f"\n{one.source}: {one.rows:,} rows, mean length {one.mean:.0f}, longest {one.longest:,}, in {counted}")
+        print_table(
+            f"Places without a token; at most {micro_tokens:,} places in a forward, but for 'padded'",
+            ["rows a batch", "padded", "sorted, cut", "forwards", "packed", "forwards"],
+            _padding_rows(one),
+        )
+    worst = max(one.worst for one in found)
+    print(f"packed, which is what training does: at most {worst:.1%}")
+    if json_file is not None:
+        section = {
+            "fraction": worst, "unit": unit, "tokenizer": tokenizer if unit == "tokens" else None,
+            "micro_tokens": micro_tokens, "batches": batches, "files": [one.as_json() for one in found],
+        }  # fmt: skip
+        write_section(json_file, "padding", section)
+
+
+def _padding_rows(figures: PaddingFigures) -> list[list[str]]:
+    return [
+        [
+            str(one.rows),
+            f"{one.empty['padded']:.1%}",
+            *(
+                cell
+                for variant in ("padded_cut", "packed")
+                for cell in (f"{one.empty[variant]:.1%}", f"{one.micro_batches[variant]:.1f}")
+            ),
+        ]
+        for one in figures.batches
+    ]
 
 
 def _row(figures: LossFigures) -> list[str]:
