@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Time the parts of a step beside their slow obvious twins, and count padding.",
+    help="Time the parts of a step beside slow twins; count padding.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -41,7 +41,7 @@ Precision = Annotated[str, typer.Option("--precision", help="fp32 or bf16, of bo
 
 @app.callback()
 def bench() -> None:
-    """Time the parts of a step beside their slow obvious twins, and count padding.
+    """Time the parts of a step beside slow twins; count padding.
 
     \b
     Example:
