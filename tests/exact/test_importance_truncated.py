@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from minillm.decode import _mix
-from minillm.reading import Asked
 from minillm.policy_loss import importance_weights
+from minillm.reading import Asked
 from minillm.scoring import tile_statistics
 from minillm.types import Decoding
 from tests.exact.tabular import assert_close

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from torch import Tensor, nn
 
-from minillm import decode, objectives, token_loss
+from minillm import decode, objectives, reading, token_loss
 from minillm.cards import Card
 from minillm.config import MinillmStage, OptimiserConfig
 from minillm.engines import Student, Teacher
