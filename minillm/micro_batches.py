@@ -22,22 +22,22 @@ class Limits:
     places: int = 0
 
 
-def places(lengths: Sequence[int], *, packed: bool) -> int:
-    """What one forward over rows of these lengths computes."""
-    return lay_out(lengths).places if packed else len(lengths) * max(lengths, default=0)
+def places(lengths: Sequence[int], *, hidden: int) -> int:
+    """What one forward over rows of these lengths computes: packed for a model of this hidden width, padded for 0."""
+    return lay_out(lengths, hidden=hidden).places if hidden else len(lengths) * max(lengths, default=0)
 
 
-def cut(lengths: Sequence[int], *, limits: Limits, packed: bool) -> list[list[int]]:
+def cut(lengths: Sequence[int], *, limits: Limits, hidden: int) -> list[list[int]]:
     """Every row, by its index, in one of the micro-batches; one that is empty where there are no rows.
 
     All are within both limits, but for a row of more than ``limits.places`` tokens, which is a micro-batch of its own.
-    Packed rows are dealt so that long and short ones meet, which fill lines better than rows of one length; padded
-    rows stay with those of similar length.
+    ``hidden`` is the model's hidden width where it packs rows, 0 where it pads them. Packed rows are dealt so that long
+    and short ones meet, which fill lines better than rows of one length; padded rows stay with those of similar length.
     """
     if not lengths or limits == Limits():
         return [list(range(len(lengths)))]
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    return _dealt(order, lengths, limits) if packed else _in_runs(order, lengths, limits)
+    return _dealt(order, lengths, limits, hidden=hidden) if hidden else _in_runs(order, lengths, limits)
 
 
 def _in_runs(order: Sequence[int], lengths: Sequence[int], limits: Limits) -> list[list[int]]:
@@ -51,7 +51,7 @@ def _in_runs(order: Sequence[int], lengths: Sequence[int], limits: Limits) -> li
     return cuts
 
 
-def _dealt(order: Sequence[int], lengths: Sequence[int], limits: Limits) -> list[list[int]]:
+def _dealt(order: Sequence[int], lengths: Sequence[int], limits: Limits, *, hidden: int) -> list[list[int]]:
     """As few micro-batches of about equally many tokens as are all within the limits."""
     long = [row for row in order if 0 < limits.places < lengths[row]]
     rest = order[len(long) :]
@@ -67,7 +67,7 @@ def _dealt(order: Sequence[int], lengths: Sequence[int], limits: Limits) -> list
     while True:
         cuts = _shared_out(rest, lengths, count=count, most=limits.rows or len(rest))
         if not limits.places or all(
-            places([lengths[row] for row in rows], packed=True) <= limits.places for rows in cuts
+            places([lengths[row] for row in rows], hidden=hidden) <= limits.places for rows in cuts
         ):
             return alone + cuts
         count += 1

@@ -91,6 +91,8 @@ class CausalLM(nn.Module):
         self.packs: Packs = "no"
         """How whole rows are read end to end in lines (``packing``), if they are: set by ``probe_packing``."""
         config = model.config
+        self.hidden = int(config.hidden_size)
+        """Width of the hidden states, for what lines of packed rows cost."""
         self.head = Head(
             model.get_output_embeddings(),
             real_ids=model.get_output_embeddings().weight.shape[0],
@@ -139,7 +141,7 @@ class CausalLM(nn.Module):
             )
             states_NH: Tensor = output.last_hidden_state[wanted_BL]
             return states_NH
-        packed = pack(ids_BL, mask_BL)
+        packed = pack(ids_BL, mask_BL, hidden=self.hidden)
         # Without an attention mask transformers finds the sequences of a line by their positions.
         mask_R1WW = packed.mask_R1WW() if self.packs == "mask" else None
         output = self.backbone(

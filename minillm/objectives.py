@@ -371,7 +371,7 @@ def rollout_inputs(rollout: Rollout, rows: Sequence[int]) -> dict[str, Tensor]:
 def in_step(lengths: Sequence[int], *, limits: Limits, student: Student, ranks: Ranks) -> list[list[int]]:
     """This rank's rows, by index, in micro-batches: as many on every rank as the one with the most needs, since each
     forward and backward pass of a sharded model is made by all of them together; the last ones may be empty."""
-    cuts = cut(lengths, limits=limits, packed=student.root.packs != "no")
+    cuts = cut(lengths, limits=limits, hidden=0 if student.root.packs == "no" else student.root.hidden)
     return cuts + [[] for _ in range(ranks.most(len(cuts)) - len(cuts))]
 
 

@@ -24,9 +24,8 @@ WIDTHS = 8
 SURE_WIDTH = 512
 """Lines grow beyond the longest row up to here only: a few architectures (GPT-Neo, the first GPT) keep a causal mask of
 just as many tokens as they have positions, and pretrained ones have no fewer than this."""
-ATTENTION = 1024
-"""The width at which attention is taken to cost as much as the rest of a layer. Counted in multiplications that is six
-times the hidden width; this is a small model's, so that lines are not widened for little."""
+ATTENTION_WIDTHS = 6
+"""Attention costs as much as the rest of a layer in lines of this many hidden widths, counted in multiplications."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,13 +63,13 @@ class Lines:
         return self.count * self.width
 
 
-def pack(ids_BL: Tensor, mask_BL: Tensor) -> Packed:
+def pack(ids_BL: Tensor, mask_BL: Tensor, *, hidden: int) -> Packed:
     """The real tokens of each row side by side in lines, as ``lay_out`` says.
 
     Padding may be on either side. Rows of 5, 2 and 3 tokens give two lines of 5: the first row, and the other two. At
-    least one line, one token long, even without any row.
+    least one line, one token long, even without any row. ``hidden`` is the model's hidden width.
     """
-    lines = lay_out(mask_BL.sum(dim=1).tolist())
+    lines = lay_out(mask_BL.sum(dim=1).tolist(), hidden=hidden)
     start_B1 = torch.tensor(lines.starts, dtype=torch.int64, device=ids_BL.device).unsqueeze(1)
     position_BL = mask_BL.long().cumsum(dim=1) - 1
     place_BL = torch.where(mask_BL, start_B1 + position_BL, -1)
@@ -83,10 +82,11 @@ def pack(ids_BL: Tensor, mask_BL: Tensor) -> Packed:
     return Packed(ids_RW=ids_F.view(shape), position_RW=position_F.view(shape), place_BL=place_BL)
 
 
-def lay_out(lengths: Sequence[int]) -> Lines:
+def lay_out(lengths: Sequence[int], *, hidden: int) -> Lines:
     """Rows of these lengths in lines of the width that costs least: the longest row's, or up to ``WIDER`` times that.
 
-    Wider lines leave fewer places over, since more rows may share one, and cost more attention at each place. Never
+    Wider lines leave fewer places over, since more rows may share one, and cost more attention at each place, which
+    matters the more the narrower the model is. Never
     more places than at the longest row's width.
     """
     longest = max([1, *lengths])
@@ -96,7 +96,7 @@ def lay_out(lengths: Sequence[int]) -> Lines:
     for width in widths:
         starts, count = first_places(lengths, width=width)
         found.append(Lines(starts=starts, count=count, width=width))
-    return min(found, key=lambda lines: lines.places * (ATTENTION + lines.width))
+    return min(found, key=lambda lines: lines.places * (ATTENTION_WIDTHS * hidden + lines.width))
 
 
 def first_places(lengths: Sequence[int], *, width: int) -> tuple[list[int], int]:

@@ -29,6 +29,8 @@ VARIANTS = ("padded", "padded_cut", "packed")
 """To the longest row of the batch; the same within micro-batches of rows of similar length; as training does it, in
 lines within the micro-batches of packed rows."""
 SEED = 0
+HIDDEN = 256
+"""Hidden width of the model that reads packed rows: narrower ones keep narrower lines, with more left over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,10 +98,10 @@ def measure_batches(lengths: Sequence[int], *, size: int, micro_tokens: int, bat
         batch = [lengths[row] for row in order.take(number * size, size)]
         tokens += sum(batch)
         for variant in VARIANTS:
-            packed = variant == "packed"
-            cuts = cut(batch, limits=Limits() if variant == "padded" else limits, packed=packed)
+            hidden = HIDDEN if variant == "packed" else 0
+            cuts = cut(batch, limits=Limits() if variant == "padded" else limits, hidden=hidden)
             forwards[variant] += len(cuts)
-            computed[variant] += sum(places([batch[row] for row in rows], packed=packed) for rows in cuts)
+            computed[variant] += sum(places([batch[row] for row in rows], hidden=hidden) for rows in cuts)
     return Batches(
         rows=size,
         empty={variant: 1 - tokens / computed[variant] for variant in VARIANTS},

@@ -115,11 +115,17 @@ class Case:
         with self.objective.learning(self.collected, self.student) as (update, *_):  # type: ignore[arg-type]
             losses += [loss_of() for loss_of in update.losses]
         assert all(loss.requires_grad for loss in losses)
-        # Micro-batches are made of rows by length, and tokens come row by row.
-        by_length = sorted(range(ROWS), key=lambda row: int(self.rollout.length_B[row]))
+        # Tokens come micro-batch by micro-batch, row by row.
+        length_B = self.rollout.prompts.mask_BP.sum(dim=1) + self.rollout.length_B
+        cuts = objectives.in_step(
+            length_B.tolist(),
+            limits=objectives._limits(self.objective._stage),
+            student=self.student,
+            ranks=RANKS,  # type: ignore[arg-type]
+        )
         logq_BT = torch.zeros_like(self.rollout.logq_BT)
         logq_N = iter(torch.cat(self.student.said).tolist())
-        for row in by_length:
+        for row in (row for rows in cuts for row in rows):
             for t in range(int(self.rollout.length_B[row])):
                 logq_BT[row, t] = next(logq_N)
         assert next(logq_N, None) is None
@@ -164,7 +170,7 @@ def test_the_ratio_is_one_before_the_first_update(family: str, chain: str, dtype
     lengths = case.rollout.length_B.tolist()
     assert len(set(lengths)) > 2 and sum(lengths) > 16  # more than one tile
     inputs = rollout_inputs(case.rollout, range(ROWS))
-    assert case.student.root.packs != "no" and len(pack(inputs["ids_BL"], inputs["mask_BL"]).ids_RW) < ROWS
+    assert case.student.root.packs != "no" and len(pack(inputs["ids_BL"], inputs["mask_BL"], hidden=16).ids_RW) < ROWS
     assert bool(case.rollout.teacher_drew_BT.any())
     assert (case.rollout.support_BTC is not None) == (chain in {"top-k", "top-p", "all"})
 
