@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minillm.bench.commands import app as bench_app
+from minillm.bench import commands, commands_rollout, commands_scale  # noqa: F401 (each adds its benchmarks)
+from minillm.bench.options import app as bench_app
 from minillm.errors import ConfigError, DataError, MinillmError
 
 if TYPE_CHECKING:

@@ -43,3 +43,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     for row in rows:
         table.add_row(*row)
     Console().print(title, table, sep="\n", highlight=False)
+
+
+def mebibytes(size: int) -> str:
+    """Bytes in MiB, without a fraction."""
+    return f"{size / 2**20:,.0f}"

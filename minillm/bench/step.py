@@ -10,6 +10,7 @@ Legend: B rows, T new tokens.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from minillm.bench.bare import Bare, Coins, Sizes, draw_key, model_loader, random_prompts
 from minillm.bench.pairs import Spread, in_turns, ratio, spread_of, threads
 from minillm.bench.peaks import Peaks, measure_peaks
+from minillm.cards import load_card
 from minillm.engines import Student, Teacher
 from minillm.objectives import Minillm
 from minillm.ranks import Ranks
@@ -41,6 +43,10 @@ class StepCase:
     coin_groups: int = 1
     settings: str = ""
     """A file of ds_configs for the student; none names the smallest ZeRO stage that the precision allows."""
+
+    def of(self, **sizes: Any) -> StepCase:
+        """The same with other sizes."""
+        return dataclasses.replace(self, sizes=dataclasses.replace(self.sizes, **sizes))
 
     def coins(self, rollout: int) -> Coins:
         """Those of the rollout of this number."""
@@ -128,6 +134,7 @@ class Ours:
         self.student = Student(
             student, ranks=ranks, settings=case.settings or ("zero1" if sizes.precision == "bf16" else "zero0"),
             precision=sizes.precision, optimiser=stage.optimiser, updates=UPDATES,
+            from_files=load_card(sizes.student, kind="students").build is None,
         )  # fmt: skip
         self._objective = Minillm(
             stage,

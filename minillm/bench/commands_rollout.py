@@ -1,0 +1,154 @@
+"""``minillm bench rollout`` and ``coins``: what they ask, measure and print."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from minillm.bench.options import (
+    Alpha,
+    Batch,
+    CoinGroups,
+    Json,
+    NewTokens,
+    Precision,
+    PromptTokens,
+    Repeats,
+    StudentName,
+    TeacherName,
+    Threads,
+    app,
+    check_precision,
+)
+from minillm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from minillm.bench.coins import CoinFigures
+
+
+@app.command()
+def rollout(  # noqa: PLR0917 (typer reads options from parameters)
+    teacher: TeacherName = "bench-30m",
+    student: StudentName = "bench-4m",
+    batch: Batch = 16,
+    prompt_tokens: PromptTokens = 64,
+    new_tokens: NewTokens = 128,
+    alpha: Alpha = 0.2,
+    coin_groups: CoinGroups = 1,
+    coin_rollouts: Annotated[
+        int, typer.Option("--coin-rollouts", min=3, help="Rollouts for each variance of a gradient.")
+    ] = 16,
+    precision: Precision = "fp32",
+    repeats: Repeats = 3,
+    threads: Threads = 2,
+    json_file: Json = None,
+) -> None:
+    """Lazy teacher mixing against mixing at every token, dropping of finished rows, and what shared coins cost.
+
+    \b
+    Example:
+      minillm bench rollout --batch 4 --new-tokens 32 --json bench.json
+    """
+    check_precision(precision)
+    if alpha == 0:
+        raise ConfigError("--alpha 0: nothing is mixed; wanted a share above 0, such as 0.2")
+    import torch
+
+    from minillm.bench.bare import Sizes
+    from minillm.bench.coins import CoinCase, measure_coins
+    from minillm.bench.record import print_table, write_section
+    from minillm.bench.rollout import RolloutCase, measure_rollout
+
+    sizes = Sizes(
+        teacher=teacher, student=student, rows=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
+        precision=precision,
+    )  # fmt: skip
+    case = RolloutCase(
+        sizes=sizes, teacher_mix=alpha, coin_groups=coin_groups, threads=threads,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )  # fmt: skip
+    print(f"{teacher} and {student}: {repeats + 1} turns of each variant …", flush=True)
+    found = measure_rollout(case, repeats=repeats)
+    print_table(
+        f"Rollouts of {batch} responses of up to {new_tokens} tokens, alpha {alpha:g}, {precision}",
+        ["", "median", "least to greatest"],
+        [
+            [name, f"{of.median:.3f}", f"{of.low:.3f}–{of.high:.3f}"]
+            for name, of in (
+                ("lazy mixing, s", found.seconds["lazy"]),
+                ("mixing at every token and scoring, s", found.seconds["per_token"]),
+                ("the second over the first", found.lazy_speedup),
+                ("finished rows dropped, s", found.seconds["dropped"]),
+                ("all rows kept, s", found.seconds["kept"]),
+                ("dropped over the cost of the rows left", found.dropping_over_alive_cost),
+            )
+        ],
+    )
+    print(
+        f"teacher forwards over (heads + 2 a group), at most: {found.teacher_forwards_over_bound:.3f}; "
+        f"mean heads {found.mean_heads:.2f} ({found.mean_heads_sigmas:+.1f} sigma)"
+    )
+    coins = measure_coins(CoinCase(teacher_mix=alpha, rollouts=coin_rollouts, threads=threads))
+    _print_coins(coins)
+    if json_file is not None:
+        section = {
+            "lazy_speedup": found.lazy_speedup.median,
+            "teacher_forwards_over_bound": found.teacher_forwards_over_bound,
+            "coin_variance": coins.variance,
+            "dropping_over_alive_cost": found.dropping_over_alive_cost.median,
+            "threads": threads, "figures": found.as_json(), "coins": coins.as_json(),
+        }  # fmt: skip
+        write_section(json_file, "rollout", section)
+
+
+@app.command()
+def coins(  # noqa: PLR0917 (typer reads options from parameters)
+    teacher: Annotated[str, typer.Option("--teacher", metavar="CARD|DIR", help="The model that is imitated.")],
+    student: Annotated[str, typer.Option("--student", metavar="CARD|DIR", help="The model that learns.")],
+    prompts: Annotated[str, typer.Option("--prompts", metavar="FILE", help="Rows to draw from, or world:SPLIT.")],
+    batch: Annotated[list[int] | None, typer.Option("--batch", min=2, help="Rows; may be repeated.")] = None,
+    groups: Annotated[list[int] | None, typer.Option("--groups", min=1, help="Coin groups; may be repeated.")] = None,
+    new_tokens: NewTokens = 32,
+    alpha: Alpha = 0.2,
+    importance: Annotated[str, typer.Option("--importance", help="coin or per_step.")] = "coin",
+    baseline: Annotated[str, typer.Option("--baseline", help="none or position_mean.")] = "position_mean",
+    rollouts: Annotated[int, typer.Option("--rollouts", min=3, help="For each variance.")] = 24,
+    threads: Threads = 2,
+    json_file: Json = None,
+) -> None:
+    """How much variance shared coins add to the gradient of your own pair, on your own prompts.
+
+    \b
+    Example:
+      minillm bench coins --teacher runs/a/teacher/student --student runs/a/student --prompts valid.jsonl
+    """
+    from minillm.bench.coins import CoinCase, measure_coins, prompts_of
+    from minillm.bench.record import write_section
+
+    case = CoinCase(
+        teacher=teacher, student=student, sharpness=None, new_tokens=new_tokens, teacher_mix=alpha,
+        batches=tuple(batch or (16, 64, 256)), groups=tuple(groups or (1, 4)), rollouts=rollouts,
+        importance=importance, baseline=baseline, threads=threads,
+    )  # fmt: skip
+    rows, ends = prompts_of(prompts, student=student)
+    found = measure_coins(case, prompts=rows, ends=ends)
+    _print_coins(found)
+    if json_file is not None:
+        write_section(json_file, "coins", {"coin_variance": found.variance, "figures": found.as_json()})
+
+
+def _print_coins(figures: CoinFigures) -> None:
+    from minillm.bench.record import print_table
+
+    groups = [name for name in next(iter(figures.variance.values())) if name != "independent"]
+    case = figures.case
+    print_table(
+        f"Variance of a batch's gradient over that with independent coins ({case.rollouts} rollouts each, alpha "
+        f"{case.teacher_mix:g}, weights {case.importance}, baseline {case.baseline})",
+        ["rows", *(f"{name} group{'s' * (name != '1')}" for name in groups)],
+        [
+            [str(rows), *(f"{of[name]:.2f} ± {figures.error[rows][name]:.2f}" for name in groups if name in of)]
+            for rows, of in figures.variance.items()
+        ],
+    )
