@@ -1,16 +1,21 @@
 """From final hidden states to numbers per token: both heads applied tile by tile, nothing of size [tokens,
 vocabulary] kept.
 
-Legend: N kept tokens, V real vocabulary ids, H hidden width (each model its own), C packed bytes of V. A *head* turns a
-hidden state into logits over the real ids; rows of a head beyond those are cut off before the softmax, so both
-distributions are renormalised exactly and a padded row can neither be drawn nor receive a gradient (design D2, D9).
+Legend: N kept tokens, n tokens of a tile or of a piece of it, V real vocabulary ids, H hidden width (each model its
+own), C packed bytes of V. A *head* turns a hidden state into logits over the real ids; rows of a head beyond those are
+cut off before the softmax, so both distributions are renormalised exactly and a padded row can neither be drawn nor
+receive a gradient (design D2, D9).
+
+Tokens are cut twice. Matrix products want many at a time, or a whole head is read from memory for a few: a *tile*. All
+else is elementwise and wants what it works on in the processor's cache: a *piece* of a tile. So of a tile's size there
+is one tensor for each model, and what softmax and divergences need besides is of a piece's size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -20,12 +25,22 @@ from minillm.errors import NonFinite
 from minillm.sampling import restrict, unpack_support
 from minillm.types import Rollout, Scored
 
-TILE_BYTES = 40 * 2**20
-"""Memory for one tile of logits of one model, in fp32; about eleven such tensors live at once. Above 32 MiB, to which
-glibc lets its heap take blocks: there, freed tiles of slightly different sizes once piled up to 2 GiB."""
+WORKING_BYTES = {"cpu": 192 * 2**20, "cuda": 512 * 2**20}
+"""Memory for all that a pass over tiles keeps beside its results: a tile of each model, and a piece's tensors."""
+
+PIECE_BYTES = {"cpu": 2**20, "cuda": 16 * 2**20}
+"""Size of one tensor of a piece: what a processor's cache holds a few of, for each thread; on a GPU enough for a kernel
+to outlast its launch."""
+
+PIECE_TENSORS = 13
+"""How many tensors of a piece's size there are if every number is wanted, on a support, with weights in 16 bits. For
+MiniLLM's loss with weights in 32 bits 5 would do. ``tests/unit/test_token_loss.py`` counts both."""
 
 STATISTICS = ("logq", "logp", "entropy", "reverse_kl", "forward_kl", "jsd", "skew_fkl", "skew_rkl")
-"""Numbers that there are for each token; see ``tile_statistics``."""
+"""Numbers that there are for each token; see ``token_statistics``."""
+
+OF_ONE_MODEL = {"logq", "logp", "entropy"}
+"""Numbers that are no divergence between the two."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +62,20 @@ class HeadWeights:
             logits_NV = self.softcap * torch.tanh(logits_NV / self.softcap)
         return logits_NV
 
+    def multiply(self, hidden_nH: Tensor, *, out_nV: Tensor) -> Tensor:
+        """The first half of ``logits``, without gradient: product and bias, in the weights' precision."""
+        if self.bias_V is None:
+            return torch.mm(hidden_nH, self.weight_VH.T, out=out_nV)
+        return torch.addmm(self.bias_V, hidden_nH, self.weight_VH.T, out=out_nV)
+
+    def finish_(self, linear_nV: Tensor) -> Tensor:
+        """The second half, without gradient and in place; what comes in is in 32 bits or 64."""
+        if self.scale != 1.0:
+            linear_nV.mul_(self.scale)
+        if self.softcap is not None:
+            linear_nV.div_(self.softcap).tanh_().mul_(self.softcap)
+        return linear_nV
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherView:
@@ -56,45 +85,254 @@ class TeacherView:
     hidden_NH: Tensor
 
 
-def rows_of_a_tile(vocabulary: int) -> int:
-    """Tokens that are worked on together: as many as ``TILE_BYTES`` of logits hold."""
-    return max(16, TILE_BYTES // (4 * vocabulary))
-
-
-@torch.no_grad()
-def token_statistics(
-    hidden_NH: Tensor,
-    *,
-    head: HeadWeights,
-    taken_N: Tensor,
-    wanted: Sequence[str],
-    temperature: float = 1.0,
-    teacher: TeacherView | None = None,
-    support_NC: Tensor | None = None,
-    jsd_beta: float = 0.5,
-    skew: float = 0.1,
-    tile: int | None = None,
-) -> dict[str, Tensor]:
-    """The wanted numbers for each of N tokens, each [N], without gradient (``token_loss`` has one).
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What is asked about each of N tokens.
 
     ``wanted`` is chosen from ``STATISTICS``: log-probs of the taken token under student (``logq``) and teacher
     (``logp``), the student's ``entropy``, and the divergences of ``minillm.divergences``, all at ``temperature`` (of
-    both models) and, with a support, over the kept ids only, both distributions renormalised. ``tile`` is the number of
-    tokens a pass; by default it follows from ``TILE_BYTES``.
+    both models) and, with a support, over the kept ids only, both distributions renormalised. ``tile`` and ``piece``
+    are numbers of tokens; by default they follow from ``WORKING_BYTES``.
     """
-    rows, count = tile or rows_of_a_tile(head.weight_VH.shape[0]), hidden_NH.shape[0]
-    parts: dict[str, list[Tensor]] = {name: [] for name in wanted}
-    for start in range(0, max(count, 1), rows):
-        here = slice(start, min(start + rows, count))
-        support = None if support_NC is None else unpack_support(support_NC[here], head.weight_VH.shape[0])
-        values = tile_statistics(
-            head.logits(hidden_NH[here]), None if teacher is None else teacher.head.logits(teacher.hidden_NH[here]),
-            taken_n=taken_N[here], temperature=temperature, support_nV=support, wanted=wanted, jsd_beta=jsd_beta,
-            skew=skew,
+
+    taken_N: Tensor
+    wanted: Sequence[str]
+    temperature: float = 1.0
+    teacher: TeacherView | None = None
+    support_NC: Tensor | None = None
+    jsd_beta: float = 0.5
+    skew: float = 0.1
+    tile: int | None = None
+    piece: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """How many tokens make a tile, and how many a piece of it."""
+
+    tile: int
+    piece: int
+
+
+def cut_for(head: HeadWeights, task: Task) -> Cut:
+    """The sizes that the task names, or those that stay within ``WORKING_BYTES``, but at least 16 tokens a tile."""
+    weights = [head.weight_VH, *([] if task.teacher is None else [task.teacher.head.weight_VH])]
+    vocabulary, device = head.weight_VH.shape[0], head.weight_VH.device.type
+    kind = "cpu" if device == "cpu" else "cuda"
+    threads = torch.get_num_threads() if kind == "cpu" else 1
+    row = vocabulary * max(4, head.weight_VH.element_size())
+    # Softmax is shared out by rows, as many to each thread; but half of the memory is for tiles.
+    most = WORKING_BYTES[kind] // (2 * PIECE_TENSORS * row)
+    piece = task.piece or max(1, min(threads * max(1, PIECE_BYTES[kind] // row), most))
+    left = WORKING_BYTES[kind] - PIECE_TENSORS * piece * row
+    tile = task.tile or max(16, left // (vocabulary * sum(weight.element_size() for weight in weights)))
+    return Cut(tile=tile, piece=min(piece, tile))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """What both heads' products give for the tokens ``here`` of all N; ``HeadWeights.finish_`` is still to come."""
+
+    here: slice
+    student_nV: Tensor
+    teacher_nV: Tensor | None
+
+    def pieces(self, tokens: int) -> Iterator[Self]:
+        """Views of ``tokens`` tokens each; an empty tile has one empty piece."""
+        count = len(self.student_nV)
+        for start in range(0, max(count, 1), tokens):
+            part = slice(start, min(start + tokens, count))
+            yield type(self)(
+                here=slice(self.here.start + part.start, self.here.start + part.stop),
+                student_nV=self.student_nV[part],
+                teacher_nV=None if self.teacher_nV is None else self.teacher_nV[part],
+            )
+
+
+def tiles(hidden_NH: Tensor, *, head: HeadWeights, teacher: TeacherView | None, tokens: int) -> Iterator[Tile]:
+    """All tokens in tiles, at least one, which may be empty; to be called without gradient.
+
+    Each tile has the storage of the one before: a fresh one costs a page fault for every 4 KiB.
+    """
+    count, vocabulary = len(hidden_NH), head.weight_VH.shape[0]
+    assert teacher is None or teacher.head.weight_VH.shape[0] == vocabulary, "the models' ids are not the same"
+    student_rV = head.weight_VH.new_empty(min(tokens, count), vocabulary)
+    teacher_rV = None if teacher is None else teacher.head.weight_VH.new_empty(student_rV.shape)
+    for start in range(0, max(count, 1), tokens):
+        here = slice(start, min(start + tokens, count))
+        n = here.stop - here.start
+        yield Tile(
+            here=here,
+            student_nV=head.multiply(hidden_NH[here], out_nV=student_rV[:n]),
+            teacher_nV=None
+            if teacher is None or teacher_rV is None
+            else teacher.head.multiply(teacher.hidden_NH[here], out_nV=teacher_rV[:n]),
+        )
+
+
+class Workspace:
+    """Storage of a piece's size, by name, kept over all pieces of a pass.
+
+    Asked for anew for each piece, such blocks come from glibc's heap (all up to 32 MiB may), where the few bytes that
+    outlive a piece leave holes in which the next piece's do not fit: memory grew by 1 MiB a piece.
+    """
+
+    def __init__(self, tokens: int, head: HeadWeights) -> None:
+        self._shape = (tokens, head.weight_VH.shape[0])
+        self._weight = head.weight_VH
+        self.dtype = torch.promote_types(head.weight_VH.dtype, torch.float32)
+        self._kept: dict[str, Tensor] = {}
+
+    def take(self, name: str, like_nV: Tensor) -> Tensor:
+        """What is stored under a name, for as many tokens as ``like_nV`` has; the first time it holds anything."""
+        if name not in self._kept:
+            self._kept[name] = self._weight.new_empty(self._shape, dtype=self.dtype)
+        return self._kept[name][: len(like_nV)]
+
+    def wide(self, name: str, narrow_nV: Tensor) -> Tensor:
+        """The same in 32 bits (64 if it is): itself, or a copy."""
+        return narrow_nV if narrow_nV.dtype == self.dtype else self.take(name, narrow_nV).copy_(narrow_nV)
+
+
+@torch.no_grad()
+def token_statistics(hidden_NH: Tensor, *, head: HeadWeights, **task: Any) -> dict[str, Tensor]:
+    """The wanted numbers for each of N tokens, each [N], without gradient (``token_loss`` has one): see ``Task``, whose
+    fields are the arguments."""
+    asked = Task(**task)
+    cut = cut_for(head, asked)
+    space = Workspace(min(cut.piece, len(hidden_NH)), head)
+    numbers = empty_numbers(hidden_NH, asked, space)
+    for tile in tiles(hidden_NH, head=head, teacher=asked.teacher, tokens=cut.tile):
+        for part in tile.pieces(cut.piece):
+            piece = Piece(part, head=head, task=asked, space=space)
+            values = piece.by_formula() if piece.is_finite else piece.by_definition(piece.student_nV)
+            for name, into_N in numbers.items():
+                into_N[part.here] = values[name]
+    return numbers
+
+
+def empty_numbers(hidden_NH: Tensor, task: Task, space: Workspace) -> dict[str, Tensor]:
+    """Storage [N] for each wanted number."""
+    return {name: hidden_NH.new_empty(len(hidden_NH), dtype=space.dtype) for name in task.wanted}
+
+
+class Piece:
+    """The numbers of one piece's tokens, and what their derivatives are made of, all in a workspace."""
+
+    def __init__(self, part: Tile, *, head: HeadWeights, task: Task, space: Workspace) -> None:
+        self._task, self._space = task, space
+        self.taken_n1 = task.taken_N[part.here][:, None]
+        packed_NC = task.support_NC
+        self._support_nV = None if packed_NC is None else unpack_support(packed_NC[part.here], head.weight_VH.shape[0])
+        self._off_nV = None if self._support_nV is None else ~self._support_nV
+        self.student_nV = head.finish_(space.wide("student", part.student_nV))
+        """Logits; where nothing had to be widened, in the tile's own storage."""
+        self._teacher_nV = None
+        if task.teacher is not None and part.teacher_nV is not None:
+            self._teacher_nV = task.teacher.head.finish_(space.wide("teacher", part.teacher_nV))
+        self.q_nV = self.logq_nV = self._logp_nV = self._p_nV = self.student_nV  # until ``by_formula``
+        self.derivatives: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        """By divergence (f, extra): its derivative by a tempered logit is q (f - E_q f) + extra; None stands for 0."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether formulas hold: no logit is -inf, by which a model may forbid a token, or NaN, not to be hidden."""
+        return _finite(self.student_nV) and (self._teacher_nV is None or _finite(self._teacher_nV))
+
+    def by_definition(self, student_nV: Tensor) -> dict[str, Tensor]:
+        """The numbers by ``tile_statistics``, with a gradient to ``student_nV``."""
+        task = self._task
+        return tile_statistics(
+            student_nV, self._teacher_nV, taken_n=self.taken_n1[:, 0], temperature=task.temperature,
+            support_nV=self._support_nV, wanted=task.wanted, jsd_beta=task.jsd_beta, skew=task.skew,
         )  # fmt: skip
-        for name in wanted:
-            parts[name].append(values[name])
-    return {name: torch.cat(columns) for name, columns in parts.items()}
+
+    def by_formula(self) -> dict[str, Tensor]:
+        """The same numbers, and ``derivatives``."""
+        wanted, take = self._task.wanted, self._space.take
+        self.logq_nV = self._log_softmax(self.student_nV, "logq")
+        values = {"logq": self.logq_nV.gather(1, self.taken_n1)[:, 0]}
+        self.q_nV = torch.exp(self.logq_nV, out=take("q", self.logq_nV))
+        self._forget(self.logq_nV)
+        if "entropy" in wanted:
+            values["entropy"] = -self.expected(self.q_nV, self.logq_nV)
+        if self._teacher_nV is not None:
+            self._logp_nV = self._log_softmax(self._teacher_nV, "logp")
+            values["logp"] = self._logp_nV.gather(1, self.taken_n1)[:, 0]
+            if {"forward_kl", "jsd", "skew_fkl", "skew_rkl"} & {*wanted}:
+                self._p_nV = torch.exp(self._logp_nV, out=take("p", self._logp_nV))
+            self._forget(self._logp_nV)
+            for name in wanted:
+                if name not in OF_ONE_MODEL:
+                    values[name], *found = self._divergence(name)
+                    self.derivatives[name] = (found[0], found[1])
+        return {name: values[name] for name in wanted}
+
+    def scratch(self) -> Tensor:
+        """A tensor that holds anything and is anyone's, until ``expected`` is called."""
+        return self._space.take("scratch", self.student_nV)
+
+    def expected(self, weight_nV: Tensor, value_nV: Tensor) -> Tensor:
+        """Sum over columns of weight times value, [n]."""
+        return torch.mul(weight_nV, value_nV, out=self.scratch()).sum(dim=-1)
+
+    def _log_softmax(self, logits_nV: Tensor, name: str) -> Tensor:
+        """At the temperature, on the support; the logits stay as they are."""
+        if self._task.temperature != 1.0 or self._off_nV is not None:
+            logits_nV = torch.div(logits_nV, self._task.temperature, out=self.scratch())
+        if self._off_nV is not None:
+            logits_nV.masked_fill_(self._off_nV, -torch.inf)
+        return torch.log_softmax(logits_nV, -1, out=self._space.take(name, logits_nV))
+
+    def _forget(self, log_weight_nV: Tensor) -> None:
+        """Columns off the support have weight 0; with log-weight 0 they drop out of every sum."""
+        if self._off_nV is not None:
+            log_weight_nV.masked_fill_(self._off_nV, 0.0)
+
+    def _middle(self, teachers: float, out_nV: Tensor) -> Tensor:
+        """log(teachers p + (1 - teachers) q), 0 off the support."""
+        torch.lerp(self.q_nV, self._p_nV, teachers, out=out_nV)
+        if self._off_nV is not None:
+            out_nV.masked_fill_(self._off_nV, 1.0)
+        return out_nV.clamp_(min=torch.finfo(out_nV.dtype).tiny).log_()
+
+    def _divergence(self, name: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(value [n], f, extra), see ``derivatives``."""
+        q, logq, p, logp = self.q_nV, self.logq_nV, self._p_nV, self._logp_nV
+        out = self._space.take(name, q)
+        if self._task.skew == 0.0:  # these they are then, and not only nearly, as with a middle that may not underflow
+            name = {"skew_fkl": "forward_kl", "skew_rkl": "reverse_kl"}.get(name, name)
+        if name == "reverse_kl":
+            gap = torch.sub(logq, logp, out=out)
+            return self.expected(q, gap), gap, None
+        if name == "forward_kl":  # E_p log(p/q): by a logit, q - p
+            value_n = self.expected(p, torch.sub(logp, logq, out=out))
+            return value_n, None, torch.sub(q, p, out=out)
+        if name == "jsd":
+            beta = self._task.jsd_beta
+            assert 0.0 < beta < 1.0, beta
+            log_m = self._middle(beta, out)
+            teachers_n = beta * self._gap_to(log_m)
+            gap = torch.sub(logq, log_m, out=out).mul_(1.0 - beta)
+            return teachers_n + self.expected(q, gap), gap, None
+        skew = self._task.skew
+        if name == "skew_fkl":  # KL(p || a p + (1-a) q): by q, -(1-a) p/m
+            log_m = self._middle(skew, out)
+            value_n = self._gap_to(log_m)
+            return value_n, log_m.neg_().exp_().mul_(p).mul_(skew - 1.0), None
+        assert name == "skew_rkl", name  # KL(q || (1-a) p + a q): by q, log(q/m) + 1 - a q/m
+        gap = torch.sub(logq, self._middle(1.0 - skew, out), out=out)
+        value_n = self.expected(q, gap)
+        return value_n, gap.sub_(torch.exp(gap, out=self.scratch()), alpha=skew), None
+
+    def _gap_to(self, log_m_nV: Tensor) -> Tensor:
+        """KL(p || m), [n]."""
+        return torch.sub(self._logp_nV, log_m_nV, out=self.scratch()).mul_(self._p_nV).sum(dim=-1)
+
+
+def _finite(logits_nV: Tensor) -> bool:
+    """Whether no logit is -inf or NaN; an empty piece has none."""
+    return logits_nV.numel() == 0 or bool(logits_nV.amin() > -torch.inf)
 
 
 def tile_statistics(
@@ -108,8 +346,7 @@ def tile_statistics(
     jsd_beta: float,
     skew: float,
 ) -> dict[str, Tensor]:
-    """The same for one tile from whole logits: the slow obvious form, and the definition that tiles are tested
-    against."""
+    """The same from whole logits: the slow obvious form, which holds for infinities too."""
     logq_nV = restrict(student_nV / temperature, support_nV).log_softmax(dim=-1)
     values = {"logq": logq_nV.gather(1, taken_n[:, None])[:, 0]}
     if "entropy" in wanted:

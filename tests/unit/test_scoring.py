@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from minillm import divergences
 from minillm.errors import NonFinite
 from minillm.models import Head
 from minillm.sampling import pack_support
@@ -35,14 +36,14 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("tile", [1, 4, N, 64, None])
+@pytest.mark.parametrize("cut", [(1, 1), (4, 3), (N, 5), (64, N), (None, None)])
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("head", HEADS)
 def test_tiles_have_the_values_of_whole_logits(
-    head: dict[str, Any], settings: dict[str, Any], tile: int | None
+    head: dict[str, Any], settings: dict[str, Any], cut: tuple[int | None, int | None]
 ) -> None:
     case = Case(**head)
-    want, got = case.twin(**settings), case.tiled(tile=tile, **settings)
+    want, got = case.twin(**settings), case.tiled(tile=cut[0], piece=cut[1], **settings)
     assert set(got) == set(STATISTICS)
     for name in STATISTICS:
         assert got[name].shape == (N,) and gap(got[name], want[name]) < TINY, name
@@ -82,6 +83,23 @@ def test_only_what_is_wanted_comes_back(wanted: tuple[str, ...]) -> None:
     assert tuple(got) == wanted
     for name in wanted:
         assert gap(got[name], case.twin()[name]) < TINY
+
+
+def test_without_skew_a_skewed_divergence_is_the_plain_one_even_where_a_probability_underflows() -> None:
+    case = Case()
+    with torch.no_grad():
+        case.weight_VH.mul_(100.0)  # e to the minus hundreds
+    got = token_statistics(
+        case.hidden_NH, head=case.head, taken_N=case.taken_N, teacher=case.teacher, wanted=STATISTICS, skew=0.0
+    )
+    logq_NV, logp_NV = (
+        head.logits(hidden_NH).detach().log_softmax(-1)
+        for head, hidden_NH in ((case.head, case.hidden_NH), (case.teacher.head, case.teacher.hidden_NH))
+    )
+    assert float(logq_NV.min()) < math.log(torch.finfo(torch.float64).tiny)
+    for skewed, plain in (("skew_fkl", "forward_kl"), ("skew_rkl", "reverse_kl")):
+        assert torch.equal(got[skewed], got[plain])
+        assert gap(got[skewed], getattr(divergences, plain)(logq_NV, logp_NV)) < TINY
 
 
 def test_no_token_is_an_empty_tensor() -> None:

@@ -4,16 +4,34 @@ size."""
 from __future__ import annotations
 
 import math
+import multiprocessing
+import weakref
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
-from minillm import token_loss as module
+from minillm.bench.memory import extra_peak
 from minillm.policy_loss import clipped_surrogate
-from minillm.scoring import STATISTICS, HeadWeights, TeacherView
+from minillm.sampling import pack_support
+from minillm.scoring import (
+    PIECE_TENSORS,
+    STATISTICS,
+    WORKING_BYTES,
+    HeadWeights,
+    Piece,
+    TeacherView,
+    Tile,
+    Workspace,
+    cut_for,
+    token_statistics,
+)
 from minillm.token_loss import Task, token_loss
 from tests.heads import JSD_BETA, SKEW, STUDENT_H, Case, N, V, gap, gradients_of_twin, weights
 
@@ -38,26 +56,29 @@ def total(numbers: Mapping[str, Tensor], here: slice) -> Tensor:
     return (weights(N)[here] * (rest + numbers["logq"].exp() * numbers["reverse_kl"])).sum()
 
 
-@pytest.mark.parametrize("tile", [1, 4, N, 64, None])
+@pytest.mark.parametrize("cut", [(1, 1), (4, 3), (N, 5), (64, N), (None, None)])
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("head", HEADS)
 def test_each_number_has_the_gradient_of_whole_logits(
-    head: dict[str, Any], settings: dict[str, Any], tile: int | None
+    head: dict[str, Any], settings: dict[str, Any], cut: tuple[int | None, int | None]
 ) -> None:
     case = Case(**head)
     want = case.twin(**settings)
     for name in OF_THE_STUDENT:
         for mine, theirs in zip(
-            case.gradients(name, tile=tile, **settings), gradients_of_twin(case, want[name]), strict=True
+            case.gradients(name, tile=cut[0], piece=cut[1], **settings),
+            gradients_of_twin(case, want[name]),
+            strict=True,
         ):
             assert gap(mine, theirs) < TINY, name
 
 
-@pytest.mark.parametrize("tile", [4, N])
+@pytest.mark.parametrize("cut", [(4, 3), (N, N)])
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_a_loss_of_all_numbers_together_has_theirs(settings: dict[str, Any], tile: int) -> None:
+def test_a_loss_of_all_numbers_together_has_theirs(settings: dict[str, Any], cut: tuple[int, int]) -> None:
     case = Case(scale=0.4, softcap=2.5)
-    loss, numbers = token_loss(case.hidden_NH, head=case.head, task=case.task(tile=tile, **settings), loss=total)
+    task = case.task(tile=cut[0], piece=cut[1], **settings)
+    loss, numbers = token_loss(case.hidden_NH, head=case.head, task=task, loss=total)
     want = case.twin(**settings)
     wanted = total(want, slice(0, N))
     assert gap(loss, wanted) < TINY
@@ -81,7 +102,8 @@ def test_a_student_that_forbids_an_id_has_the_gradients_of_autograd(name: str) -
     case = Case()
     with_infinities(case, model="student")
     case.taken_N[case.taken_N == 3] = 4
-    loss, numbers = token_loss(case.hidden_NH, head=case.head, task=case.task(tile=4), loss=lambda n, _: n[name].sum())
+    task = case.task(tile=4, piece=3)
+    loss, numbers = token_loss(case.hidden_NH, head=case.head, task=task, loss=lambda n, _: n[name].sum())
     if name == "forward_kl":  # the teacher may say what the student cannot: infinite, and not hidden
         assert bool((numbers[name] == math.inf).all())
         return
@@ -111,16 +133,16 @@ def test_a_nan_is_not_hidden() -> None:
 @pytest.mark.parametrize("fault", ["middle", "no-onehot", "no-mean"])
 def test_a_wrong_formula_would_be_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control of the comparison of gradients."""
-    tile, case = module._Tile, Case()
+    case = Case()
     if fault == "middle":
-        right = tile._middle
-        monkeypatch.setattr(tile, "_middle", lambda self, teachers: right(self, teachers * 1.01))
+        right = Piece._middle
+        monkeypatch.setattr(Piece, "_middle", lambda self, teachers, out: right(self, teachers * 1.01, out))
         name = "jsd"
     elif fault == "no-onehot":
         monkeypatch.setattr(torch.Tensor, "scatter_add_", lambda self, *_: self)
         name = "logq"
     else:
-        monkeypatch.setattr(module, "_rowwise", lambda weight, value: torch.linalg.vecdot(weight, value) * 1.01)
+        monkeypatch.setattr(Piece, "expected", lambda _, weight, value: torch.linalg.vecdot(weight, value) * 1.01)
         name = "reverse_kl"
     theirs = gradients_of_twin(case, case.twin()[name])
     assert max(gap(a, b) for a, b in zip(case.gradients(name, tile=4), theirs, strict=True)) > VISIBLE
@@ -226,3 +248,151 @@ def test_skew_keeps_divergences_below_its_logarithm(temperature: float) -> None:
     numbers = Case(seed=3).tiled(temperature=temperature)
     assert float(numbers["skew_fkl"].max()) <= -math.log(SKEW) and float(numbers["skew_rkl"].max()) <= -math.log(SKEW)
     assert JSD_BETA != 0.5  # the twin's default would hide a forgotten argument
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of storages that operations made, those of their inputs left out, and that are not freed yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                self._seen.setdefault(tensor.untyped_storage(), None)
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
+                size = storage.nbytes()
+                self._seen[storage] = weakref.ref(storage, lambda _, size=size: self._freed(size))
+                self.now += size
+                self.peak = max(self.peak, self.now)
+        return out
+
+    def _freed(self, size: int) -> None:
+        self.now -= size
+
+
+TILE, PIECE, MANY_V, NARROW_H = 32, 8, 4096, 2
+
+
+def pieces_at_the_peak(
+    wanted: tuple[str, ...], *, dtype: torch.dtype = torch.float32, whole: bool = False, gradient: bool = True
+) -> float:
+    """Memory beyond both models' tiles, in tensors of a piece's size; ``whole``: with all that a head and a task may
+    have. Heads are frozen, and so narrow that the rest is nothing beside a piece."""
+    noise = torch.Generator().manual_seed(0)
+    tokens = 2 * TILE + PIECE
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=noise).to(dtype)
+
+    def head() -> HeadWeights:
+        more = {"bias_V": random(MANY_V), "scale": 0.5, "softcap": 3.0} if whole else {"bias_V": None}
+        return HeadWeights(weight_VH=random(MANY_V, NARROW_H), **more)
+
+    support_NV = torch.ones(tokens, MANY_V, dtype=torch.bool)
+    task = Task(
+        taken_N=torch.zeros(tokens, dtype=torch.long), wanted=wanted, tile=TILE, piece=PIECE,
+        teacher=TeacherView(head=head(), hidden_NH=random(tokens, NARROW_H)), temperature=0.7 if whole else 1.0,
+        support_NC=pack_support(support_NV) if whole else None,
+    )  # fmt: skip
+    hidden_NH, own = random(tokens, NARROW_H).requires_grad_(gradient), head()
+    with Live() as live:
+        if gradient:
+            token_loss(hidden_NH, head=own, task=task, loss=lambda n, _: torch.stack([*n.values()]).sum())
+        else:
+            token_statistics(hidden_NH, head=own, **{field.name: getattr(task, field.name) for field in fields(task)})
+    row = MANY_V * dtype.itemsize
+    return (live.peak - 2 * TILE * row) / (PIECE * MANY_V * max(4, dtype.itemsize))
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_loss_of_minillm_needs_five_tensors_of_a_piece(dtype: torch.dtype, gradient: bool) -> None:
+    """log q, q, log p, their gap, and a product; and a tile of each model."""
+    found = pieces_at_the_peak(("logq", "reverse_kl"), dtype=dtype, gradient=gradient)
+    assert 5.0 <= found < 5.1
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_no_task_needs_more_tensors_of_a_piece_than_memory_is_set_aside_for(gradient: bool) -> None:
+    found = pieces_at_the_peak(STATISTICS, dtype=torch.bfloat16, whole=True, gradient=gradient)
+    assert PIECE_TENSORS <= found < PIECE_TENSORS + 0.1
+
+
+def test_one_more_copy_of_a_piece_or_of_a_tile_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control of both tests above."""
+    kept: list[Tensor] = []
+    right = Piece.by_formula
+
+    def with_copy(self: Piece) -> dict[str, Tensor]:
+        kept[:] = [self.student_nV.clone()]
+        return right(self)
+
+    monkeypatch.setattr(Piece, "by_formula", with_copy)
+    assert pieces_at_the_peak(("logq", "reverse_kl")) >= 6.0
+    assert pieces_at_the_peak(STATISTICS, dtype=torch.bfloat16, whole=True) >= PIECE_TENSORS + 1
+    monkeypatch.undo()
+    kept.clear()
+    cut = Tile.pieces
+
+    def with_tile(self: Tile, tokens: int) -> Any:
+        kept[:] = [self.student_nV.clone()]
+        return cut(self, tokens)
+
+    monkeypatch.setattr(Tile, "pieces", with_tile)
+    assert pieces_at_the_peak(("logq", "reverse_kl")) >= 5.0 + TILE / PIECE
+
+
+@pytest.mark.parametrize("threads", [1, 2, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("vocabulary", [300, 4096, 151_936, 262_144])
+def test_what_a_pass_keeps_stays_within_its_memory(
+    vocabulary: int, dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    head = HeadWeights(weight_VH=torch.empty(vocabulary, 1, dtype=dtype), bias_V=None)
+    for teacher in (None, TeacherView(head=head, hidden_NH=torch.empty(1, 1, dtype=dtype))):
+        cut = cut_for(head, Task(taken_N=torch.empty(0), wanted=("logq",), teacher=teacher))
+        tile = cut.tile * vocabulary * dtype.itemsize * (1 if teacher is None else 2)
+        pieces = PIECE_TENSORS * cut.piece * vocabulary * max(4, dtype.itemsize)
+        assert WORKING_BYTES["cpu"] * 0.9 < tile + pieces <= WORKING_BYTES["cpu"]
+        assert 1 <= cut.piece <= cut.tile and cut.tile >= 16
+
+
+def resident(tokens: int, keep: bool) -> int:
+    """In a fresh process: memory of a loss at a large vocabulary, with a workspace that keeps its storage or not."""
+    torch.set_num_threads(1)
+    if not keep:
+        take = Workspace.take
+
+        def forgetful(self: Workspace, name: str, like_nV: Tensor) -> Tensor:
+            self._kept.clear()
+            return take(self, name, like_nV)
+
+        Workspace.take = forgetful  # type: ignore[method-assign]
+    vocabulary, width = 151_936, 8
+    head = HeadWeights(weight_VH=torch.zeros(vocabulary, width).requires_grad_(), bias_V=None)
+    teacher = TeacherView(
+        head=HeadWeights(weight_VH=torch.zeros(vocabulary, width), bias_V=None), hidden_NH=torch.zeros(tokens, width)
+    )
+    taken_N = torch.zeros(tokens, dtype=torch.long)
+    task = Task(taken_N=taken_N, wanted=("logq", "reverse_kl"), teacher=teacher, tile=16, piece=1)
+    kept: list[Tensor] = []  # what a caller keeps of each piece is where holes in the heap come from
+
+    def loss(numbers: Mapping[str, Tensor], _: slice) -> Tensor:
+        kept.extend(number.detach().clone() for number in numbers.values())
+        return numbers["reverse_kl"].sum()
+
+    hidden_NH = torch.zeros(tokens, width)
+    return extra_peak(lambda: token_loss(hidden_NH, head=head, task=task, loss=loss), device=torch.device("cpu"))
+
+
+def test_memory_does_not_grow_with_the_number_of_pieces() -> None:
+    """The system's view, which counts holes in the heap too. The control asks for each tensor anew."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        few, many, forgetful = pool.starmap(resident, [(32, True), (128, True), (128, False)], chunksize=1)
+    assert many - few < 8 * 2**20 < forgetful - few
