@@ -28,7 +28,7 @@ from minillm.types import Rollout, Scored
 WORKING_BYTES = {"cpu": 192 * 2**20, "cuda": 512 * 2**20}
 """Memory for all that a pass over tiles keeps beside its results: a tile of each model, and a piece's tensors."""
 
-PIECE_BYTES = {"cpu": 2**20, "cuda": 16 * 2**20}
+PIECE_BYTES = {"cpu": 2 * 2**20, "cuda": 16 * 2**20}
 """Size of one tensor of a piece: what a processor's cache holds a few of, for each thread; on a GPU enough for a kernel
 to outlast its launch."""
 
