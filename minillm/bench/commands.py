@@ -25,6 +25,7 @@ from minillm.errors import ConfigError
 
 if TYPE_CHECKING:
     from minillm.bench.loss import LossFigures
+    from minillm.bench.step import StepFigures
 
 
 @app.command()
@@ -100,7 +101,8 @@ def step(  # noqa: PLR0917 (typer reads options from parameters)
     """
     check_precision(precision)
     from minillm.bench.bare import Sizes
-    from minillm.bench.record import print_table, write_section
+    from minillm.bench.commands_scale import padding
+    from minillm.bench.record import sections, write_section
     from minillm.bench.step import StepCase, measure_step
 
     sizes = Sizes(
@@ -115,21 +117,7 @@ def step(  # noqa: PLR0917 (typer reads options from parameters)
         print(f"{teacher} and {student}, alpha {mix:g}: {repeats + 1} turns of a step and its parts …", flush=True)
         one = measure_step(case, repeats=repeats)
         found.append(one)
-        models = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in one.parameters.items())
-        print_table(
-            f"One step of {batch} responses of {new_tokens} tokens, alpha {mix:g} ({models}, {precision})",
-            ["", "seconds", "least to greatest"],
-            [
-                [name, f"{of.median:.3f}", f"{of.low:.3f}–{of.high:.3f}"]
-                for name, of in (*one.seconds.items(), ("step / sum of parts", one.over_parts))
-            ],
-        )
-        print(f"{one.tokens_per_s:,.0f} new tokens a second; the update counts {inner_updates} times in the sum")
-        print(
-            f"a decoded token takes {one.decode_over_floor:.1f} times as long as reading the student's weights "
-            f"({one.peaks.bytes_per_s / 1e9:,.1f} GB/s); the teacher {one.teacher_over_floor:.2f} times as long as its "
-            f"products ({one.peaks.flops_per_s / 1e9:,.0f} GFLOP/s)"
-        )
+        _print_step(one)
     if json_file is not None:
         mixed = {"over_parts_mixed": found[1].over_parts.median} if alpha else {}
         section = {
@@ -137,6 +125,30 @@ def step(  # noqa: PLR0917 (typer reads options from parameters)
             "threads": threads, "figures": [one.as_json() for one in found],
         }  # fmt: skip
         write_section(json_file, "step", section)
+        if "padding" not in sections(json_file):
+            padding(json_file=json_file)
+
+
+def _print_step(figures: StepFigures) -> None:
+    from minillm.bench.record import print_table
+
+    case, sizes, peaks = figures.case, figures.case.sizes, figures.peaks
+    models = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in figures.parameters.items())
+    print_table(
+        f"One step of {sizes.rows} responses of {sizes.new_tokens} tokens, alpha {case.teacher_mix:g} ({models}, "
+        f"{sizes.precision})",
+        ["", "seconds", "least to greatest"],
+        [
+            [name, f"{of.median:.3f}", f"{of.low:.3f}–{of.high:.3f}"]
+            for name, of in (*figures.seconds.items(), ("step / sum of parts", figures.over_parts))
+        ],
+    )
+    print(f"{figures.tokens_per_s:,.0f} new tokens a second; the update counts {case.inner_updates} times in the sum")
+    print(
+        f"a decoded token takes {figures.decode_over_floor:.1f} times as long as reading the student's weights "
+        f"({peaks.bytes_per_s / 1e9:,.1f} GB/s); the teacher {figures.teacher_over_floor:.2f} times as long as its "
+        f"products ({peaks.flops_per_s / 1e9:,.0f} GFLOP/s)"
+    )
 
 
 def _row(figures: LossFigures) -> list[str]:

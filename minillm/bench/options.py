@@ -16,8 +16,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _usable(file: Path | None) -> Path | None:
+    if file is not None:
+        from minillm.bench.record import sections
+
+        sections(file)  # a file that cannot be used is refused before anything is measured
+    return file
+
+
 Json = Annotated[
-    Path | None, typer.Option("--json", help="Also write the figures into this file, beside others there.")
+    Path | None,
+    typer.Option("--json", callback=_usable, help="Also write the figures into this file, beside others there."),
 ]
 Repeats = Annotated[int, typer.Option("--repeats", min=1, help="How often each variant is timed, in turns.")]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Threads of torch, on a CPU.")]

@@ -19,16 +19,29 @@ def write_section(file: Path, name: str, section: Mapping[str, Any]) -> None:
 
     Raises ``DataError`` where the file is there and holds something else.
     """
-    found: dict[str, Any] = {"schema": SCHEMA}
-    if file.exists():
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{file} is no JSON: {error}\n  name another file, or remove this one") from error
-        if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-            raise DataError(f"{file} is not a file of benchmarks\n  name another file, or remove this one")
+    found = sections(file)
     found[name] = {**section, "versions": versions()}
     write_text(file, json.dumps(found, indent=2) + "\n")
+
+
+def sections(file: Path) -> dict[str, Any]:
+    """What stands in a file of benchmarks; nothing but its schema where there is none yet.
+
+    Raises ``DataError`` where the file is there and holds something else, and where it could not be written.
+    """
+    if not file.exists():
+        if not file.parent.is_dir():
+            raise DataError(f"{file}: there is no folder {file.parent}\n  make it, or name another file")
+        return {"schema": SCHEMA}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror}\n  name another file") from error
+    except ValueError as error:
+        raise DataError(f"{file} is no JSON: {error}\n  name another file, or remove this one") from error
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        raise DataError(f"{file} is not a file of benchmarks\n  name another file, or remove this one")
+    return found
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -29,7 +29,7 @@ from minillm.cards import Kind, load_card
 from minillm.errors import ConfigError
 from minillm.models import CausalLM, ModelFacts, inspect, probe_packing
 from minillm.ranks import Ranks
-from minillm.scoring import HeadWeights, TeacherView, rows_of_a_tile
+from minillm.scoring import WORKING_BYTES, HeadWeights, TeacherView
 
 STAGES = ("zero2", "zero3")
 ALONE = "zero0"
@@ -173,7 +173,8 @@ def memory_here(case: StepCase, vocabularies: Sequence[int], tiles: float) -> Me
     system's allocator works is settled here.
     """
     _return_what_is_freed()
-    rows = math.ceil(tiles * rows_of_a_tile(min(vocabularies)) / case.sizes.new_tokens)
+    of_a_tile = WORKING_BYTES["cuda" if torch.cuda.is_available() else "cpu"] / (8 * min(vocabularies))  # both models
+    rows = math.ceil(tiles * of_a_tile / case.sizes.new_tokens)
     case = case.of(rows=rows)
     found = {size: _peak_of_a_pass(case, size) for size in sorted(set(vocabularies))}
     rest = [peak - gradients for peak, gradients in found.values()]

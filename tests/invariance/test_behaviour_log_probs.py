@@ -144,7 +144,9 @@ def make(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         family: str, chain: str, *, mix: float = 0.3, drop: bool = True, micro_batch: int = 0,
         dtype: torch.dtype = WIDE,
     ) -> Case:  # fmt: skip
-        monkeypatch.setattr(scoring, "TILE_BYTES", 0)  # the fewest tokens a tile: 16, so that there are several
+        monkeypatch.setattr(
+            scoring, "WORKING_BYTES", {"cpu": 0}
+        )  # the fewest tokens a tile: 16, so that there are several
         monkeypatch.setattr(objectives, "roll_out", functools.partial(decode.roll_out, drop_finished=drop))
         student, teacher = (Bare(folder / f"{who}-{family}", dtype=dtype) for who in ("student", "teacher"))
         stage = MinillmStage(
