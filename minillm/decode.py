@@ -212,6 +212,8 @@ def _lay_out(pieces: list[Piece], *, mask_BT: Tensor, blank_11W: Tensor) -> Tens
     whole_BTW = blank_11W.expand(rows, width, -1).clone()
     for rows_R, start, value_RSW in pieces:
         stop = min(width, start + value_RSW.shape[1])
+        if stop <= start:  # read between the last token and the look that found it to be the last
+            continue
         whole_BTW[rows_R, start:stop] = value_RSW[:, : stop - start]
     return torch.where(mask_BT[:, :, None], whole_BTW, blank_11W)
 

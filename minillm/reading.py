@@ -53,7 +53,7 @@ class Piece(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """The next-token logits of the unfinished rows of a reading, in ascending order of row."""
+    """The next-token logits of the rows of a reading that were unfinished at its last look, in ascending order."""
 
     rows_N: Tensor
     logits_NV: Tensor

@@ -415,6 +415,18 @@ def test_looking_less_often_which_rows_have_ended_changes_nothing(
     assert not bool(seldom.logq_BT[~seldom.mask_BT].any()) and not bool(seldom.teacher_drew_BT[~seldom.mask_BT].any())
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_heads_after_all_rows_have_ended_leave_nothing_behind(seed: int) -> None:
+    """Seldom looked at, with many end tokens and heads: the teacher reads on in chunks beyond the longest response."""
+    key = replace(KEY, rollout=seed)
+    every, seldom = (
+        roll([0, 1, 2], family="llama", decoding=PLAIN, mix=0.4, look_every=look, key=key, eos_ids=tuple(range(9)))
+        for look in (1, 50)
+    )
+    for row in range(3):
+        assert differences(row_of(every, row), row_of(seldom, row)) == []
+
+
 def test_writing_past_the_end_between_two_looks_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: rows that have ended are written to until the next look."""
     want = roll(list(range(ROWS)), family="qwen2", decoding=PLAIN, mix=0.0)
