@@ -28,19 +28,18 @@ from minillm.types import Rollout, Scored
 WORKING_BYTES = {"cpu": 192 * 2**20, "cuda": 512 * 2**20}
 """Memory for all that a pass over tiles keeps beside its results: a tile of each model, and a piece's tensors."""
 
-PIECE_BYTES = {"cpu": 2 * 2**20, "cuda": 16 * 2**20}
-"""Size of one tensor of a piece: what a processor's cache holds a few of, for each thread; on a GPU enough for a kernel
-to outlast its launch."""
-
-PIECE_TENSORS = 13
-"""How many tensors of a piece's size there are if every number is wanted, on a support, with weights in 16 bits. For
-MiniLLM's loss with weights in 32 bits 5 would do. ``tests/unit/test_token_loss.py`` counts both."""
+PIECE_BYTES = {"cpu": 4 * 2**20, "cuda": 16 * 2**20}
+"""Size of one tensor of a piece: for each thread of a processor what its cache holds a few of; on a GPU enough for a
+kernel to outlast its launch."""
 
 STATISTICS = ("logq", "logp", "entropy", "reverse_kl", "forward_kl", "jsd", "skew_fkl", "skew_rkl")
 """Numbers that there are for each token; see ``token_statistics``."""
 
 OF_ONE_MODEL = {"logq", "logp", "entropy"}
 """Numbers that are no divergence between the two."""
+
+UNDER_THE_TEACHER = {"forward_kl", "jsd", "skew_fkl", "skew_rkl"}
+"""Numbers for which the teacher's probabilities are needed, and not only their logarithms."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,16 +116,33 @@ class Cut:
 def cut_for(head: HeadWeights, task: Task) -> Cut:
     """The sizes that the task names, or those that stay within ``WORKING_BYTES``, but at least 16 tokens a tile."""
     weights = [head.weight_VH, *([] if task.teacher is None else [task.teacher.head.weight_VH])]
-    vocabulary, device = head.weight_VH.shape[0], head.weight_VH.device.type
-    kind = "cpu" if device == "cpu" else "cuda"
+    vocabulary, kind = head.weight_VH.shape[0], "cpu" if head.weight_VH.device.type == "cpu" else "cuda"
     threads = torch.get_num_threads() if kind == "cpu" else 1
-    row = vocabulary * max(4, head.weight_VH.element_size())
-    # Softmax is shared out by rows, as many to each thread; but half of the memory is for tiles.
-    most = WORKING_BYTES[kind] // (2 * PIECE_TENSORS * row)
-    piece = task.piece or max(1, min(threads * max(1, PIECE_BYTES[kind] // row), most))
-    left = WORKING_BYTES[kind] - PIECE_TENSORS * piece * row
+    wide = vocabulary * max(4, head.weight_VH.element_size())
+    pieces = wide * tensors_of_a_piece(head, task)
+    # Softmax is shared out by rows, as many to each thread; but a piece has at most half of the memory.
+    fitting = threads * max(1, PIECE_BYTES[kind] // wide)
+    piece = task.piece or max(1, min(fitting, WORKING_BYTES[kind] // (2 * pieces)))
+    left = WORKING_BYTES[kind] - piece * pieces
     tile = task.tile or max(16, left // (vocabulary * sum(weight.element_size() for weight in weights)))
     return Cut(tile=tile, piece=min(piece, tile))
+
+
+def tensors_of_a_piece(head: HeadWeights, task: Task) -> int:
+    """How many tensors of a piece's size live at once; ``tests/unit/test_token_loss.py`` counts them.
+
+    MiniLLM's loss has five: log q, q, log p, the gap between the two, and a product.
+    """
+    found = 3 + _is_narrow(head) + (task.support_NC is not None)
+    if task.teacher is not None:
+        found += 1 + _is_narrow(task.teacher.head) + bool(UNDER_THE_TEACHER & {*task.wanted})
+        found += len({*task.wanted} - OF_ONE_MODEL)
+    return found
+
+
+def _is_narrow(head: HeadWeights) -> bool:
+    """Whether logits have to be copied to be widened."""
+    return head.weight_VH.element_size() < 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,7 +275,7 @@ class Piece:
         if self._teacher_nV is not None:
             self._logp_nV = self._log_softmax(self._teacher_nV, "logp")
             values["logp"] = self._logp_nV.gather(1, self.taken_n1)[:, 0]
-            if {"forward_kl", "jsd", "skew_fkl", "skew_rkl"} & {*wanted}:
+            if UNDER_THE_TEACHER & {*wanted}:
                 self._p_nV = torch.exp(self._logp_nV, out=take("p", self._logp_nV))
             self._forget(self._logp_nV)
             for name in wanted:
