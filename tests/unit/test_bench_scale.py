@@ -99,7 +99,8 @@ def test_memory_is_flat_in_the_vocabulary_once_tiles_are_full(case: StepCase) ->
     """Control: a quarter of a tile at the smallest vocabulary is a whole one at four times as many ids."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         flat, growing = pool.starmap(memory_here, [(case, [80_000, 40_000], 2.0), (case, [40_000, 160_000], 0.25)])
-    assert flat.tokens == 6 * 88 and flat.growth == pytest.approx(1.0, abs=0.1)
+    assert flat.tokens >= 2 * WORKING_BYTES["cpu"] / (8 * 40_000)  # two tiles of both models
+    assert flat.growth == pytest.approx(1.0, abs=0.1)
     assert flat.gradients[80_000] - flat.gradients[40_000] == 40_000 * 16 * 4
     assert flat.peak[40_000] > WORKING_BYTES["cpu"] / 2
     assert growing.growth > 2
