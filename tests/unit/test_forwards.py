@@ -57,20 +57,28 @@ class Models:
         """Counts from now on."""
         for name, root in (("student", self.student.root), ("teacher", self.teacher.root)):
             root.backbone.register_forward_pre_hook(self._forward(name), with_kwargs=True)
-        plain, backward = HeadWeights.logits, self.student._engine.backward
+        plain, tiled, backward = HeadWeights.logits, HeadWeights.multiply, self.student._engine.backward
 
-        def logits(head: HeadWeights, hidden_NH: Tensor) -> Tensor:
+        def count(head: HeadWeights, rows: int) -> None:
             own = head.weight_VH.data_ptr() == self.student.root.head.weight.data_ptr()
             assert own or head.weight_VH.data_ptr() == self.teacher.root.head.weight.data_ptr()
             name = "student_head" if own else "teacher_head"
-            setattr(self.counted, name, getattr(self.counted, name) + len(hidden_NH))
+            setattr(self.counted, name, getattr(self.counted, name) + rows)
+
+        def logits(head: HeadWeights, hidden_NH: Tensor) -> Tensor:
+            count(head, len(hidden_NH))
             return plain(head, hidden_NH)
+
+        def multiply(head: HeadWeights, hidden_nH: Tensor, *, out_nV: Tensor) -> Tensor:
+            count(head, len(hidden_nH))
+            return tiled(head, hidden_nH, out_nV=out_nV)
 
         def count_backward(*arguments: Any, **options: Any) -> Any:
             self.counted.backward += 1
             return backward(*arguments, **options)
 
         patch.setattr(HeadWeights, "logits", logits)
+        patch.setattr(HeadWeights, "multiply", multiply)
         patch.setattr(self.student._engine, "backward", count_backward)
 
     def _forward(self, name: str) -> Callable[..., None]:
@@ -271,9 +279,9 @@ def test_logits_that_are_made_twice_are_seen(models: Models, monkeypatch: pytest
     """Negative control: a tile's logits made once for the value and again for the gradient."""
     plain = token_loss._Gradients.add
 
-    def again(self: Any, slope_nV: Any, *, hidden_nH: Tensor, head: HeadWeights, here: slice) -> None:
+    def again(self: Any, tile: Any, *, hidden_nH: Tensor, head: HeadWeights) -> None:
         head.logits(hidden_nH)
-        plain(self, slope_nV, hidden_nH=hidden_nH, head=head, here=here)
+        plain(self, tile, hidden_nH=hidden_nH, head=head)
 
     monkeypatch.setattr(token_loss._Gradients, "add", again)
     assert complaints(models, mix=0.0) == [["either head, once for value and gradient"]] * 2
