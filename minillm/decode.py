@@ -73,8 +73,8 @@ def roll_out(
     any rank has unfinished rows: it is asked before each token for which a reader in lockstep is called, and all ranks
     must hear the same answer. ``look_every`` tokens lie between two looks at which rows have ended (0: 8 on a GPU,
     where a look waits for the device, else 1); it changes no token. T is the longest response of this rank, at least
-    1; B may be 0. Off the mask ``support_BTC`` keeps every id. Raises ``NonFinite`` where logits are NaN,
-    ``ShapeMismatch`` where the vocabularies differ.
+    1; B may be 0. Off the mask ``support_BTC`` keeps every id. Raises ``NonFinite``, after all
+    calls, where logits are NaN; ``ShapeMismatch`` where the vocabularies differ.
     """
     assert teacher is not None or teacher_mix == 0, "mixing needs a teacher"
     assert 0 <= teacher_mix <= 1 and decoding.temperature > 0, (teacher_mix, decoding.temperature)
@@ -95,6 +95,7 @@ def roll_out(
     )  # fmt: skip
     for guide in guides:
         guide.finish()
+    _require_drawn(page)
     _, width = (mask_BT := page.mask_BT()).shape
     return Rollout(
         prompts=prompts,
@@ -172,22 +173,31 @@ def _write_responses(
         if support_NV is not None:
             support.append(Piece(asked.rows_N, t, pack_support(support_NV)[:, None]))
     page.alive_B.fill_(False)  # those that reached the limit are finished too
-    if look_every > 1 and bool(page.broken_B.any()):
+    return support
+
+
+def _draw(logits_NV: Tensor, uniform_N: Tensor, *, page: Page, rows_N: Tensor, look: bool) -> Tensor:
+    """Ids [N]. Logits that cannot be drawn from are refused at the end of the rollout: other ranks wait for this."""
+    if look and page.refused is None:
+        try:
+            return draw(logits_NV, uniform_N)
+        except NonFinite as error:
+            page.refused = error
+    ids_N, drawable_N = draw_unchecked(logits_NV, uniform_N)
+    page.broken_B[rows_N] |= ~drawable_N & page.alive_B[rows_N]
+    return ids_N
+
+
+def _require_drawn(page: Page) -> None:
+    """Raise ``NonFinite`` where a token had to be drawn from logits that are no numbers."""
+    if page.refused is not None:
+        raise page.refused
+    if bool(page.broken_B.any()):
         raise NonFinite(
             f"logits of {int(page.broken_B.sum())} of {len(page.broken_B)} rows held NaN or +inf; wanted numbers or "
             "-inf.\n"
             "  no token can be drawn from them; look for an overflow (fp16?) or a diverged model"
         )
-    return support
-
-
-def _draw(logits_NV: Tensor, uniform_N: Tensor, *, page: Page, rows_N: Tensor, look: bool) -> Tensor:
-    """Ids [N]; logits that cannot be drawn from are refused at a look, and by the end of the rollout otherwise."""
-    if look:
-        return draw(logits_NV, uniform_N)
-    ids_N, drawable_N = draw_unchecked(logits_NV, uniform_N)
-    page.broken_B[rows_N] |= ~drawable_N & page.alive_B[rows_N]
-    return ids_N
 
 
 def _mix(asked: Asked, taught: list[Asked], *, decoding: Decoding) -> tuple[Tensor, Tensor, Tensor | None]:

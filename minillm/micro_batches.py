@@ -11,7 +11,10 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from minillm.packing import lay_out
+from minillm.packing import Reads, lay_out
+
+TIGHT = 8
+"""A limit below this many of the longest rows: dealing then leaves much over, and runs are tried too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,36 +25,49 @@ class Limits:
     places: int = 0
 
 
-def places(lengths: Sequence[int], *, hidden: int) -> int:
-    """What one forward over rows of these lengths computes: packed for a model of this hidden width, padded for 0."""
-    return lay_out(lengths, hidden=hidden).places if hidden else len(lengths) * max(lengths, default=0)
+def places(lengths: Sequence[int], *, reads: Reads | None) -> int:
+    """What one forward over rows of these lengths computes: packed as a model reads lines, padded for None."""
+    return len(lengths) * max(lengths, default=0) if reads is None else lay_out(lengths, reads=reads).places
 
 
-def cut(lengths: Sequence[int], *, limits: Limits, hidden: int) -> list[list[int]]:
+def cut(lengths: Sequence[int], *, limits: Limits, reads: Reads | None) -> list[list[int]]:
     """Every row, by its index, in one of the micro-batches; one that is empty where there are no rows.
 
     All are within both limits, but for a row of more than ``limits.places`` tokens, which is a micro-batch of its own.
-    ``hidden`` is the model's hidden width where it packs rows, 0 where it pads them. Packed rows are dealt so that long
-    and short ones meet, which fill lines better than rows of one length; padded rows stay with those of similar length.
+    ``reads`` says how the model reads packed rows; None pads them. Padded rows stay with those of similar length.
+    Packed ones are dealt so that long and short ones meet, which fills lines better; where the limit is of a few of the
+    longest rows they are also cut in runs, and the fewer micro-batches are taken.
     """
     if not lengths or limits == Limits():
         return [list(range(len(lengths)))]
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    return _dealt(order, lengths, limits, hidden=hidden) if hidden else _in_runs(order, lengths, limits)
+    if reads is None:
+        return _in_runs(order, lengths, limits, reads=None)
+    dealt = _dealt(order, lengths, limits, reads=reads)
+    if not 0 < limits.places < TIGHT * lengths[order[0]]:
+        return dealt
+
+    def cost(cuts: list[list[int]]) -> tuple[int, int]:
+        return len(cuts), sum(places([lengths[row] for row in rows], reads=reads) for rows in cuts)
+
+    return min(dealt, _in_runs(order, lengths, limits, reads=reads), key=cost)
 
 
-def _in_runs(order: Sequence[int], lengths: Sequence[int], limits: Limits) -> list[list[int]]:
-    """Longest first, the next rows for as long as they fit: a micro-batch is as wide as its first."""
+def _in_runs(order: Sequence[int], lengths: Sequence[int], limits: Limits, *, reads: Reads | None) -> list[list[int]]:
+    """Longest first, the next rows for as long as they fit."""
     cuts: list[list[int]] = []
     for row in order:
-        grown = len(cuts[-1]) + 1 if cuts else 0
-        if not grown or 0 < limits.rows < grown or 0 < limits.places < grown * lengths[cuts[-1][0]]:
+        grown = [*cuts[-1], row] if cuts else []
+        full = 0 < limits.rows < len(grown)
+        if not full and grown and limits.places:
+            full = places([lengths[one] for one in grown], reads=reads) > limits.places
+        if full or not grown:
             cuts.append([])
         cuts[-1].append(row)
     return cuts
 
 
-def _dealt(order: Sequence[int], lengths: Sequence[int], limits: Limits, *, hidden: int) -> list[list[int]]:
+def _dealt(order: Sequence[int], lengths: Sequence[int], limits: Limits, *, reads: Reads) -> list[list[int]]:
     """As few micro-batches of about equally many tokens as are all within the limits."""
     long = [row for row in order if 0 < limits.places < lengths[row]]
     rest = order[len(long) :]
@@ -67,7 +83,7 @@ def _dealt(order: Sequence[int], lengths: Sequence[int], limits: Limits, *, hidd
     while True:
         cuts = _shared_out(rest, lengths, count=count, most=limits.rows or len(rest))
         if not limits.places or all(
-            places([lengths[row] for row in rows], hidden=hidden) <= limits.places for rows in cuts
+            places([lengths[row] for row in rows], reads=reads) <= limits.places for rows in cuts
         ):
             return alone + cuts
         count += 1

@@ -34,7 +34,7 @@ from minillm.cards import BuildSpec, Card
 from minillm.errors import ModelError, PositionsExceeded, did_you_mean
 from minillm.hub import asked_once
 from minillm.model_files import few, in_short, require_safe_folder
-from minillm.packing import pack
+from minillm.packing import Reads, pack
 from minillm.scoring import HeadWeights, token_statistics
 from minillm.token_loss import Task, TileLoss, token_loss
 
@@ -91,8 +91,9 @@ class CausalLM(nn.Module):
         self.packs: Packs = "no"
         """How whole rows are read end to end in lines (``packing``), if they are: set by ``probe_packing``."""
         config = model.config
-        self.hidden = int(config.hidden_size)
-        """Width of the hidden states, for what lines of packed rows cost."""
+        text = config.get_text_config()
+        self.reads = Reads(hidden=int(text.hidden_size), positions=getattr(text, "max_position_embeddings", None))
+        """What decides how wide lines of packed rows are."""
         self.head = Head(
             model.get_output_embeddings(),
             real_ids=model.get_output_embeddings().weight.shape[0],
@@ -141,7 +142,7 @@ class CausalLM(nn.Module):
             )
             states_NH: Tensor = output.last_hidden_state[wanted_BL]
             return states_NH
-        packed = pack(ids_BL, mask_BL, hidden=self.hidden)
+        packed = pack(ids_BL, mask_BL, reads=self.reads)
         # Without an attention mask transformers finds the sequences of a line by their positions.
         mask_R1WW = packed.mask_R1WW() if self.packs == "mask" else None
         output = self.backbone(

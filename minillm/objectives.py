@@ -166,7 +166,10 @@ class Minillm:
         lengths = [len(self._prompts[index].ids) for index, _ in rows]
         mine = share(range(len(rows)), lengths=lengths, rank=self._ranks.rank, ranks=self._ranks.size)
         with student.whole() as reader, self._teacher.head() as head:
-            rollout = self._roll_out(reader, [rows[i] for i in mine], step=step, policy_step=student.updates_done)
+            own = [rows[i] for i in mine]
+            rollout = self._ranks.together(
+                lambda: self._roll_out(reader, own, step=step, policy_step=student.updates_done)
+            )
             scored = self._ranks.together(
                 lambda: score(rollout, student=reader, teacher_head=head, temperature=self._decoding.temperature)
             )
@@ -371,7 +374,7 @@ def rollout_inputs(rollout: Rollout, rows: Sequence[int]) -> dict[str, Tensor]:
 def in_step(lengths: Sequence[int], *, limits: Limits, student: Student, ranks: Ranks) -> list[list[int]]:
     """This rank's rows, by index, in micro-batches: as many on every rank as the one with the most needs, since each
     forward and backward pass of a sharded model is made by all of them together; the last ones may be empty."""
-    cuts = cut(lengths, limits=limits, hidden=0 if student.root.packs == "no" else student.root.hidden)
+    cuts = cut(lengths, limits=limits, reads=None if student.root.packs == "no" else student.root.reads)
     return cuts + [[] for _ in range(ranks.most(len(cuts)) - len(cuts))]
 
 

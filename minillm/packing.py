@@ -22,10 +22,20 @@ WIDER = 1.5
 WIDTHS = 8
 """How many widths beyond the longest row's are tried."""
 SURE_WIDTH = 512
-"""Lines grow beyond the longest row up to here only: a few architectures (GPT-Neo, the first GPT) keep a causal mask of
-just as many tokens as they have positions, and pretrained ones have no fewer than this."""
+"""Lines grow beyond the longest row up to here only, and never beyond the model's positions: a few architectures
+(GPT-Neo, the first GPT) keep a causal mask of just as many tokens."""
 ATTENTION_WIDTHS = 6
 """Attention costs as much as the rest of a layer in lines of this many hidden widths, counted in multiplications."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reads:
+    """What decides how wide a line may be for a model."""
+
+    hidden: int
+    """Its hidden width: the narrower it is, the more of its work is attention, which grows with the line."""
+    positions: int | None = None
+    """The longest sequence it has positions for; None where there is no limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,13 +73,13 @@ class Lines:
         return self.count * self.width
 
 
-def pack(ids_BL: Tensor, mask_BL: Tensor, *, hidden: int) -> Packed:
+def pack(ids_BL: Tensor, mask_BL: Tensor, *, reads: Reads) -> Packed:
     """The real tokens of each row side by side in lines, as ``lay_out`` says.
 
     Padding may be on either side. Rows of 5, 2 and 3 tokens give two lines of 5: the first row, and the other two. At
-    least one line, one token long, even without any row. ``hidden`` is the model's hidden width.
+    least one line, one token long, even without any row.
     """
-    lines = lay_out(mask_BL.sum(dim=1).tolist(), hidden=hidden)
+    lines = lay_out(mask_BL.sum(dim=1).tolist(), reads=reads)
     start_B1 = torch.tensor(lines.starts, dtype=torch.int64, device=ids_BL.device).unsqueeze(1)
     position_BL = mask_BL.long().cumsum(dim=1) - 1
     place_BL = torch.where(mask_BL, start_B1 + position_BL, -1)
@@ -82,7 +92,7 @@ def pack(ids_BL: Tensor, mask_BL: Tensor, *, hidden: int) -> Packed:
     return Packed(ids_RW=ids_F.view(shape), position_RW=position_F.view(shape), place_BL=place_BL)
 
 
-def lay_out(lengths: Sequence[int], *, hidden: int) -> Lines:
+def lay_out(lengths: Sequence[int], *, reads: Reads) -> Lines:
     """Rows of these lengths in lines of the width that costs least: the longest row's, or up to ``WIDER`` times that.
 
     Wider lines leave fewer places over, since more rows may share one, and cost more attention at each place, which
@@ -90,13 +100,13 @@ def lay_out(lengths: Sequence[int], *, hidden: int) -> Lines:
     more places than at the longest row's width.
     """
     longest = max([1, *lengths])
-    widest = max(longest, min(int(WIDER * longest), SURE_WIDTH))
+    widest = max(longest, min(int(WIDER * longest), SURE_WIDTH, reads.positions or SURE_WIDTH))
     widths = sorted({longest + (widest - longest) * step // WIDTHS for step in range(WIDTHS + 1)})
     found = []
     for width in widths:
         starts, count = first_places(lengths, width=width)
         found.append(Lines(starts=starts, count=count, width=width))
-    return min(found, key=lambda lines: lines.places * (ATTENTION_WIDTHS * hidden + lines.width))
+    return min(found, key=lambda lines: lines.places * (ATTENTION_WIDTHS * reads.hidden + lines.width))
 
 
 def first_places(lengths: Sequence[int], *, width: int) -> tuple[list[int], int]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from minillm.errors import NonFinite
 from minillm.types import PromptBatch, Stop
 
 _SHED_SHARE = 4
@@ -75,6 +76,8 @@ class Page:
     logq_BT: Tensor
     broken_B: Tensor
     """True where a token was drawn from logits that are no numbers, between two looks."""
+    refused: NonFinite | None = None
+    """Why a token could not be drawn at a look."""
     looks: int = 0
     """Looks so far at which rows have ended; between two of them more rows may be written to than are unfinished."""
 

@@ -253,7 +253,8 @@ class Piece:
     @property
     def is_finite(self) -> bool:
         """Whether formulas hold: no logit is -inf, by which a model may forbid a token, or NaN, not to be hidden."""
-        return _finite(self.student_nV) and (self._teacher_nV is None or _finite(self._teacher_nV))
+        teacher_nV, hottest = self._teacher_nV, min(1.0, self._task.temperature)
+        return _finite(self.student_nV, hottest) and (teacher_nV is None or _finite(teacher_nV, hottest))
 
     def by_definition(self, student_nV: Tensor) -> dict[str, Tensor]:
         """The numbers by ``tile_statistics``, with a gradient to ``student_nV``."""
@@ -346,9 +347,9 @@ class Piece:
         return torch.sub(self._logp_nV, log_m_nV, out=self.scratch()).mul_(self._p_nV).sum(dim=-1)
 
 
-def _finite(logits_nV: Tensor) -> bool:
-    """Whether no logit is -inf or NaN; an empty piece has none."""
-    return logits_nV.numel() == 0 or bool(logits_nV.amin() > -torch.inf)
+def _finite(logits_nV: Tensor, temperature: float) -> bool:
+    """Whether no logit over the temperature is -inf or NaN; an empty piece has none."""
+    return logits_nV.numel() == 0 or bool(logits_nV.amin() / temperature > -torch.inf)
 
 
 def tile_statistics(

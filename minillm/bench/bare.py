@@ -34,6 +34,11 @@ class Sizes:
     precision: str = "fp32"
 
     @property
+    def length(self) -> int:
+        """Most tokens of a sequence."""
+        return self.prompt_tokens + self.new_tokens
+
+    @property
     def dtype(self) -> torch.dtype:
         """What weights are held in."""
         return {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}[self.precision]
@@ -75,8 +80,12 @@ class Bare:
 
     def __init__(self, sizes: Sizes, *, device: torch.device) -> None:
         self._sizes = sizes
-        self._teacher: Any = model_loader(sizes.teacher, "teachers", dtype=sizes.dtype, device=device)().eval()
-        self._student: Any = model_loader(sizes.student, "students", dtype=sizes.dtype, device=device)().eval()
+        self._teacher: Any = model_loader(
+            sizes.teacher, "teachers", dtype=sizes.dtype, device=device, length=sizes.length
+        )().eval()
+        self._student: Any = model_loader(
+            sizes.student, "students", dtype=sizes.dtype, device=device, length=sizes.length
+        )().eval()
         vocabulary = self._student.config.vocab_size
         self._uids = [prompt.uid for prompt in random_prompts(sizes, vocabulary=vocabulary)]
         self._ids_BP = random_ids(sizes.rows, sizes.prompt_tokens, vocabulary=vocabulary, seed=0).to(device)
@@ -143,11 +152,15 @@ class Bare:
 
 
 def model_loader(
-    name: str, kind: Any, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+    name: str, kind: Any, *, dtype: torch.dtype, device: torch.device | str = "cpu", length: int = 0
 ) -> Callable[[], PreTrainedModel]:
-    """Builds or reads the model of a card or folder, whenever it is called; random weights are drawn on the device."""
+    """Builds or reads the model of a card or folder, whenever it is called; random weights are drawn on the device.
+
+    Raises ``PositionsExceeded`` at once where it has none for sequences of ``length``.
+    """
     card = load_card(name, kind=kind)
     facts = inspect(card)
+    facts.require_positions(length, what=str(kind).removesuffix("s"))
 
     def made() -> PreTrainedModel:
         with torch.device(device):

@@ -136,6 +136,10 @@ class CoinWork:
     ) -> None:
         self._case, self._ranks, self._ends = case, ranks, ends
         self._optimiser = OptimiserConfig(lr=1e-5)
+        self._longest = case.new_tokens + max([case.prompt_tokens, *(len(prompt.ids) for prompt in prompts or ())])
+        for rows in case.batches:
+            for groups in _groups_of(case, rows).values():
+                self._stage(rows, groups)  # what cannot be combined is refused before anything is loaded
         self._teacher = Teacher(
             self._loader(case.teacher, "teachers"), ranks=ranks, placement="replicated", precision="fp32"
         )
@@ -150,10 +154,7 @@ class CoinWork:
         """Of the gradient of batches of this many rows, and its standard error; the same rollouts for each call."""
         case = self._case
         objective = Minillm(
-            MinillmStage(
-                steps=case.rollouts, prompts=rows, teacher_mix=case.teacher_mix, coin_groups=groups,
-                importance=case.importance, baseline=case.baseline, optimiser=self._optimiser,  # type: ignore[arg-type]
-            ),
+            self._stage(rows, groups),
             prompts=self._prompts,
             decoding=Decoding(max_new_tokens=case.new_tokens),
             teacher=self._teacher,
@@ -167,6 +168,18 @@ class CoinWork:
         """Frees the teacher."""
         self._teacher.close()
 
+    def _stage(self, rows: int, groups: int) -> MinillmStage:
+        case = self._case
+        return MinillmStage(
+            steps=case.rollouts,
+            prompts=rows,
+            teacher_mix=case.teacher_mix,
+            coin_groups=groups,
+            importance=case.importance,  # type: ignore[arg-type]
+            baseline=case.baseline,  # type: ignore[arg-type]
+            optimiser=self._optimiser,
+        )
+
     def _gradient(self, objective: Minillm, step: int) -> Tensor:
         """Of the loss of one rollout, all parameters side by side, [D]."""
         student: Any = self._student
@@ -178,7 +191,7 @@ class CoinWork:
         return torch.stack([torch.cat([g.flatten() for g in grad]) for grad in grads]).sum(dim=0).double()
 
     def _loader(self, name: str, kind: Any) -> Callable[[], PreTrainedModel]:
-        load = model_loader(name, kind, dtype=torch.float32)
+        load = model_loader(name, kind, dtype=torch.float32, length=self._longest)
         sharpness = self._case.sharpness
         return load if sharpness is None else lambda: _sharpened(load(), sharpness)
 

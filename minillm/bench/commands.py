@@ -93,7 +93,7 @@ def step(  # noqa: PLR0917 (typer reads options from parameters)
     json_file: Json = None,
 ) -> None:
     """A whole MiniLLM step against the sum of its bare parts: without teacher mixing, and with --alpha of it (0: only
-    without).
+    without). --json also gets what `bench padding` finds in the embedded world, unless the file has a finding of it.
 
     \b
     Example:

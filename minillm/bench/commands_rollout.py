@@ -44,7 +44,8 @@ def rollout(  # noqa: PLR0917 (typer reads options from parameters)
     threads: Threads = 2,
     json_file: Json = None,
 ) -> None:
-    """Lazy teacher mixing against mixing at every token, dropping of finished rows, and what shared coins cost.
+    """Lazy teacher mixing against mixing at every token, dropping of finished rows, and what shared coins cost (that with
+    two small random models, whatever --teacher and --student are; `bench coins` takes yours).
 
     \b
     Example:
@@ -53,6 +54,8 @@ def rollout(  # noqa: PLR0917 (typer reads options from parameters)
     check_precision(precision)
     if alpha == 0:
         raise ConfigError("--alpha 0: nothing is mixed; wanted a share above 0, such as 0.2")
+    if new_tokens == 1:
+        raise ConfigError("--new-tokens 1: wanted at least 2, or no step of decoding follows the prompts")
     import torch
 
     from minillm.bench.bare import Sizes
@@ -104,8 +107,8 @@ def rollout(  # noqa: PLR0917 (typer reads options from parameters)
 
 @app.command()
 def coins(  # noqa: PLR0917 (typer reads options from parameters)
-    teacher: Annotated[str, typer.Option("--teacher", metavar="CARD|DIR", help="The model that is imitated.")],
-    student: Annotated[str, typer.Option("--student", metavar="CARD|DIR", help="The model that learns.")],
+    teacher: TeacherName,
+    student: StudentName,
     prompts: Annotated[str, typer.Option("--prompts", metavar="FILE", help="Rows to draw from, or world:SPLIT.")],
     batch: Annotated[list[int] | None, typer.Option("--batch", min=2, help="Rows; may be repeated.")] = None,
     groups: Annotated[list[int] | None, typer.Option("--groups", min=1, help="Coin groups; may be repeated.")] = None,
@@ -123,6 +126,11 @@ def coins(  # noqa: PLR0917 (typer reads options from parameters)
     Example:
       minillm bench coins --teacher runs/a/teacher/student --student runs/a/student --prompts valid.jsonl
     """
+    for name, value, known in (
+        ("--importance", importance, ("coin", "per_step")), ("--baseline", baseline, ("none", "position_mean"))
+    ):  # fmt: skip
+        if value not in known:
+            raise ConfigError(f"{name} {value!r}: wanted {' or '.join(known)}")
     from minillm.bench.coins import CoinCase, measure_coins, prompts_of
     from minillm.bench.record import write_section
 
@@ -141,14 +149,18 @@ def coins(  # noqa: PLR0917 (typer reads options from parameters)
 def _print_coins(figures: CoinFigures) -> None:
     from minillm.bench.record import print_table
 
-    groups = [name for name in next(iter(figures.variance.values())) if name != "independent"]
+    groups = sorted({name for of in figures.variance.values() for name in of} - {"independent"}, key=int)
     case = figures.case
     print_table(
-        f"Variance of a batch's gradient over that with independent coins ({case.rollouts} rollouts each, alpha "
+        f"Variance of a batch's gradient over that with independent coins ({case.teacher} and {case.student}"
+        f"{', random and sharp' * (case.sharpness is not None)}, {case.rollouts} rollouts each, alpha "
         f"{case.teacher_mix:g}, weights {case.importance}, baseline {case.baseline})",
         ["rows", *(f"{name} group{'s' * (name != '1')}" for name in groups)],
         [
-            [str(rows), *(f"{of[name]:.2f} ± {figures.error[rows][name]:.2f}" for name in groups if name in of)]
+            [
+                str(rows),
+                *(f"{of[name]:.2f} ± {figures.error[rows][name]:.2f}" if name in of else "–" for name in groups),
+            ]
             for rows, of in figures.variance.items()
         ],
     )

@@ -6,11 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minillm.bench.options import (
-    Json,
-    Repeats,
-    app,
-)
+from minillm.bench.options import Json, PromptTokens, Repeats, StudentName, TeacherName, app
 from minillm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,12 +17,10 @@ if TYPE_CHECKING:
 
 @app.command()
 def scale(  # noqa: PLR0917 (typer reads options from parameters)
-    teacher: Annotated[
-        str, typer.Option("--teacher", metavar="CARD|DIR", help="The model that is imitated.")
-    ] = "bench-30m",
-    student: Annotated[str, typer.Option("--student", metavar="CARD|DIR", help="The model that learns.")] = "bench-4m",
+    teacher: TeacherName = "bench-30m",
+    student: StudentName = "bench-4m",
     batch: Annotated[int, typer.Option("--batch", min=1, help="Responses in a rollout, for each rank.")] = 8,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Tokens of each prompt.")] = 64,
+    prompt_tokens: PromptTokens = 64,
     new_tokens: Annotated[
         int, typer.Option("--new-tokens", min=1, help="Tokens of each response where ranks are compared.")
     ] = 64,

@@ -14,6 +14,7 @@ from minillm.cards import load_card
 from minillm.errors import DataError
 from minillm.micro_batches import Limits, cut, places
 from minillm.order import GlobalOrder
+from minillm.packing import Reads
 from minillm.prompts import encode, read_rows
 from minillm.records import Row, shown
 from minillm.templates import is_blank, render
@@ -29,8 +30,8 @@ VARIANTS = ("padded", "padded_cut", "packed")
 """To the longest row of the batch; the same within micro-batches of rows of similar length; as training does it, in
 lines within the micro-batches of packed rows."""
 SEED = 0
-HIDDEN = 256
-"""Hidden width of the model that reads packed rows: narrower ones keep narrower lines, with more left over."""
+READS = Reads(hidden=256)
+"""The model that reads packed rows: narrower ones keep narrower lines, with more left over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,10 +99,10 @@ def measure_batches(lengths: Sequence[int], *, size: int, micro_tokens: int, bat
         batch = [lengths[row] for row in order.take(number * size, size)]
         tokens += sum(batch)
         for variant in VARIANTS:
-            hidden = HIDDEN if variant == "packed" else 0
-            cuts = cut(batch, limits=Limits() if variant == "padded" else limits, hidden=hidden)
+            reads = READS if variant == "packed" else None
+            cuts = cut(batch, limits=Limits() if variant == "padded" else limits, reads=reads)
             forwards[variant] += len(cuts)
-            computed[variant] += sum(places([batch[row] for row in rows], hidden=hidden) for rows in cuts)
+            computed[variant] += sum(places([batch[row] for row in rows], reads=reads) for rows in cuts)
     return Batches(
         rows=size,
         empty={variant: 1 - tokens / computed[variant] for variant in VARIANTS},

@@ -243,6 +243,8 @@ class _Clocked:
 
     def extend(self, ids_BS: Tensor, mask_BL: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """As the reader's."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         self.marks.append(time.perf_counter())
         return self._reader.extend(ids_BS, mask_BL, cache)
 
@@ -274,6 +276,6 @@ def _between(curve: dict[int, list[float]], rows: int, t: int) -> float:
 
 
 def _root(name: str, kind: str, *, sizes: Sizes, device: torch.device) -> CausalLM:
-    root = CausalLM(model_loader(name, kind, dtype=sizes.dtype, device=device)().eval())
+    root = CausalLM(model_loader(name, kind, dtype=sizes.dtype, device=device, length=sizes.length)().eval())
     probe_packing(root, name=name)
     return root

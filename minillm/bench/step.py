@@ -126,10 +126,10 @@ class Ours:
             length_norm=True,
             optimiser=OptimiserConfig(lr=1e-5),
         )
-        teacher = model_loader(sizes.teacher, "teachers", dtype=sizes.dtype, device=ranks.device)
+        teacher = model_loader(sizes.teacher, "teachers", dtype=sizes.dtype, device=ranks.device, length=sizes.length)
         # As in a run: whole precision, from which the engine makes its own.
         whole = torch.promote_types(sizes.dtype, torch.float32)
-        student = model_loader(sizes.student, "students", dtype=whole, device=ranks.device)
+        student = model_loader(sizes.student, "students", dtype=whole, device=ranks.device, length=sizes.length)
         self.teacher = Teacher(teacher, ranks=ranks, placement="replicated", precision=sizes.precision)
         self.student = Student(
             student, ranks=ranks, settings=case.settings or ("zero1" if sizes.precision == "bf16" else "zero0"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from minillm.micro_batches import Limits, cut
+from minillm.packing import Reads
 from tests.exact.tabular import (
     TabularLM,
     assert_close,
@@ -100,7 +101,7 @@ def test_cutting_a_batch_changes_nothing(sizes: list[int], denominator: str) -> 
 def test_cutting_a_batch_by_a_budget_of_tokens_changes_nothing(budget: int, packed: bool) -> None:
     student, loss_B, length_B = batch()
     whole_D = gradient(loss_B.sum() / len(loss_B), student)
-    cuts = cut(length_B.long().tolist(), limits=Limits(places=budget), hidden=170 if packed else 0)
+    cuts = cut(length_B.long().tolist(), limits=Limits(places=budget), reads=Reads(hidden=170) if packed else None)
     assert (len(cuts) == 1) == (budget == 40)
     pieces = [gradient(loss_B[torch.tensor(rows)].sum() / len(loss_B), student) for rows in cuts]
     assert_close(torch.stack(pieces).sum(0), whole_D, atol=1e-13)

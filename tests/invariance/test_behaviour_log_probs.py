@@ -26,7 +26,7 @@ from minillm.cards import Card
 from minillm.config import MinillmStage, OptimiserConfig
 from minillm.models import CausalLM, ModelReader, inspect, load, probe_packing
 from minillm.objectives import Collected, Minillm, rollout_inputs
-from minillm.packing import pack
+from minillm.packing import Reads, pack
 from minillm.ranks import Ranks
 from minillm.scoring import HeadWeights
 from minillm.types import Decoding, Ids, Prompt, Rollout
@@ -172,7 +172,10 @@ def test_the_ratio_is_one_before_the_first_update(family: str, chain: str, dtype
     lengths = case.rollout.length_B.tolist()
     assert len(set(lengths)) > 2 and sum(lengths) > 16  # more than one tile
     inputs = rollout_inputs(case.rollout, range(ROWS))
-    assert case.student.root.packs != "no" and len(pack(inputs["ids_BL"], inputs["mask_BL"], hidden=16).ids_RW) < ROWS
+    assert (
+        case.student.root.packs != "no"
+        and len(pack(inputs["ids_BL"], inputs["mask_BL"], reads=Reads(hidden=16)).ids_RW) < ROWS
+    )
     assert bool(case.rollout.teacher_drew_BT.any())
     assert (case.rollout.support_BTC is not None) == (chain in {"top-k", "top-p", "all"})
 

@@ -10,18 +10,18 @@ import torch
 
 from minillm import micro_batches
 from minillm.micro_batches import Limits, cut, places
-from minillm.packing import pack
+from minillm.packing import Reads, pack
 
 WORLD = [12, 14, 18, 20, 22, 24, 26, 48, 50]
 """Lengths spread as the embedded world's."""
-HIDDEN = 170
-"""Width of the model that packs them."""
+READS = Reads(hidden=170)
+"""The model that packs them."""
 
 
 def computed(lengths: Sequence[int], *, packed: bool) -> int:
     """Places of a forward, counted on the tensors that it reads."""
     mask_BL = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    return pack(mask_BL.long(), mask_BL, hidden=HIDDEN).ids_RW.numel() if packed else mask_BL.numel()
+    return pack(mask_BL.long(), mask_BL, reads=READS).ids_RW.numel() if packed else mask_BL.numel()
 
 
 def cases() -> Iterator[tuple[list[int], Limits]]:
@@ -50,13 +50,15 @@ def broken(lengths: Sequence[int], limits: Limits, cuts: Sequence[Sequence[int]]
 @pytest.mark.parametrize("packed", [False, True])
 def test_every_row_is_in_one_micro_batch_and_all_are_within_the_limits(packed: bool) -> None:
     for lengths, limits in cases():
-        assert broken(lengths, limits, cut(lengths, limits=limits, hidden=HIDDEN if packed else 0), packed=packed) == []
+        assert (
+            broken(lengths, limits, cut(lengths, limits=limits, reads=READS if packed else None), packed=packed) == []
+        )
 
 
 def test_what_counts_as_places_is_what_a_forward_reads() -> None:
     for lengths, _ in cases():
         for packed in (False, True):
-            assert places(lengths, hidden=HIDDEN if packed else 0) == computed(lengths, packed=packed)
+            assert places(lengths, reads=READS if packed else None) == computed(lengths, packed=packed)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -69,31 +71,31 @@ def test_a_limit_that_is_not_looked_at_would_be_seen(packed: bool) -> None:
             if limits in kept:
                 less = Limits(rows=limits.rows) if ignored == "places" else Limits(places=limits.places)
                 wrong += bool(
-                    broken(lengths, limits, cut(lengths, limits=less, hidden=HIDDEN if packed else 0), packed=packed)
+                    broken(lengths, limits, cut(lengths, limits=less, reads=READS if packed else None), packed=packed)
                 )
         assert wrong > 5, ignored
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_row_beyond_the_limit_goes_alone(packed: bool) -> None:
-    cuts = cut([3, 90, 4, 80, 5], limits=Limits(places=20), hidden=HIDDEN if packed else 0)
+    cuts = cut([3, 90, 4, 80, 5], limits=Limits(places=20), reads=READS if packed else None)
     assert [1] in cuts and [3] in cuts and sorted(map(sorted, cuts))[0] == [0, 2, 4]
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_without_limits_all_rows_go_at_once_in_their_order(packed: bool) -> None:
-    assert cut([3, 9, 4], limits=Limits(), hidden=HIDDEN if packed else 0) == [[0, 1, 2]]
+    assert cut([3, 9, 4], limits=Limits(), reads=READS if packed else None) == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("limits", [Limits(), Limits(rows=2), Limits(places=7)])
 def test_no_row_at_all_is_one_empty_micro_batch(limits: Limits, packed: bool) -> None:
-    assert cut([], limits=limits, hidden=HIDDEN if packed else 0) == [[]]
+    assert cut([], limits=limits, reads=READS if packed else None) == [[]]
 
 
 def test_padded_rows_stay_with_those_of_similar_length() -> None:
-    assert cut([2, 9, 3, 8, 1], limits=Limits(rows=2), hidden=0) == [[1, 3], [2, 0], [4]]
-    assert cut([2, 9, 3, 8, 1], limits=Limits(places=18), hidden=0) == [[1, 3], [2, 0, 4]]
+    assert cut([2, 9, 3, 8, 1], limits=Limits(rows=2), reads=None) == [[1, 3], [2, 0], [4]]
+    assert cut([2, 9, 3, 8, 1], limits=Limits(places=18), reads=None) == [[1, 3], [2, 0, 4]]
 
 
 def test_there_are_few_micro_batches() -> None:
@@ -102,14 +104,14 @@ def test_there_are_few_micro_batches() -> None:
     for rows in (16, 64, 256):
         lengths = [source.choice(WORLD) for _ in range(rows)]
         for limit in (400, 2000):
-            cuts = cut(lengths, limits=Limits(places=limit), hidden=HIDDEN)
+            cuts = cut(lengths, limits=Limits(places=limit), reads=READS)
             assert len(cuts) <= -(-1.12 * sum(lengths) // limit)
-        assert len(cut(lengths, limits=Limits(rows=8), hidden=HIDDEN)) == rows // 8
+        assert len(cut(lengths, limits=Limits(rows=8), reads=READS)) == rows // 8
 
 
 def left_over(cuts: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:
     """Share of the places that hold no token."""
-    used = sum(places([lengths[row] for row in rows], hidden=HIDDEN) for rows in cuts)
+    used = sum(places([lengths[row] for row in rows], reads=READS) for rows in cuts)
     return 1 - sum(lengths) / used
 
 
@@ -118,7 +120,22 @@ def test_long_and_short_rows_together_leave_few_places_over(monkeypatch: pytest.
     source = random.Random(2)
     lengths = [source.choice(WORLD) for _ in range(128)]
     limits = Limits(places=1000)
-    assert left_over(cut(lengths, limits=limits, hidden=HIDDEN), lengths) < 0.05
+    assert left_over(cut(lengths, limits=limits, reads=READS), lengths) < 0.05
     in_runs = micro_batches._in_runs
-    monkeypatch.setattr(micro_batches, "_dealt", lambda order, lengths, limits, **_: in_runs(order, lengths, limits))
-    assert left_over(cut(lengths, limits=limits, hidden=HIDDEN), lengths) > 0.05
+    monkeypatch.setattr(
+        micro_batches, "_dealt", lambda order, lengths, limits, **_: in_runs(order, lengths, limits, reads=None)
+    )
+    assert left_over(cut(lengths, limits=limits, reads=READS), lengths) > 0.05
+
+
+def test_long_rows_under_a_tight_limit_take_few_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: dealt alone, one that does not fit makes all be dealt again, and far more are needed."""
+    source = random.Random(3)
+    lengths = [source.randint(20, 1500) for _ in range(256)]
+    limits, reads = Limits(places=4096), Reads(hidden=1024)
+    few = cut(lengths, limits=limits, reads=reads)
+    assert len(few) <= 1.2 * sum(lengths) / 4096
+    assert sorted(row for rows in few for row in rows) == list(range(256))
+    assert all(places([lengths[row] for row in rows], reads=reads) <= 4096 for rows in few)
+    monkeypatch.setattr(micro_batches, "TIGHT", 0)
+    assert len(cut(lengths, limits=limits, reads=reads)) > len(few)

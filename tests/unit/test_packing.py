@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from minillm.models import CausalLM, Packs, probe_packing
-from minillm.packing import SURE_WIDTH, WIDER, first_places, lay_out, pack
+from minillm.packing import SURE_WIDTH, WIDER, Reads, first_places, lay_out, pack
 from tests import tiny
 
 LENGTHS = (9, 2, 5, 1, 7, 3, 3, 8)
@@ -43,14 +43,14 @@ def root(request: pytest.FixtureRequest, tmp_path: Any) -> CausalLM:
 
 def test_rows_of_5_2_and_3_tokens_lie_in_two_lines_of_5() -> None:
     ids_BL = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 0, 0, 0], [8, 9, 1, 0, 0]])
-    packed = pack(ids_BL, torch.arange(5) < torch.tensor([[5], [2], [3]]), hidden=8)
+    packed = pack(ids_BL, torch.arange(5) < torch.tensor([[5], [2], [3]]), reads=Reads(hidden=8))
     assert packed.ids_RW.tolist() == [[1, 2, 3, 4, 5], [8, 9, 1, 6, 7]]
     assert packed.position_RW.tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 0, 1]]
     assert packed.place_BL.tolist() == [[0, 1, 2, 3, 4], [8, 9, -1, -1, -1], [5, 6, 7, -1, -1]]
 
 
 def test_no_row_at_all_is_one_line_of_one_place() -> None:
-    packed = pack(torch.zeros(0, 4, dtype=torch.int64), torch.zeros(0, 4, dtype=torch.bool), hidden=8)
+    packed = pack(torch.zeros(0, 4, dtype=torch.int64), torch.zeros(0, 4, dtype=torch.bool), reads=Reads(hidden=8))
     assert packed.ids_RW.shape == packed.position_RW.shape == (1, 1)
     assert packed.of_rows(torch.zeros(1, 1, 3), torch.zeros(0, 4, dtype=torch.bool)).shape == (0, 3)
 
@@ -58,7 +58,7 @@ def test_no_row_at_all_is_one_line_of_one_place() -> None:
 def test_a_place_that_holds_no_token_cannot_be_asked_for() -> None:
     ids_BL, mask_BL = batch_of(left=True)
     with pytest.raises(IndexError):
-        pack(ids_BL, mask_BL, hidden=8).of_rows(torch.zeros(20, 9, 3), ~mask_BL)
+        pack(ids_BL, mask_BL, reads=Reads(hidden=8)).of_rows(torch.zeros(20, 9, 3), ~mask_BL)
 
 
 def test_no_two_rows_share_a_place_and_lines_are_few() -> None:
@@ -89,7 +89,7 @@ def test_wider_lines_never_take_more_places_and_few_are_left_over() -> None:
     tokens = wide = narrow = 0
     for _ in range(100):
         lengths = [source.choice([12, 14, 18, 20, 22, 24, 26, 33, 48, 50]) for _ in range(16)]
-        lines = lay_out(lengths, hidden=170)
+        lines = lay_out(lengths, reads=Reads(hidden=170))
         of_longest = first_places(lengths, width=max(lengths))[1] * max(lengths)
         assert sum(lengths) <= lines.places <= of_longest
         assert max(lengths) <= lines.width <= WIDER * max(lengths)
@@ -113,22 +113,30 @@ def test_wider_lines_never_take_more_places_and_few_are_left_over() -> None:
 )
 def test_lines_are_widened_only_where_it_helps(lengths: list[int], width: int) -> None:
     """The last: two lines of 431 would be 4 % fewer places than three of 300, and attend over 44 % more."""
-    assert lay_out(lengths, hidden=170).width == width
+    assert lay_out(lengths, reads=Reads(hidden=170)).width == width
+
+
+def test_no_line_is_wider_than_the_model_has_positions() -> None:
+    """Unless a row is. Negative control: with more positions lines are wider."""
+    lengths = [120, 70, 70, 70, 70]
+    assert lay_out(lengths, reads=Reads(hidden=4096, positions=128)).width <= 128
+    assert lay_out(lengths, reads=Reads(hidden=4096, positions=1024)).width > 128
+    assert lay_out([200, 10], reads=Reads(hidden=4096, positions=128)).width == 200
 
 
 def test_a_narrow_model_keeps_narrow_lines() -> None:
     """There attention is most of the work, and a wide line costs more than the places it saves."""
     source = random.Random(2)
     rows = [[source.choice([12, 14, 18, 20, 22, 24, 26, 33, 48, 50]) for _ in range(16)] for _ in range(50)]
-    narrow, wide = (sum(lay_out(lengths, hidden=hidden).width for lengths in rows) for hidden in (4, 1024))
+    narrow, wide = (sum(lay_out(lengths, reads=Reads(hidden=hidden)).width for lengths in rows) for hidden in (4, 1024))
     assert narrow < 1.02 * sum(map(max, rows)) < 1.1 * sum(map(max, rows)) < wide
 
 
 def test_lines_grow_no_further_than_any_model_has_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [420, 300, 240, 300, 240, 300, 240]
-    assert lay_out(lengths, hidden=170).width <= SURE_WIDTH
+    assert lay_out(lengths, reads=Reads(hidden=170)).width <= SURE_WIDTH
     monkeypatch.setattr("minillm.packing.SURE_WIDTH", 4096)
-    assert lay_out(lengths, hidden=170).width > SURE_WIDTH  # the negative control
+    assert lay_out(lengths, reads=Reads(hidden=170)).width > SURE_WIDTH  # the negative control
 
 
 @pytest.mark.parametrize("left", [False, True])
@@ -226,7 +234,7 @@ def test_an_architecture_that_cannot_be_packed_is_padded_and_said_to_be(
 
 def test_every_wanted_state_comes_back_in_row_order() -> None:
     ids_BL, mask_BL = batch_of(left=False)
-    packed = pack(ids_BL, mask_BL, hidden=8)
+    packed = pack(ids_BL, mask_BL, reads=Reads(hidden=8))
     states_RWH = packed.ids_RW[:, :, None].double()
     assert packed.of_rows(states_RWH, mask_BL)[:, 0].tolist() == ids_BL[mask_BL].tolist()
     wanted_BL = mask_BL.clone()
