@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from minillm.bench.loss import whole_logits_loss
-from minillm.cards import load_card
+from minillm.cards import Kind, load_card
+from minillm.errors import ConfigError
 from minillm.models import inspect, load
 from minillm.sampling import coin_group, coin_keys, uniforms
 from minillm.scoring import HeadWeights, TeacherView
@@ -62,6 +63,24 @@ class Coins:
         """The rows of each group."""
         group_B = torch.tensor([coin_group(uid, self.groups) for uid in uids])
         return [(group_B == group).nonzero().squeeze(1) for group in range(self.groups)]
+
+
+def check_pair(sizes: Sizes) -> None:
+    """Raise ``ConfigError`` where the models differ in ids or lack positions, before they are built."""
+    models: tuple[tuple[str, Kind], ...] = ((sizes.teacher, "teachers"), (sizes.student, "students"))
+    facts = [inspect(load_card(name, kind=kind)) for name, kind in models]
+    rows = [one.config.vocab_size for one in facts]
+    if rows[0] != rows[1]:
+        raise ConfigError(
+            f"teacher {sizes.teacher} has {rows[0]:,} ids and student {sizes.student} {rows[1]:,}; wanted as many.\n"
+            "  name two models of one vocabulary"
+        )
+    for one in facts:
+        if one.positions is not None and sizes.length > one.positions:
+            raise ConfigError(
+                f"{one.name} has {one.positions} positions; --prompt-tokens {sizes.prompt_tokens} and --new-tokens "
+                f"{sizes.new_tokens} are {sizes.length}.\n  lower one of them by {sizes.length - one.positions}"
+            )
 
 
 def draw_key(rollout: int) -> DrawKey:

@@ -100,7 +100,7 @@ def step(  # noqa: PLR0917 (typer reads options from parameters)
       minillm bench step --batch 4 --new-tokens 32 --json bench.json
     """
     check_precision(precision)
-    from minillm.bench.bare import Sizes
+    from minillm.bench.bare import Sizes, check_pair
     from minillm.bench.commands_scale import padding
     from minillm.bench.record import sections, write_section
     from minillm.bench.step import StepCase, measure_step
@@ -109,6 +109,7 @@ def step(  # noqa: PLR0917 (typer reads options from parameters)
         teacher=teacher, student=student, rows=batch, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
         precision=precision,
     )  # fmt: skip
+    check_pair(sizes)
     found = []
     for mix in (0.0, alpha) if alpha else (0.0,):
         case = StepCase(

@@ -44,8 +44,8 @@ def rollout(  # noqa: PLR0917 (typer reads options from parameters)
     threads: Threads = 2,
     json_file: Json = None,
 ) -> None:
-    """Lazy teacher mixing against mixing at every token, dropping of finished rows, and what shared coins cost (that with
-    two small random models, whatever --teacher and --student are; `bench coins` takes yours).
+    """Lazy teacher mixing against mixing at every token, dropping of finished rows, and what shared coins cost. (The
+    last with two small random models, whatever --teacher and --student are; `bench coins` takes yours.)
 
     \b
     Example:
@@ -58,7 +58,7 @@ def rollout(  # noqa: PLR0917 (typer reads options from parameters)
         raise ConfigError("--new-tokens 1: wanted at least 2, or no step of decoding follows the prompts")
     import torch
 
-    from minillm.bench.bare import Sizes
+    from minillm.bench.bare import Sizes, check_pair
     from minillm.bench.coins import CoinCase, measure_coins
     from minillm.bench.record import print_table, write_section
     from minillm.bench.rollout import RolloutCase, measure_rollout
@@ -71,6 +71,7 @@ def rollout(  # noqa: PLR0917 (typer reads options from parameters)
         sizes=sizes, teacher_mix=alpha, coin_groups=coin_groups, threads=threads,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )  # fmt: skip
+    check_pair(sizes)
     print(f"{teacher} and {student}: {repeats + 1} turns of each variant …", flush=True)
     found = measure_rollout(case, repeats=repeats)
     print_table(
@@ -92,6 +93,7 @@ def rollout(  # noqa: PLR0917 (typer reads options from parameters)
         f"teacher forwards over (heads + 2 a group), at most: {found.teacher_forwards_over_bound:.3f}; "
         f"mean heads {found.mean_heads:.2f} ({found.mean_heads_sigmas:+.1f} sigma)"
     )
+    print(f"shared coins: {coin_rollouts} rollouts of each size and number of groups …", flush=True)
     coins = measure_coins(CoinCase(teacher_mix=alpha, rollouts=coin_rollouts, threads=threads))
     _print_coins(coins)
     if json_file is not None:
@@ -139,6 +141,7 @@ def coins(  # noqa: PLR0917 (typer reads options from parameters)
         batches=tuple(batch or (16, 64, 256)), groups=tuple(groups or (1, 4)), rollouts=rollouts,
         importance=importance, baseline=baseline, threads=threads,
     )  # fmt: skip
+    print(f"{teacher} and {student}: {rollouts} rollouts of each size and number of groups …", flush=True)
     rows, ends = prompts_of(prompts, student=student)
     found = measure_coins(case, prompts=rows, ends=ends)
     _print_coins(found)

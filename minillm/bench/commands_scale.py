@@ -31,7 +31,7 @@ def scale(  # noqa: PLR0917 (typer reads options from parameters)
     ] = None,
     vocabularies: Annotated[
         list[int] | None,
-        typer.Option("--vocabularies", min=2, help="Rows of the head by which memory is compared; to be repeated."),
+        typer.Option("--vocabularies", min=4096, help="Rows of the head by which memory is compared; to be repeated."),
     ] = None,
     repeats: Repeats = 3,
     json_file: Json = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ def sections(file: Path) -> dict[str, Any]:
     if not file.exists():
         if not file.parent.is_dir():
             raise DataError(f"{file}: there is no folder {file.parent}\n  make it, or name another file")
+        if not os.access(file.parent, os.W_OK):
+            raise DataError(f"{file}: nothing can be written into {file.parent}\n  name another file")
         return {"schema": SCHEMA}
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

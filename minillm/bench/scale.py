@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from minillm.bench.bare import check_pair
 from minillm.bench.memory import extra_peak
 from minillm.bench.pairs import Spread, in_turns, ratio, spread_of, threads
 from minillm.bench.scale_worker import team
@@ -90,12 +91,14 @@ def measure_scale(case: StepCase, *, lengths: Sequence[int], vocabularies: Seque
     """One thread for each process, whatever ``case.threads`` says: ranks share a machine's cores."""
     case = dataclasses.replace(case, threads=1)
     check(case, lengths=lengths, vocabularies=vocabularies)
-    return ScaleFigures(
-        case=case,
-        weak=measure_weak(case, repeats=repeats) if enough_devices() else {},
-        length=measure_length(case, lengths=lengths, repeats=repeats),
-        memory=measure_memory(case, vocabularies=vocabularies),
-    )
+    weak = {}
+    if enough_devices():
+        print("two ranks of one run, and two runs of one rank …", flush=True)
+        weak = measure_weak(case, repeats=repeats)
+    print("longer responses …", flush=True)
+    length = measure_length(case, lengths=lengths, repeats=repeats)
+    print("a larger vocabulary …", flush=True)
+    return ScaleFigures(case=case, weak=weak, length=length, memory=measure_memory(case, vocabularies=vocabularies))
 
 
 def check(case: StepCase, *, lengths: Sequence[int], vocabularies: Sequence[int]) -> None:
@@ -104,10 +107,7 @@ def check(case: StepCase, *, lengths: Sequence[int], vocabularies: Sequence[int]
         if len(set(values)) < 2:
             given = ", ".join(map(str, values)) or "none"
             raise ConfigError(f"{what}: got {given}; wanted at least two different ones, or there is no growth to see")
-    longest = case.sizes.prompt_tokens + max(*lengths, case.sizes.new_tokens)
-    models: tuple[tuple[str, Kind], ...] = ((case.sizes.teacher, "teachers"), (case.sizes.student, "students"))
-    for name, kind in models:
-        _facts(name, kind).require_positions(longest, what=kind.removesuffix("s"))
+    check_pair(case.of(new_tokens=max(*lengths, case.sizes.new_tokens)).sizes)
 
 
 def enough_devices() -> bool:

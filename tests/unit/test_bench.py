@@ -174,3 +174,23 @@ def test_the_script_for_a_gpu_says_so_where_there_is_none(tmp_path: Path) -> Non
     )  # fmt: skip
     assert done.returncode == 1 and done.stderr.strip().endswith("torch sees no GPU here")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["step", "rollout", "scale"])
+def test_pairs_that_cannot_be_timed_are_refused_before_they_are_built(command: str, tmp_path: Path) -> None:
+    """Other ids, or too few positions (a tiny model has 48)."""
+    sizes = sizes_of(tmp_path)
+    other = tiny.save_model(tmp_path / "other", "llama", seed=3, rows=40)
+    ours = ["bench", command, "--prompt-tokens", "4", "--json", str(tmp_path / "b.json")]
+    for words in (
+        ["--teacher", str(other), "--student", sizes.student, "--new-tokens", "6"],
+        ["--teacher", sizes.teacher, "--student", sizes.student, "--new-tokens", "60"],
+    ):
+        assert cli._guarded(lambda **options: cli.app([*ours, *words], **options)) == ConfigError.exit_code  # noqa: B023
+    assert not (tmp_path / "b.json").exists()
+
+
+@pytest.mark.parametrize("file", ["", "missing/b.json"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(file: str, tmp_path: Path) -> None:
+    words = ["bench", "loss", "--json", str(tmp_path / file)]
+    assert cli._guarded(lambda **options: cli.app(words, **options)) == DataError.exit_code

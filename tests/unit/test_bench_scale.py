@@ -23,7 +23,7 @@ from minillm.bench.pairs import Spread
 from minillm.bench.scale import exponent, measure_length, measure_scale, memory_here
 from minillm.bench.scale_worker import Team, WorkerLost, team
 from minillm.bench.step import StepCase
-from minillm.errors import ConfigError, PositionsExceeded
+from minillm.errors import ConfigError
 from minillm.scoring import WORKING_BYTES
 from tests import tiny
 
@@ -180,7 +180,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_starts(
     monkeypatch.setattr(scale, "measure_weak", lambda *_, **__: pytest.fail("started"))
     with pytest.raises(ConfigError, match="--lengths: got 8, 8; wanted at least two"):
         measure_scale(case, lengths=[8, 8], vocabularies=[30, 60], repeats=1)
-    with pytest.raises(PositionsExceeded, match="48 positions"):
+    with pytest.raises(ConfigError, match="48 positions"):
         measure_scale(case, lengths=[8, 64], vocabularies=[30, 60], repeats=1)
     with pytest.raises(ConfigError, match="no card of that name"):
         measure_scale(case.of(student="nobody"), lengths=[4, 8], vocabularies=[9, 30], repeats=1)
