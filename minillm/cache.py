@@ -66,12 +66,10 @@ class GrowingLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps only these rows, in this order."""
         if self.is_initialized:
-            held = self._held
             self._key_room, self._value_room = (
-                _wider(room[:, :, :held].index_select(0, indices), held=held, wanted=held)
-                for room in (self._key_room, self._value_room)
+                room.index_select(0, indices) for room in (self._key_room, self._value_room)
             )
-            self._show(held)
+            self._show(self._held)
 
     def _show(self, held: int) -> None:
         self._held = held

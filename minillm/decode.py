@@ -19,7 +19,7 @@ may be finished), N unfinished rows, S newly read positions, H hidden width, V r
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,7 +29,6 @@ from minillm.reading import Asked, Page, Piece, Reader, Reading
 from minillm.sampling import (
     coin_group,
     coin_keys,
-    draw,
     draw_unchecked,
     log_probs_of,
     pack_support,
@@ -84,7 +83,7 @@ def roll_out(
     own = Reading(reader=student, page=page, rows_R=every_B, keep=keep_hidden, drop=drop_finished)
     guides: list[Reading] = []
     if teacher is not None:
-        heads_GT = _toss(key, teacher_mix=teacher_mix, coin_groups=coin_groups, positions=decoding.max_new_tokens)
+        heads_GT = toss(key, teacher_mix=teacher_mix, coin_groups=coin_groups, positions=decoding.max_new_tokens)
         guides = _open_guides(teacher, page=page, uids=prompts.uid_B, heads_GT=heads_GT, drop=drop_finished)
     keys_B = row_keys(key, prompts.uid_B, prompts.sample_B, device=page.device)
     uniform_BT = uniforms(keys_B[:, None], torch.arange(decoding.max_new_tokens, device=page.device))
@@ -112,7 +111,7 @@ def roll_out(
     )
 
 
-def _toss(key: DrawKey, *, teacher_mix: float, coin_groups: int, positions: int) -> list[list[bool]]:
+def toss(key: DrawKey, *, teacher_mix: float, coin_groups: int, positions: int) -> list[list[bool]]:
     """Whether each group has heads at each position, [G][T]: known before sampling, and the same on all ranks.
 
     Without mixing there is nothing to toss: one group that never has heads, so that it is read once, at the end.
@@ -124,12 +123,17 @@ def _toss(key: DrawKey, *, teacher_mix: float, coin_groups: int, positions: int)
     return heads_GT
 
 
+def rows_of_groups(uids: Sequence[str], coin_groups: int, *, device: torch.device | str = "cpu") -> list[Tensor]:
+    """The rows of each coin group, in ascending order; some groups may have none."""
+    group_B = torch.tensor([coin_group(uid, coin_groups) for uid in uids], dtype=torch.int64, device=device)
+    return [(group_B == group).nonzero().squeeze(1) for group in range(coin_groups)]
+
+
 def _open_guides(
     teacher: Reader, *, page: Page, uids: tuple[str, ...], heads_GT: list[list[bool]], drop: bool
 ) -> list[Reading]:
     """The teacher's readings, one for each coin group, whether or not this rank has rows of it."""
-    group_B = torch.tensor([coin_group(uid, len(heads_GT)) for uid in uids], dtype=torch.int64, device=page.device)
-    rows_G = [(group_B == group).nonzero().squeeze(1) for group in range(len(heads_GT))]
+    rows_G = rows_of_groups(uids, len(heads_GT), device=page.device)
     return [
         Reading(reader=teacher, page=page, rows_R=rows_R, heads_T=heads_T, keep=True, drop=drop)
         for rows_R, heads_T in zip(rows_G, heads_GT, strict=True)
@@ -166,32 +170,20 @@ def _write_responses(
             continue
         taught = [answer for answer in answers if answer is not None]
         student_NV, chosen_NV, support_NV = _mix(asked, taught, decoding=decoding)
-        ids_N = _draw(chosen_NV, uniform_BT[asked.rows_N, t], page=page, rows_N=asked.rows_N, look=t % look_every == 0)
+        ids_N, drawable_N = draw_unchecked(chosen_NV, uniform_BT[asked.rows_N, t])
         for answer in taught:
             page.drew_BT[answer.rows_N, t] = page.alive_B[answer.rows_N]
-        page.write(asked.rows_N, t, ids_N=ids_N, logq_N=log_probs_of(student_NV, ids_N), eos_E=eos_E)
+        page.write(
+            asked.rows_N, t, ids_N=ids_N, drawable_N=drawable_N, logq_N=log_probs_of(student_NV, ids_N), eos_E=eos_E
+        )
         if support_NV is not None:
             support.append(Piece(asked.rows_N, t, pack_support(support_NV)[:, None]))
     page.alive_B.fill_(False)  # those that reached the limit are finished too
     return support
 
 
-def _draw(logits_NV: Tensor, uniform_N: Tensor, *, page: Page, rows_N: Tensor, look: bool) -> Tensor:
-    """Ids [N]. Logits that cannot be drawn from are refused at the end of the rollout: other ranks wait for this."""
-    if look and page.refused is None:
-        try:
-            return draw(logits_NV, uniform_N)
-        except NonFinite as error:
-            page.refused = error
-    ids_N, drawable_N = draw_unchecked(logits_NV, uniform_N)
-    page.broken_B[rows_N] |= ~drawable_N & page.alive_B[rows_N]
-    return ids_N
-
-
 def _require_drawn(page: Page) -> None:
     """Raise ``NonFinite`` where a token had to be drawn from logits that are no numbers."""
-    if page.refused is not None:
-        raise page.refused
     if bool(page.broken_B.any()):
         raise NonFinite(
             f"logits of {int(page.broken_B.sum())} of {len(page.broken_B)} rows held NaN or +inf; wanted numbers or "

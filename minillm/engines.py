@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from minillm.config import OptimiserConfig
 from minillm.engine_settings import read_engine_settings, zero_stage
 from minillm.errors import ModelError, NonFinite
-from minillm.models import CausalLM, ModelReader, probe_head, probe_packing
+from minillm.models import CausalLM, ModelReader
 from minillm.optimisers import build_optimiser, learning_rate_factor, set_learning_rate
+from minillm.probes import probe_head, probe_packing
 from minillm.ranks import Ranks
 from minillm.scoring import HeadWeights
 

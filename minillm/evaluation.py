@@ -125,16 +125,18 @@ def _judge_batch(
 ) -> list[Record]:
     rows = [judge.prompts[place] for place, _ in cells]
     batch = prompt_batch(rows, [seed for _, seed in cells], pad_id=judge.ids.pad, device=reader.device)
-    rollout = roll_out(
-        batch,
-        student=reader,
-        teacher=None if judge.teacher is None else judge.teacher.reader,
-        decoding=decoding,
-        key=DrawKey(seed=judge.seed, stage="", purpose=judge.purpose, rollout=0),
-        eos_ids=judge.ids.eos,
-        pad_id=judge.ids.pad,
-        keep_hidden=judge.teacher is not None,
-        anyone=ranks.anyone if judge.teacher is not None and judge.teacher.reader.lockstep else bool,
+    rollout = ranks.together(
+        lambda: roll_out(
+            batch,
+            student=reader,
+            teacher=None if judge.teacher is None else judge.teacher.reader,
+            decoding=decoding,
+            key=DrawKey(seed=judge.seed, stage="", purpose=judge.purpose, rollout=0),
+            eos_ids=judge.ids.eos,
+            pad_id=judge.ids.pad,
+            keep_hidden=judge.teacher is not None,
+            anyone=ranks.anyone if judge.teacher is not None and judge.teacher.reader.lockstep else bool,
+        )
     )
     scored = None
     if judge.teacher is not None:

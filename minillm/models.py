@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,13 +37,6 @@ from minillm.model_files import few, in_short, require_safe_folder
 from minillm.packing import Reads, pack
 from minillm.scoring import HeadWeights, token_statistics
 from minillm.token_loss import Task, TileLoss, token_loss
-
-PROBE_TOLERANCE = 1e-3
-PROBE_WIDTH = 64
-"""Tokens of the longest row that ``probe_packing`` reads."""
-PACKED_BY_MASK = ("opt",)
-"""Architectures that do not tell rows of a line apart by positions, and do what a mask of four axes says. One that is
-missing here is padded."""
 
 Packs = Literal["no", "positions", "mask"]
 """What tells the rows of a line apart: nothing (they are padded instead), their positions, or a mask for attention."""
@@ -89,7 +82,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.backbone: nn.Module = model.base_model
         self.packs: Packs = "no"
-        """How whole rows are read end to end in lines (``packing``), if they are: set by ``probe_packing``."""
+        """How whole rows are read end to end in lines (``packing``), if they are: set by ``probes.probe_packing``."""
         config = model.config
         text = config.get_text_config()
         self.reads = Reads(hidden=int(text.hidden_size), positions=getattr(text, "max_position_embeddings", None))
@@ -180,12 +173,14 @@ class ModelFacts:
     positions: int | None
     """Longest sequence it has positions for; None where the architecture sets no limit."""
 
-    def require_positions(self, wanted: int, *, what: str) -> None:
+    def require_positions(
+        self, wanted: int, *, what: str, lower: str = "data.max_prompt_tokens or decoding.max_new_tokens"
+    ) -> None:
         """Raise ``PositionsExceeded`` if a sequence of ``wanted`` tokens does not fit."""
         if self.positions is not None and wanted > self.positions:
             raise PositionsExceeded(
                 f"{what} {self.name} has {self.positions} positions; prompt + response may be {wanted} tokens.\n"
-                f"  lower data.max_prompt_tokens or decoding.max_new_tokens by {wanted - self.positions} in all"
+                f"  lower {lower} by {wanted - self.positions} in all"
             )
 
 
@@ -257,68 +252,6 @@ def fingerprint(card: Card) -> str:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
-
-
-def probe_head(model: PreTrainedModel, root: CausalLM) -> None:
-    """Raise ``ModelError`` unless head(backbone(x)) gives the logits that the model itself gives for a few tokens.
-
-    Some architectures do something between the two that a configuration does not show; distilling those would train
-    another model than the one that is published. Needs whole (unsharded) weights; compares real ids only.
-    """
-    ids_BS = torch.arange(1, 9, device=model.device)[None] % model.config.vocab_size
-    with torch.no_grad():
-        hidden, _ = root("extend", ids_BS=ids_BS, mask_BL=torch.ones_like(ids_BS), cache=None)
-        ours = root.head(hidden[0])
-        output = model(input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS))
-        theirs = output.logits[0, :, : ours.shape[1]].to(ours.dtype)
-    if not bool(theirs.isfinite().all()):
-        raise ModelError(
-            f"{type(model).__name__}: its weights give logits that are not finite numbers.\n"
-            "  the files are damaged or of a diverged run; fetch or write them again"
-        )
-    gap = float((ours - theirs).abs().max())
-    limit = PROBE_TOLERANCE if model.dtype in {torch.float32, torch.float64} else 0.1
-    if not gap <= limit * max(1.0, float(theirs.abs().max())):
-        raise ModelError(
-            f"{type(model).__name__}: logits differ by {gap:.3g} from output embedding x final hidden state.\n"
-            "  this architecture transforms its logits in a way that minillm does not know; it cannot be distilled yet"
-        )
-
-
-@torch.no_grad()
-def probe_packing(root: CausalLM, *, name: str, call: Callable[..., Any] | None = None) -> None:
-    """Sets ``root.packs``: by what this architecture reads rows end to end in a line as it reads them side by side.
-
-    Of three rows the two shorter ones share a line. The second of these must come out the same to the bit whatever
-    stands before it, and every token of all three as it does in a padded batch. Where one does not (recurrent layers,
-    positions from elsewhere, experts whose rounding depends on the batch) rows stay padded, and a note says so.
-    ``call`` is the engine of sharded weights: then every rank must call.
-    """
-    read, config = call or root, getattr(root.backbone, "config", None)
-    device, real_ids = next(root.parameters()).device, root.head.real_ids
-    width = min(PROBE_WIDTH, getattr(config, "max_position_embeddings", None) or PROBE_WIDTH)
-    ids_BL = 1 + torch.arange(3 * width, device=device).view(3, width) % (real_ids - 1)
-    # transformers warns of padding without a mask where a row begins with the pad id: once, so here, unheard.
-    pad_id = getattr(config, "pad_token_id", None)
-    if pad_id is not None and 0 <= pad_id < real_ids:
-        ids_BL[0, 0] = pad_id
-    other_BL = ids_BL.clone()
-    other_BL[1] = other_BL[1] % (real_ids - 1) + 1
-    length_B1 = torch.tensor([[width], [width // 2], [width // 3]], device=device)
-    mask_BL = torch.arange(width, device=device) < length_B1
-    root.packs = "no"
-    with quiet_transformers():
-        apart_BLH = read("read", ids_BL=ids_BL, mask_BL=mask_BL)
-        root.packs = "mask" if getattr(config, "model_type", None) in PACKED_BY_MASK else "positions"
-        packed_BLH, beside_BLH = (read("read", ids_BL=ids, mask_BL=mask_BL) for ids in (ids_BL, other_BL))
-    size_N, gap_N = (value[mask_BL].float().norm(dim=-1) for value in (apart_BLH, packed_BLH - apart_BLH))
-    limit = PROBE_TOLERANCE if apart_BLH.dtype in {torch.float32, torch.float64} else 0.05
-    if not (torch.equal(packed_BLH[2], beside_BLH[2]) and bool((gap_N <= limit * size_N).all())):
-        root.packs = "no"
-        if os.environ.get("RANK", "0") == "0":
-            print(
-                f"note: {name}: rows are padded to one length; laid end to end it reads them otherwise", file=sys.stderr
-            )
 
 
 class ModelReader:

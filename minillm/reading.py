@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from minillm.errors import NonFinite
 from minillm.types import PromptBatch, Stop
 
 _SHED_SHARE = 4
@@ -75,9 +74,7 @@ class Page:
     drew_BT: Tensor
     logq_BT: Tensor
     broken_B: Tensor
-    """True where a token was drawn from logits that are no numbers, between two looks."""
-    refused: NonFinite | None = None
-    """Why a token could not be drawn at a look."""
+    """True where a token had to be drawn from logits that are no numbers: told at the end, since other ranks wait."""
     looks: int = 0
     """Looks so far at which rows have ended; between two of them more rows may be written to than are unfinished."""
 
@@ -106,10 +103,13 @@ class Page:
         self.looks += 1
         return bool(self.alive_B.any())
 
-    def write(self, rows_N: Tensor, t: int, *, ids_N: Tensor, logq_N: Tensor, eos_E: Tensor) -> None:
+    def write(
+        self, rows_N: Tensor, t: int, *, ids_N: Tensor, drawable_N: Tensor, logq_N: Tensor, eos_E: Tensor
+    ) -> None:
         """Adds response token ``t`` to the unfinished of these rows; an EOS is written like any other token, and ends
         its row."""
         alive_N = self.alive_B[rows_N]
+        self.broken_B[rows_N] |= alive_N & ~drawable_N
         ended_N = torch.isin(ids_N, eos_E)
         at = self.prompt + t
         self.ids_BL[rows_N, at] = torch.where(alive_N, ids_N, self.ids_BL[rows_N, at])

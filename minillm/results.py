@@ -15,8 +15,9 @@ from minillm.engines import Teacher
 from minillm.errors import DataError
 from minillm.evaluation import Judge, sample_and_judge
 from minillm.measures import summarise
-from minillm.models import CausalLM, ModelReader, fingerprint, load, probe_head
+from minillm.models import CausalLM, ModelReader, fingerprint, load
 from minillm.preflight import Pair, Split, decoding_record
+from minillm.probes import probe_head
 from minillm.ranks import Ranks
 from minillm.report_files import SCHEMA
 from minillm.stages import Start

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# What docs/performance.md measures, on one GPU, in one call of less than ten minutes and without a network: shapes of
-# GPT-2 XL -> GPT-2 and of a 13B teacher with a 1.3B student, random weights, bf16; the loss core at a large vocabulary.
+# What docs/performance.md measures, on one GPU, in one call that is meant to take less than ten minutes, without a
+# network: shapes of GPT-2 XL -> GPT-2 and of a 13B teacher with a 1.3B student, random weights, bf16; the loss core at
+# a large vocabulary.
 #   bash scripts/bench_gpu.sh [FILE.json]     (MINILLM_PYTHON names another interpreter)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

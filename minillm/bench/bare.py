@@ -6,9 +6,10 @@ Legend: B rows, P prompt tokens, T new tokens, L = P + T, N = B T, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -16,9 +17,9 @@ from transformers import PreTrainedModel
 
 from minillm.bench.loss import whole_logits_loss
 from minillm.cards import Kind, load_card
+from minillm.decode import rows_of_groups, toss
 from minillm.errors import ConfigError
 from minillm.models import inspect, load
-from minillm.sampling import coin_group, coin_keys, uniforms
 from minillm.scoring import HeadWeights, TeacherView
 from minillm.types import DrawKey, Prompt, Purpose
 
@@ -46,27 +47,29 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Coins:
-    """Where the teacher draws, by the coins that a rollout of this number tosses."""
+class Case:
+    """Sizes, and how responses are drawn."""
 
-    key: DrawKey
-    teacher_mix: float
-    groups: int
+    sizes: Sizes
+    threads: int
+    teacher_mix: float = 0.0
+    coin_groups: int = 1
 
-    def heads_GT(self, tokens: int) -> list[list[bool]]:
-        """Whether each group has heads at each position."""
-        coin_G1 = coin_keys(self.key, range(self.groups))[:, None]
-        heads: list[list[bool]] = (uniforms(coin_G1, torch.arange(tokens)) < self.teacher_mix).tolist()
-        return heads
+    def of(self, **sizes: Any) -> Self:
+        """The same with other sizes."""
+        return dataclasses.replace(self, sizes=dataclasses.replace(self.sizes, **sizes))
 
-    def rows_G(self, uids: Sequence[str]) -> list[Tensor]:
-        """The rows of each group."""
-        group_B = torch.tensor([coin_group(uid, self.groups) for uid in uids])
-        return [(group_B == group).nonzero().squeeze(1) for group in range(self.groups)]
+    def heads_GT(self, rollout: int) -> list[list[bool]]:
+        """Where the teacher draws in the rollout of this number: whether each group has heads at each position."""
+        return toss(
+            draw_key(rollout), teacher_mix=self.teacher_mix, coin_groups=self.coin_groups,
+            positions=self.sizes.new_tokens,
+        )  # fmt: skip
 
 
 def check_pair(sizes: Sizes) -> None:
-    """Raise ``ConfigError`` where the models differ in ids or lack positions, before they are built."""
+    """Raise ``ConfigError`` where the models differ in ids, ``PositionsExceeded`` where they are too short, before they
+    are built."""
     models: tuple[tuple[str, Kind], ...] = ((sizes.teacher, "teachers"), (sizes.student, "students"))
     facts = [inspect(load_card(name, kind=kind)) for name, kind in models]
     rows = [one.config.vocab_size for one in facts]
@@ -75,12 +78,8 @@ def check_pair(sizes: Sizes) -> None:
             f"teacher {sizes.teacher} has {rows[0]:,} ids and student {sizes.student} {rows[1]:,}; wanted as many.\n"
             "  name two models of one vocabulary"
         )
-    for one in facts:
-        if one.positions is not None and sizes.length > one.positions:
-            raise ConfigError(
-                f"{one.name} has {one.positions} positions; --prompt-tokens {sizes.prompt_tokens} and --new-tokens "
-                f"{sizes.new_tokens} are {sizes.length}.\n  lower one of them by {sizes.length - one.positions}"
-            )
+    for one, (_, kind) in zip(facts, models, strict=True):
+        one.require_positions(sizes.length, what=kind.removesuffix("s"), lower="--prompt-tokens or --new-tokens")
 
 
 def draw_key(rollout: int) -> DrawKey:
@@ -99,15 +98,12 @@ class Bare:
 
     def __init__(self, sizes: Sizes, *, device: torch.device) -> None:
         self._sizes = sizes
-        self._teacher: Any = model_loader(
-            sizes.teacher, "teachers", dtype=sizes.dtype, device=device, length=sizes.length
-        )().eval()
-        self._student: Any = model_loader(
-            sizes.student, "students", dtype=sizes.dtype, device=device, length=sizes.length
-        )().eval()
+        self._teacher: Any = model_loader(sizes.teacher, "teachers", dtype=sizes.dtype, device=device)().eval()
+        self._student: Any = model_loader(sizes.student, "students", dtype=sizes.dtype, device=device)().eval()
         vocabulary = self._student.config.vocab_size
-        self._uids = [prompt.uid for prompt in random_prompts(sizes, vocabulary=vocabulary)]
-        self._ids_BP = random_ids(sizes.rows, sizes.prompt_tokens, vocabulary=vocabulary, seed=0).to(device)
+        prompts = random_prompts(sizes, vocabulary=vocabulary)
+        self._uids = [prompt.uid for prompt in prompts]
+        self._ids_BP = torch.tensor([prompt.ids for prompt in prompts], device=device)
         more_BT = random_ids(sizes.rows, sizes.new_tokens, vocabulary=vocabulary, seed=1).to(device)
         noise = torch.Generator().manual_seed(2)
         self._ids_BL = torch.cat([self._ids_BP, more_BT], dim=1)
@@ -133,11 +129,11 @@ class Bare:
         return states_BLH
 
     @torch.no_grad()
-    def mixed_teacher(self, coins: Coins) -> int:
-        """The teacher of a mixed rollout: one cached forward at each head, over all tokens since the last, with logits
+    def mixed_teacher(self, heads_GT: list[list[bool]]) -> int:
+        """The teacher of a mixed rollout: one cached forward at each heads, over all tokens since the last, with logits
         of the token to draw, and one over the rest. How many forwards that were."""
-        forwards, heads_GT = 0, coins.heads_GT(self._sizes.new_tokens)
-        for rows_R, heads_T in zip(coins.rows_G(self._uids), heads_GT, strict=True):
+        forwards = 0
+        for rows_R, heads_T in zip(rows_of_groups(self._uids, len(heads_GT)), heads_GT, strict=True):
             if not len(rows_R):
                 continue
             stops = [self._sizes.prompt_tokens + t for t, heads in enumerate(heads_T) if heads]
@@ -171,15 +167,11 @@ class Bare:
 
 
 def model_loader(
-    name: str, kind: Any, *, dtype: torch.dtype, device: torch.device | str = "cpu", length: int = 0
+    name: str, kind: Kind, *, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Callable[[], PreTrainedModel]:
-    """Builds or reads the model of a card or folder, whenever it is called; random weights are drawn on the device.
-
-    Raises ``PositionsExceeded`` at once where it has none for sequences of ``length``.
-    """
+    """Builds or reads the model of a card or folder, whenever it is called; random weights are drawn on the device."""
     card = load_card(name, kind=kind)
     facts = inspect(card)
-    facts.require_positions(length, what=str(kind).removesuffix("s"))
 
     def made() -> PreTrainedModel:
         with torch.device(device):

@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from minillm.bench.bare import Sizes, model_loader, random_prompts
+from minillm.bench.bare import Sizes, check_pair, model_loader, random_prompts
 from minillm.bench.pairs import threads
-from minillm.cards import load_card
+from minillm.cards import Kind, load_card
 from minillm.engines import Teacher
-from minillm.models import CausalLM, ModelReader, inspect, probe_packing
+from minillm.models import CausalLM, ModelReader, inspect
 from minillm.objectives import Minillm
+from minillm.probes import probe_packing
 from minillm.prompts import prepare, read_rows
 from minillm.ranks import Ranks
 from minillm.stage_config import MinillmStage, OptimiserConfig
@@ -66,13 +67,9 @@ class CoinFigures:
     variance: dict[int, dict[str, float]]
     """By batch size and by groups ("1" is shared, "independent" is 1)."""
     error: dict[int, dict[str, float]]
-    """Standard error of each of them."""
+    """Standard error of each of them, as if the two variances were of other rollouts."""
     absolute: dict[int, float]
     """With independent coins: summed over parameters, times the batch size."""
-
-    def as_json(self) -> dict[str, Any]:
-        """Nested plain values."""
-        return asdict(self)
 
 
 def measure_coins(
@@ -129,14 +126,19 @@ def prompts_of(source: str, *, student: str) -> tuple[list[Prompt], tuple[int, .
 
 
 class CoinWork:
-    """Both models in their engines, and gradients of whole rollouts."""
+    """Both models, and gradients of whole rollouts."""
 
     def __init__(
         self, case: CoinCase, *, ranks: Ranks, prompts: Sequence[Prompt] | None, ends: tuple[int, ...]
     ) -> None:
         self._case, self._ranks, self._ends = case, ranks, ends
         self._optimiser = OptimiserConfig(lr=1e-5)
-        self._longest = case.new_tokens + max([case.prompt_tokens, *(len(prompt.ids) for prompt in prompts or ())])
+        longest = max([case.prompt_tokens, *(len(prompt.ids) for prompt in prompts or ())])
+        sizes = Sizes(
+            teacher=case.teacher, student=case.student, rows=max(case.batches), prompt_tokens=longest,
+            new_tokens=case.new_tokens,
+        )  # fmt: skip
+        check_pair(sizes)
         for rows in case.batches:
             for groups in _groups_of(case, rows).values():
                 self._stage(rows, groups)  # what cannot be combined is refused before anything is loaded
@@ -145,9 +147,6 @@ class CoinWork:
         )
         student: Any = self._loader(case.student, "students")()
         self._student = _Student(CausalLM(student.to(ranks.device).eval()), ranks=ranks)
-        sizes = Sizes(
-            teacher="", student="", rows=max(case.batches), prompt_tokens=case.prompt_tokens, new_tokens=case.new_tokens
-        )
         self._prompts = prompts or random_prompts(sizes, vocabulary=self._student.root.head.real_ids)
 
     def variance(self, rows: int, groups: int) -> tuple[float, float]:
@@ -190,8 +189,8 @@ class CoinWork:
             grads = [torch.autograd.grad(loss_of(), weights) for loss_of in update.losses]
         return torch.stack([torch.cat([g.flatten() for g in grad]) for grad in grads]).sum(dim=0).double()
 
-    def _loader(self, name: str, kind: Any) -> Callable[[], PreTrainedModel]:
-        load = model_loader(name, kind, dtype=torch.float32, length=self._longest)
+    def _loader(self, name: str, kind: Kind) -> Callable[[], PreTrainedModel]:
+        load = model_loader(name, kind, dtype=torch.float32)
         sharpness = self._case.sharpness
         return load if sharpness is None else lambda: _sharpened(load(), sharpness)
 

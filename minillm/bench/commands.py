@@ -6,21 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minillm.bench.options import (
-    Alpha,
-    Batch,
-    CoinGroups,
-    Json,
-    NewTokens,
-    Precision,
-    PromptTokens,
-    Repeats,
-    StudentName,
-    TeacherName,
-    Threads,
-    app,
-    check_precision,
-)
+from minillm.bench import options
 from minillm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -28,15 +14,15 @@ if TYPE_CHECKING:
     from minillm.bench.step import StepFigures
 
 
-@app.command()
+@options.app.command()
 def loss(  # noqa: PLR0917 (typer reads options from parameters)
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens in one pass.")] = 2048,
     vocabulary: Annotated[int, typer.Option("--vocabulary", min=2, help="Rows of both heads.")] = 151_936,
     hidden: Annotated[list[int] | None, typer.Option("--hidden", min=1, help="Hidden widths; may be repeated.")] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16, of heads and states.")] = "float32",
-    repeats: Repeats = 3,
-    threads: Threads = 2,
-    json_file: Json = None,
+    repeats: options.Repeats = 3,
+    threads: options.Threads = 2,
+    json_file: options.Json = None,
 ) -> None:
     """The loss of a MiniLLM step, tile by tile against whole logits.
 
@@ -72,25 +58,25 @@ def loss(  # noqa: PLR0917 (typer reads options from parameters)
             "memory_fraction": max(one.memory_fraction for one in found),
             "time_fraction": max(one.time_fraction.median for one in found),
             "threads": threads,
-            "cases": [one.as_json() for one in found],
+            "cases": found,
         }
         write_section(json_file, "loss", section)
 
 
-@app.command()
+@options.app.command()
 def step(  # noqa: PLR0917 (typer reads options from parameters)
-    teacher: TeacherName = "bench-30m",
-    student: StudentName = "bench-4m",
-    batch: Batch = 16,
-    prompt_tokens: PromptTokens = 64,
-    new_tokens: NewTokens = 128,
-    alpha: Alpha = 0.2,
-    coin_groups: CoinGroups = 1,
+    teacher: options.TeacherName = "bench-30m",
+    student: options.StudentName = "bench-4m",
+    batch: options.Batch = 16,
+    prompt_tokens: options.PromptTokens = 64,
+    new_tokens: options.NewTokens = 128,
+    alpha: options.Alpha = 0.2,
+    coin_groups: options.CoinGroups = 1,
     inner_updates: Annotated[int, typer.Option("--inner-updates", min=1, help="Updates on each rollout.")] = 2,
-    precision: Precision = "fp32",
-    repeats: Repeats = 3,
-    threads: Threads = 2,
-    json_file: Json = None,
+    precision: options.Precision = "fp32",
+    repeats: options.Repeats = 3,
+    threads: options.Threads = 2,
+    json_file: options.Json = None,
 ) -> None:
     """A whole MiniLLM step against the sum of its bare parts: without teacher mixing, and with --alpha of it (0: only
     without). --json also gets what `bench padding` finds in the embedded world, unless the file has a finding of it.
@@ -99,7 +85,7 @@ def step(  # noqa: PLR0917 (typer reads options from parameters)
     Example:
       minillm bench step --batch 4 --new-tokens 32 --json bench.json
     """
-    check_precision(precision)
+    options.check_precision(precision)
     from minillm.bench.bare import Sizes, check_pair
     from minillm.bench.commands_scale import padding
     from minillm.bench.record import sections, write_section
@@ -123,7 +109,7 @@ def step(  # noqa: PLR0917 (typer reads options from parameters)
         mixed = {"over_parts_mixed": found[1].over_parts.median} if alpha else {}
         section = {
             "over_parts": found[0].over_parts.median, **mixed, "tokens_per_s": found[0].tokens_per_s,
-            "threads": threads, "figures": [one.as_json() for one in found],
+            "threads": threads, "figures": found,
         }  # fmt: skip
         write_section(json_file, "step", section)
         if "padding" not in sections(json_file):

@@ -6,43 +6,30 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minillm.bench.options import (
-    Alpha,
-    Batch,
-    CoinGroups,
-    Json,
-    NewTokens,
-    Precision,
-    PromptTokens,
-    Repeats,
-    StudentName,
-    TeacherName,
-    Threads,
-    app,
-    check_precision,
-)
+from minillm.bench import options
 from minillm.errors import ConfigError
 
 if TYPE_CHECKING:
     from minillm.bench.coins import CoinFigures
+    from minillm.bench.rollout import RolloutFigures
 
 
-@app.command()
+@options.app.command()
 def rollout(  # noqa: PLR0917 (typer reads options from parameters)
-    teacher: TeacherName = "bench-30m",
-    student: StudentName = "bench-4m",
-    batch: Batch = 16,
-    prompt_tokens: PromptTokens = 64,
-    new_tokens: NewTokens = 128,
-    alpha: Alpha = 0.2,
-    coin_groups: CoinGroups = 1,
+    teacher: options.TeacherName = "bench-30m",
+    student: options.StudentName = "bench-4m",
+    batch: options.Batch = 16,
+    prompt_tokens: options.PromptTokens = 64,
+    new_tokens: options.NewTokens = 128,
+    alpha: options.Alpha = 0.2,
+    coin_groups: options.CoinGroups = 1,
     coin_rollouts: Annotated[
         int, typer.Option("--coin-rollouts", min=3, help="Rollouts for each variance of a gradient.")
     ] = 16,
-    precision: Precision = "fp32",
-    repeats: Repeats = 3,
-    threads: Threads = 2,
-    json_file: Json = None,
+    precision: options.Precision = "fp32",
+    repeats: options.Repeats = 3,
+    threads: options.Threads = 2,
+    json_file: options.Json = None,
 ) -> None:
     """Lazy teacher mixing against mixing at every token, dropping of finished rows, and what shared coins cost. (The
     last with two small random models, whatever --teacher and --student are; `bench coins` takes yours.)
@@ -51,7 +38,7 @@ def rollout(  # noqa: PLR0917 (typer reads options from parameters)
     Example:
       minillm bench rollout --batch 4 --new-tokens 32 --json bench.json
     """
-    check_precision(precision)
+    options.check_precision(precision)
     if alpha == 0:
         raise ConfigError("--alpha 0: nothing is mixed; wanted a share above 0, such as 0.2")
     if new_tokens == 1:
@@ -60,7 +47,7 @@ def rollout(  # noqa: PLR0917 (typer reads options from parameters)
 
     from minillm.bench.bare import Sizes, check_pair
     from minillm.bench.coins import CoinCase, measure_coins
-    from minillm.bench.record import print_table, write_section
+    from minillm.bench.record import write_section
     from minillm.bench.rollout import RolloutCase, measure_rollout
 
     sizes = Sizes(
@@ -74,25 +61,7 @@ def rollout(  # noqa: PLR0917 (typer reads options from parameters)
     check_pair(sizes)
     print(f"{teacher} and {student}: {repeats + 1} turns of each variant …", flush=True)
     found = measure_rollout(case, repeats=repeats)
-    print_table(
-        f"Rollouts of {batch} responses of up to {new_tokens} tokens, alpha {alpha:g}, {precision}",
-        ["", "median", "least to greatest"],
-        [
-            [name, f"{of.median:.3f}", f"{of.low:.3f}–{of.high:.3f}"]
-            for name, of in (
-                ("lazy mixing, s", found.seconds["lazy"]),
-                ("mixing at every token and scoring, s", found.seconds["per_token"]),
-                ("the second over the first", found.lazy_speedup),
-                ("finished rows dropped, s", found.seconds["dropped"]),
-                ("all rows kept, s", found.seconds["kept"]),
-                ("dropped over the cost of the rows left", found.dropping_over_alive_cost),
-            )
-        ],
-    )
-    print(
-        f"teacher forwards over (heads + 2 a group), at most: {found.teacher_forwards_over_bound:.3f}; "
-        f"mean heads {found.mean_heads:.2f} ({found.mean_heads_sigmas:+.1f} sigma)"
-    )
+    _print_rollout(found)
     print(f"shared coins: {coin_rollouts} rollouts of each size and number of groups …", flush=True)
     coins = measure_coins(CoinCase(teacher_mix=alpha, rollouts=coin_rollouts, threads=threads))
     _print_coins(coins)
@@ -102,25 +71,25 @@ def rollout(  # noqa: PLR0917 (typer reads options from parameters)
             "teacher_forwards_over_bound": found.teacher_forwards_over_bound,
             "coin_variance": coins.variance,
             "dropping_over_alive_cost": found.dropping_over_alive_cost.median,
-            "threads": threads, "figures": found.as_json(), "coins": coins.as_json(),
+            "threads": threads, "figures": found, "coins": coins,
         }  # fmt: skip
         write_section(json_file, "rollout", section)
 
 
-@app.command()
+@options.app.command()
 def coins(  # noqa: PLR0917 (typer reads options from parameters)
-    teacher: TeacherName,
-    student: StudentName,
+    teacher: options.TeacherName,
+    student: options.StudentName,
     prompts: Annotated[str, typer.Option("--prompts", metavar="FILE", help="Rows to draw from, or world:SPLIT.")],
     batch: Annotated[list[int] | None, typer.Option("--batch", min=2, help="Rows; may be repeated.")] = None,
     groups: Annotated[list[int] | None, typer.Option("--groups", min=1, help="Coin groups; may be repeated.")] = None,
-    new_tokens: NewTokens = 32,
-    alpha: Alpha = 0.2,
+    new_tokens: options.NewTokens = 32,
+    alpha: options.Alpha = 0.2,
     importance: Annotated[str, typer.Option("--importance", help="coin or per_step.")] = "coin",
     baseline: Annotated[str, typer.Option("--baseline", help="none or position_mean.")] = "position_mean",
     rollouts: Annotated[int, typer.Option("--rollouts", min=3, help="For each variance.")] = 24,
-    threads: Threads = 2,
-    json_file: Json = None,
+    threads: options.Threads = 2,
+    json_file: options.Json = None,
 ) -> None:
     """How much variance shared coins add to the gradient of your own pair, on your own prompts.
 
@@ -146,7 +115,33 @@ def coins(  # noqa: PLR0917 (typer reads options from parameters)
     found = measure_coins(case, prompts=rows, ends=ends)
     _print_coins(found)
     if json_file is not None:
-        write_section(json_file, "coins", {"coin_variance": found.variance, "figures": found.as_json()})
+        write_section(json_file, "coins", {"coin_variance": found.variance, "figures": found})
+
+
+def _print_rollout(figures: RolloutFigures) -> None:
+    from minillm.bench.record import print_table
+
+    sizes = figures.case.sizes
+    print_table(
+        f"Rollouts of {sizes.rows} responses of up to {sizes.new_tokens} tokens, alpha {figures.case.teacher_mix:g}, "
+        f"{sizes.precision}",
+        ["", "median", "least to greatest"],
+        [
+            [name, f"{of.median:.3f}", f"{of.low:.3f}–{of.high:.3f}"]
+            for name, of in (
+                ("lazy mixing, s", figures.seconds["lazy"]),
+                ("mixing at every token and scoring, s", figures.seconds["per_token"]),
+                ("the second over the first", figures.lazy_speedup),
+                ("finished rows dropped, s", figures.seconds["dropped"]),
+                ("all rows kept, s", figures.seconds["kept"]),
+                ("dropped over the cost of the rows left", figures.dropping_over_alive_cost),
+            )
+        ],
+    )
+    print(
+        f"teacher forwards over (heads + 2 a group), at most: {figures.teacher_forwards_over_bound:.3f}; "
+        f"mean heads {figures.mean_heads:.2f} ({figures.mean_heads_sigmas:+.1f} sigma)"
+    )
 
 
 def _print_coins(figures: CoinFigures) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from minillm.bench.options import Json, PromptTokens, Repeats, StudentName, TeacherName, app
+from minillm.bench import options
 from minillm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from minillm.bench.scale import ScaleFigures
 
 
-@app.command()
+@options.app.command()
 def scale(  # noqa: PLR0917 (typer reads options from parameters)
-    teacher: TeacherName = "bench-30m",
-    student: StudentName = "bench-4m",
+    teacher: options.TeacherName = "bench-30m",
+    student: options.StudentName = "bench-4m",
     batch: Annotated[int, typer.Option("--batch", min=1, help="Responses in a rollout, for each rank.")] = 8,
-    prompt_tokens: PromptTokens = 64,
+    prompt_tokens: options.PromptTokens = 64,
     new_tokens: Annotated[
         int, typer.Option("--new-tokens", min=1, help="Tokens of each response where ranks are compared.")
     ] = 64,
@@ -33,8 +33,8 @@ def scale(  # noqa: PLR0917 (typer reads options from parameters)
         list[int] | None,
         typer.Option("--vocabularies", min=4096, help="Rows of the head by which memory is compared; to be repeated."),
     ] = None,
-    repeats: Repeats = 3,
-    json_file: Json = None,
+    repeats: options.Repeats = 3,
+    json_file: options.Json = None,
 ) -> None:
     """How a step grows with a second rank, with the length of responses and with the vocabulary; one thread a process.
 
@@ -62,7 +62,7 @@ def scale(  # noqa: PLR0917 (typer reads options from parameters)
             "length_exponent": found.length.exponent.median,
             "memory_growth": found.memory.growth,
             "threads": 1,
-            "figures": found.as_json(),
+            "figures": found,
         }
         write_section(json_file, "scale", section)
 
@@ -105,7 +105,7 @@ def _middle_and_ends(spread: Spread) -> list[str]:
     return [f"{spread.median:.3f}", f"{spread.low:.3f}–{spread.high:.3f}"]
 
 
-@app.command()
+@options.app.command()
 def padding(  # noqa: PLR0917 (typer reads options from parameters)
     files: Annotated[
         list[str] | None,
@@ -122,7 +122,7 @@ def padding(  # noqa: PLR0917 (typer reads options from parameters)
         int, typer.Option("--micro-tokens", min=1, help="Most places in a forward, as a stage's micro_tokens.")
     ] = 4096,
     batches: Annotated[int, typer.Option("--batches", min=1, help="Random batches of each size.")] = 100,
-    json_file: Json = None,
+    json_file: options.Json = None,
 ) -> None:
     """How many of the places that training computes hold no token.
 
@@ -154,7 +154,7 @@ def padding(  # noqa: PLR0917 (typer reads options from parameters)
     if json_file is not None:
         section = {
             "fraction": worst, "unit": unit, "tokenizer": tokenizer if unit == "tokens" else None,
-            "micro_tokens": micro_tokens, "batches": batches, "files": [one.as_json() for one in found],
+            "micro_tokens": micro_tokens, "batches": batches, "files": found,
         }  # fmt: skip
         write_section(json_file, "padding", section)
 

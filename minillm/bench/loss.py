@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -44,10 +43,6 @@ class LossFigures:
     time_fraction: Spread
     """Tiles over whole logits."""
     memory_fraction: float
-
-    def as_json(self) -> dict[str, Any]:
-        """Nested plain values."""
-        return asdict(self)
 
 
 def measure_loss(case: LossCase, *, repeats: int) -> LossFigures:

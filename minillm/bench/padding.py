@@ -7,8 +7,8 @@ Counted, not timed: nothing here depends on the machine. A *place* is one positi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from minillm.cards import load_card
 from minillm.errors import DataError
@@ -61,10 +61,6 @@ class PaddingFigures:
     def worst(self) -> float:
         """The largest share of empty places as training does it."""
         return max(one.empty["packed"] for one in self.batches)
-
-    def as_json(self) -> dict[str, Any]:
-        """Nested plain values."""
-        return asdict(self)
 
 
 def measure_padding(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -16,13 +17,14 @@ SCHEMA = 1
 
 
 def write_section(file: Path, name: str, section: Mapping[str, Any]) -> None:
-    """Puts a benchmark's figures, with the versions they were measured with, under its name; other sections stay.
+    """Puts a benchmark's figures (plain values, or dataclasses of them), with the versions they were measured with,
+    under its name; other sections stay.
 
     Raises ``DataError`` where the file is there and holds something else.
     """
     found = sections(file)
     found[name] = {**section, "versions": versions()}
-    write_text(file, json.dumps(found, indent=2) + "\n")
+    write_text(file, json.dumps(found, indent=2, default=dataclasses.asdict) + "\n")
 
 
 def sections(file: Path) -> dict[str, Any]:

@@ -9,20 +9,22 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from minillm.batches import prompt_batch
-from minillm.bench.bare import Coins, Sizes, draw_key, model_loader, random_prompts
+from minillm.bench.bare import Case, Sizes, draw_key, model_loader, random_prompts
 from minillm.bench.pairs import Spread, in_turns, ratio, spread_of, threads
-from minillm.decode import roll_out
-from minillm.models import CausalLM, ModelReader, probe_packing
+from minillm.cards import Kind
+from minillm.decode import roll_out, rows_of_groups
+from minillm.models import CausalLM, ModelReader
+from minillm.probes import probe_packing
 from minillm.reading import Reader
 from minillm.sampling import draw, row_keys, uniforms
-from minillm.types import Decoding, PromptBatch, Rollout
+from minillm.types import Decoding, DrawKey, PromptBatch, Rollout
 
 SHORT = 4
 """Where rows end early, responses are 1/4 as long as they may be, on average."""
@@ -31,18 +33,10 @@ COIN_ROLLOUTS = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RolloutCase:
-    """Which models, how many tokens, and how they are drawn."""
+class RolloutCase(Case):
+    """How responses are drawn, and where."""
 
-    sizes: Sizes
-    teacher_mix: float
-    coin_groups: int
-    threads: int
     device: str = "cpu"
-
-    def coins(self, rollout: int) -> Coins:
-        """Those of the rollout of this number."""
-        return Coins(key=draw_key(rollout), teacher_mix=self.teacher_mix, groups=self.coin_groups)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,10 +62,6 @@ class RolloutFigures:
     """Rows dropped, over the sum of what each step costs with as many rows as are left."""
     step_cost: dict[int, float]
     """Median milliseconds of a decode step by its number of rows."""
-
-    def as_json(self) -> dict[str, Any]:
-        """Nested plain values."""
-        return asdict(self)
 
 
 def measure_rollout(case: RolloutCase, *, repeats: int) -> RolloutFigures:
@@ -130,7 +120,7 @@ class RolloutWork:
             self.batch, student=self.student, teacher=self.teacher, decoding=self.decoding, key=draw_key(number),
             eos_ids=(), pad_id=0, teacher_mix=case.teacher_mix, coin_groups=case.coin_groups, keep_hidden=True,
         )  # fmt: skip
-        heads = sum(sum(heads_T) for heads_T in case.coins(number).heads_GT(case.sizes.new_tokens))
+        heads = sum(map(sum, case.heads_GT(number)))
         self.teacher_forwards.append(rollout.teacher_forwards)
         self.over_bound.append(rollout.teacher_forwards / (heads + 2 * case.coin_groups))
         return rollout
@@ -140,22 +130,22 @@ class RolloutWork:
         number = self._per_token
         self._per_token += 1
         return mixed_per_token(
-            self.batch, student=self.student, teacher=self.teacher, coins=self.case.coins(number),
-            tokens=self.case.sizes.new_tokens,
+            self.batch, student=self.student, teacher=self.teacher, key=draw_key(number),
+            heads_GT=self.case.heads_GT(number),
         )  # fmt: skip
 
 
 @torch.no_grad()
 def mixed_per_token(
-    batch: PromptBatch, *, student: Reader, teacher: Reader, coins: Coins, tokens: int
+    batch: PromptBatch, *, student: Reader, teacher: Reader, key: DrawKey, heads_GT: list[list[bool]]
 ) -> tuple[Tensor, Tensor]:
     """Responses [B, T] drawn with both models at each token, and the teacher's states [B, T, H] before each of them."""
     ids_BL, mask_BL = batch.ids_BP, batch.mask_BP
-    heads_GT, heads_BT = torch.tensor(coins.heads_GT(tokens)), torch.zeros(len(ids_BL), tokens, dtype=torch.bool)
-    for group, rows_R in enumerate(coins.rows_G(batch.uid_B)):
-        heads_BT[rows_R] = heads_GT[group]
-    heads_BT = heads_BT.to(ids_BL.device)
-    keys_B = row_keys(coins.key, batch.uid_B, batch.sample_B, device=ids_BL.device)
+    tokens = len(heads_GT[0])
+    heads_BT = torch.zeros(len(ids_BL), tokens, dtype=torch.bool, device=ids_BL.device)
+    for rows_R, heads_T in zip(rows_of_groups(batch.uid_B, len(heads_GT)), heads_GT, strict=True):
+        heads_BT[rows_R] = torch.tensor(heads_T, device=ids_BL.device)
+    keys_B = row_keys(key, batch.uid_B, batch.sample_B, device=ids_BL.device)
     caches: list[Any] = [None, None]
     ids_BS = ids_BL
     for t in range(tokens):
@@ -252,7 +242,7 @@ class _Clocked:
 def mean_heads(case: RolloutCase) -> tuple[float, float]:
     """Mean number of heads in a rollout, and its distance from the expected one in standard deviations."""
     tokens, groups, mix = case.sizes.new_tokens, case.coin_groups, case.teacher_mix
-    counts = [sum(map(sum, case.coins(number).heads_GT(tokens))) for number in range(COIN_ROLLOUTS)]
+    counts = [sum(map(sum, case.heads_GT(number))) for number in range(COIN_ROLLOUTS)]
     mean = sum(counts) / len(counts)
     spread = (groups * tokens * mix * (1 - mix) / COIN_ROLLOUTS) ** 0.5
     return mean, (mean - groups * tokens * mix) / spread
@@ -275,7 +265,7 @@ def _between(curve: dict[int, list[float]], rows: int, t: int) -> float:
     return (1 - share) * curve[below][t] + share * curve[above][t]
 
 
-def _root(name: str, kind: str, *, sizes: Sizes, device: torch.device) -> CausalLM:
-    root = CausalLM(model_loader(name, kind, dtype=sizes.dtype, device=device, length=sizes.length)().eval())
+def _root(name: str, kind: Kind, *, sizes: Sizes, device: torch.device) -> CausalLM:
+    root = CausalLM(model_loader(name, kind, dtype=sizes.dtype, device=device)().eval())
     probe_packing(root, name=name)
     return root

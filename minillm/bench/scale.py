@@ -14,8 +14,7 @@ import multiprocessing
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,14 +27,17 @@ from minillm.bench.scale_worker import team
 from minillm.bench.step import Ours, StepCase
 from minillm.cards import Kind, load_card
 from minillm.errors import ConfigError
-from minillm.models import CausalLM, ModelFacts, inspect, probe_packing
+from minillm.models import CausalLM, ModelFacts, inspect
+from minillm.probes import probe_packing
 from minillm.ranks import Ranks
-from minillm.scoring import WORKING_BYTES, HeadWeights, TeacherView
+from minillm.scoring import HeadWeights, Task, TeacherView, cut_for
 
 STAGES = ("zero2", "zero3")
 ALONE = "zero0"
 """The engine settings of a run of one rank: on a CPU the fastest of them, and there is nothing to cut up."""
 RANKS = 2
+WANTED = ("logq", "reverse_kl")
+"""Numbers per token that MiniLLM's loss is made of."""
 _MMAP_THRESHOLD = -3
 """``M_MMAP_THRESHOLD`` of malloc.h."""
 
@@ -81,10 +83,6 @@ class ScaleFigures:
     weak: dict[str, WeakFigures]
     length: LengthFigures
     memory: MemoryFigures
-
-    def as_json(self) -> dict[str, Any]:
-        """Nested plain values."""
-        return asdict(self)
 
 
 def measure_scale(case: StepCase, *, lengths: Sequence[int], vocabularies: Sequence[int], repeats: int) -> ScaleFigures:
@@ -173,8 +171,7 @@ def memory_here(case: StepCase, vocabularies: Sequence[int], tiles: float) -> Me
     system's allocator works is settled here.
     """
     _return_what_is_freed()
-    of_a_tile = WORKING_BYTES["cuda" if torch.cuda.is_available() else "cpu"] / (8 * min(vocabularies))  # both models
-    rows = math.ceil(tiles * of_a_tile / case.sizes.new_tokens)
+    rows = math.ceil(tiles * _tokens_of_a_tile(min(vocabularies)) / case.sizes.new_tokens)
     case = case.of(rows=rows)
     found = {size: _peak_of_a_pass(case, size) for size in sorted(set(vocabularies))}
     rest = [peak - gradients for peak, gradients in found.values()]
@@ -186,12 +183,24 @@ def memory_here(case: StepCase, vocabularies: Sequence[int], tiles: float) -> Me
     )
 
 
+def _tokens_of_a_tile(vocabulary: int) -> int:
+    """As many as the loss core takes at once with two heads of this size."""
+    head = HeadWeights(weight_VH=torch.empty(vocabulary, 1, device=_device()), bias_V=None)
+    nothing_0 = torch.empty(0, dtype=torch.int64)
+    teacher = TeacherView(head=head, hidden_NH=torch.empty(0, 1))
+    return cut_for(head, Task(taken_N=nothing_0, wanted=WANTED, teacher=teacher)).tile
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _peak_of_a_pass(case: StepCase, vocabulary: int) -> tuple[int, int]:
     """(Highest point beyond weights and inputs, bytes of the gradients) of the student's forward and backward.
 
     Without an engine, whose buckets and states are copies of gradients and weights and grow as those do.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     with threads(case.threads):
         root = _student_of(case.sizes.student, vocabulary=vocabulary).to(device)
         probe_packing(root, name="student")
@@ -226,7 +235,7 @@ def _pass_over(root: CausalLM, *, case: StepCase, vocabulary: int, device: torch
     def one_pass() -> None:
         loss, _ = root(
             "train", ids_BL=ids_BL, mask_BL=mask_BL, predict_BL=predict_BL, teacher=view,
-            wanted=("logq", "reverse_kl"), loss=of_a_tile,
+            wanted=WANTED, loss=of_a_tile,
         )  # fmt: skip
         loss.backward()
 

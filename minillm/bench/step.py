@@ -10,14 +10,12 @@ Legend: B rows, T new tokens.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
-from minillm.bench.bare import Bare, Coins, Sizes, draw_key, model_loader, random_prompts
+from minillm.bench.bare import Bare, Case, model_loader, random_prompts
 from minillm.bench.pairs import Spread, in_turns, ratio, spread_of, threads
 from minillm.bench.peaks import Peaks, measure_peaks
 from minillm.cards import load_card
@@ -27,30 +25,17 @@ from minillm.ranks import Ranks
 from minillm.stage_config import MinillmStage, OptimiserConfig
 from minillm.types import Decoding, Ids
 
-PARTS = ("decode", "teacher", "update")
 UPDATES = 10**6
 """Length of the learning-rate schedule: longer than any benchmark."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepCase:
-    """Which models, how many tokens, and how they are drawn and learnt from."""
+class StepCase(Case):
+    """How responses are drawn and learnt from."""
 
-    sizes: Sizes
     inner_updates: int
-    threads: int
-    teacher_mix: float = 0.0
-    coin_groups: int = 1
     settings: str = ""
     """A file of ds_configs for the student; none names the smallest ZeRO stage that the precision allows."""
-
-    def of(self, **sizes: Any) -> StepCase:
-        """The same with other sizes."""
-        return dataclasses.replace(self, sizes=dataclasses.replace(self.sizes, **sizes))
-
-    def coins(self, rollout: int) -> Coins:
-        """Those of the rollout of this number."""
-        return Coins(key=draw_key(rollout), teacher_mix=self.teacher_mix, groups=self.coin_groups)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,10 +55,6 @@ class StepFigures:
     """Median seconds of the bare teacher over those of its products at the machine's peak."""
     peaks: Peaks
 
-    def as_json(self) -> dict[str, Any]:
-        """Nested plain values."""
-        return asdict(self)
-
 
 def measure_step(case: StepCase, *, repeats: int) -> StepFigures:
     """Both in turns, in one process. No row ends early, so that every step has the same tokens."""
@@ -82,7 +63,7 @@ def measure_step(case: StepCase, *, repeats: int) -> StepFigures:
     turn = iter(range(repeats + 1))
     # The coins of a step are those of its number: the bare teacher reads at the same heads in the same turn.
     teacher: Callable[[], object] = (
-        (lambda: bare.mixed_teacher(case.coins(next(turn)))) if case.teacher_mix else bare.teacher
+        (lambda: bare.mixed_teacher(case.heads_GT(next(turn)))) if case.teacher_mix else bare.teacher
     )
     try:
         seconds = in_turns(
@@ -126,10 +107,10 @@ class Ours:
             length_norm=True,
             optimiser=OptimiserConfig(lr=1e-5),
         )
-        teacher = model_loader(sizes.teacher, "teachers", dtype=sizes.dtype, device=ranks.device, length=sizes.length)
+        teacher = model_loader(sizes.teacher, "teachers", dtype=sizes.dtype, device=ranks.device)
         # As in a run: whole precision, from which the engine makes its own.
         whole = torch.promote_types(sizes.dtype, torch.float32)
-        student = model_loader(sizes.student, "students", dtype=whole, device=ranks.device, length=sizes.length)
+        student = model_loader(sizes.student, "students", dtype=whole, device=ranks.device)
         self.teacher = Teacher(teacher, ranks=ranks, placement="replicated", precision=sizes.precision)
         self.student = Student(
             student, ranks=ranks, settings=case.settings or ("zero1" if sizes.precision == "bf16" else "zero0"),

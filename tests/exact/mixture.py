@@ -27,7 +27,7 @@ KEY = DrawKey(seed=5, stage="minillm", purpose=Purpose.TOKEN, rollout=0)
 
 Response = tuple[int, ...]
 Drew = tuple[bool, ...]
-Draw = Callable[[Tensor, Tensor], Tensor]
+Draw = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def enumerate_responses(share_of_teacher: Sequence[float]) -> dict[Response, float]:
@@ -106,11 +106,11 @@ def _a_rollout_for_each_row(keys: Keys) -> Iterator[None]:
         yield
 
 
-def roll_keyed(keys: Keys, alpha: float, *, longest: int = T, draw: Draw = sampling.draw) -> Rollout:
+def roll_keyed(keys: Keys, alpha: float, *, longest: int = T, draw: Draw = sampling.draw_unchecked) -> Rollout:
     """One whole rollout of the library's loop in which every row has the keys of a rollout index of its own."""
     rows = len(keys.row_R)
     with pytest.MonkeyPatch.context() as patch, _a_rollout_for_each_row(keys):
-        patch.setattr(decode, "draw", draw)
+        patch.setattr(decode, "draw_unchecked", draw)
         return roll([str(row) for row in range(rows)], alpha, coin_groups=rows, longest=longest)
 
 
@@ -144,6 +144,7 @@ def _with_lengths(rollout: Rollout, value_BT: Tensor) -> Iterator[tuple[list[Any
     return zip(value_BT.tolist(), rollout.length_B.tolist(), strict=True)
 
 
-def off_by_one(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
+def off_by_one(logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
     """Broken: the last id whose cumulated mass does not exceed, instead of the first that does."""
-    return (sampling.draw(logits_BV, uniform_B) - 1).clamp(min=0)
+    ids_B, drawable_B = sampling.draw_unchecked(logits_BV, uniform_B)
+    return (ids_B - 1).clamp(min=0), drawable_B

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from minillm.decode import _mix
-from minillm.policy_loss import importance_weights
 from minillm.reading import Asked
 from minillm.scoring import tile_statistics
 from minillm.types import Decoding
 from tests.exact.tabular import assert_close
+from tests.exact.test_importance import weight_of
 
 V = 7
 CHAINS = {
@@ -65,22 +65,11 @@ class State:
         return values["logq"], values["logp"]
 
 
-def weight(kind: str, logq_V: Tensor, logp_V: Tensor, *, drew: bool, alpha: float) -> Tensor:
-    return importance_weights(
-        kind,
-        logq_BT=logq_V,
-        logp_BT=logp_V,
-        teacher_drew_BT=torch.full(logq_V.shape, drew),
-        teacher_mix=alpha,
-        max_log_ratio=20.0,
-    )
-
-
 def weighted_chance(
     kind: str, q_V: Tensor, p_V: Tensor, scores: tuple[Tensor, Tensor], *, alpha: float
 ) -> tuple[Tensor, Tensor]:
     """E over the coin of chance x weight of each id, [V]; and the chance that an id is drawn at all, [V]."""
-    tails_V, heads_V = (weight(kind, *scores, drew=drew, alpha=alpha) for drew in (False, True))
+    tails_V, heads_V = (weight_of(kind, *scores, alpha=alpha, drew=drew) for drew in (False, True))
     chance_V = (1 - alpha) * q_V + alpha * p_V
     product_V = (1 - alpha) * q_V * tails_V + alpha * p_V * heads_V
     return torch.where(chance_V > 0, product_V, 0.0), chance_V

@@ -107,7 +107,7 @@ def test_rows_of_one_rollout_in_groups_of_their_own_follow_the_enumerated_mixtur
 
 
 @pytest.mark.parametrize(
-    ("name", "broken"), [("draw", off_by_one), ("uniforms", one_number)], ids=["off-by-one", "one-number"]
+    ("name", "broken"), [("draw_unchecked", off_by_one), ("uniforms", one_number)], ids=["off-by-one", "one-number"]
 )
 def test_planted_errors_in_that_rollout_fail(
     name: str, broken: Draw | Callable[[Tensor, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch

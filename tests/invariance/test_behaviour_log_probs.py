@@ -24,9 +24,10 @@ from torch import Tensor
 from minillm import decode, objectives, scoring
 from minillm.cards import Card
 from minillm.config import MinillmStage, OptimiserConfig
-from minillm.models import CausalLM, ModelReader, inspect, load, probe_packing
+from minillm.models import CausalLM, ModelReader, inspect, load
 from minillm.objectives import Collected, Minillm, rollout_inputs
 from minillm.packing import Reads, pack
+from minillm.probes import probe_packing
 from minillm.ranks import Ranks
 from minillm.scoring import HeadWeights
 from minillm.types import Decoding, Ids, Prompt, Rollout

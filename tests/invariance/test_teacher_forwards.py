@@ -155,7 +155,7 @@ def counts(toss: Toss) -> list[int]:
 
 
 def as_drawn(key: DrawKey) -> list[bool]:
-    (heads_T,) = decode._toss(key, teacher_mix=ALPHA, coin_groups=1, positions=LONG)
+    (heads_T,) = decode.toss(key, teacher_mix=ALPHA, coin_groups=1, positions=LONG)
     return heads_T
 
 

@@ -38,7 +38,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
             "world",
         ),
     ),
-    4: ("models", "reading", "decode", "scoring", "token_loss"),
+    4: ("models", "probes", "reading", "decode", "scoring", "token_loss"),
     5: ("ranks", "engine_settings", "engines", "muon", "optimisers", "store", "publish", "model_card"),
     6: ("objectives", "loop", "stages", "preflight", "progress"),
     7: (

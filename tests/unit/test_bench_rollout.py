@@ -5,6 +5,7 @@ Legend: B rows, T new tokens, R rollouts, D parameters.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -14,10 +15,10 @@ import pytest
 import torch
 
 from minillm import cli
-from minillm.bench import rollout as rollout_module
-from minillm.bench.bare import Coins, Sizes, draw_key
+from minillm.bench.bare import Sizes, draw_key
 from minillm.bench.coins import CoinCase, CoinWork, measure_coins, prompts_of, spread_of_vectors
 from minillm.bench.rollout import Ending, RolloutCase, RolloutWork, mean_heads, measure_rollout
+from minillm.decode import toss
 from minillm.errors import ConfigError
 from minillm.ranks import Ranks
 from minillm.sampling import coin_group
@@ -48,10 +49,8 @@ def test_mixing_at_every_token_draws_the_same_and_scores_the_same(tmp_path: Path
 
 def test_a_twin_with_other_coins_would_draw_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = RolloutWork(case_of(tmp_path))
-    real = rollout_module.Coins.heads_GT
-    monkeypatch.setattr(
-        rollout_module.Coins, "heads_GT", lambda self, tokens: [[not h for h in row] for row in real(self, tokens)]
-    )
+    real = RolloutCase.heads_GT
+    monkeypatch.setattr(RolloutCase, "heads_GT", lambda self, n: [[not h for h in row] for row in real(self, n)])
     lazy, (ids_BT, _) = work.lazy(), work.per_token()
     assert not torch.equal(lazy.response_BT, ids_BT)
 
@@ -89,7 +88,8 @@ def test_heads_are_as_many_as_expected(tmp_path: Path, groups: int) -> None:
 def test_heads_of_another_share_would_be_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = case_of(tmp_path, teacher_mix=0.2, new_tokens=128)
     other = case_of(tmp_path / "other", teacher_mix=0.22, new_tokens=128)
-    monkeypatch.setattr(RolloutCase, "coins", lambda self, number, real=RolloutCase.coins: real(other, number))
+    real = RolloutCase.heads_GT
+    monkeypatch.setattr(RolloutCase, "heads_GT", lambda self, number: real(other, number))
     assert mean_heads(case)[1] > 3
 
 
@@ -99,7 +99,7 @@ def test_figures_are_whole(tmp_path: Path) -> None:
     assert 0 < found.teacher_forwards_over_bound <= 1
     assert len(found.teacher_forwards) == 3
     assert set(found.step_cost) == {1, 2, 4, 5}
-    assert json.dumps(found.as_json())
+    assert json.dumps(dataclasses.asdict(found))
 
 
 def test_variance_of_vectors_is_that_of_a_textbook() -> None:
@@ -128,10 +128,12 @@ def test_what_rows_share_does_not_shrink_with_the_batch(monkeypatch: pytest.Monk
     """In place of a gradient, the share of heads that a batch's rows have: all of it is the coins'."""
 
     def heads(self: CoinWork, objective: Any, step: int) -> torch.Tensor:
-        coins = Coins(key=draw_key(step), teacher_mix=0.4, groups=objective._stage.coin_groups)
-        heads_GT = torch.tensor(coins.heads_GT(20), dtype=torch.float64)
+        groups = objective._stage.coin_groups
+        heads_GT = torch.tensor(
+            toss(draw_key(step), teacher_mix=0.4, coin_groups=groups, positions=20), dtype=torch.float64
+        )
         uids = [objective._prompts[row].uid for row in objective._order.take(step * 32, 32)]
-        return heads_GT[[coin_group(uid, coins.groups) for uid in uids]].mean(dim=0)
+        return heads_GT[[coin_group(uid, groups) for uid in uids]].mean(dim=0)
 
     monkeypatch.setattr(CoinWork, "_gradient", heads)
     found = measure_coins(coin_case(batches=(32,), groups=(1, 4), rollouts=100))

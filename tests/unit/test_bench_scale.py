@@ -23,7 +23,7 @@ from minillm.bench.pairs import Spread
 from minillm.bench.scale import exponent, measure_length, measure_scale, memory_here
 from minillm.bench.scale_worker import Team, WorkerLost, team
 from minillm.bench.step import StepCase
-from minillm.errors import ConfigError
+from minillm.errors import ConfigError, PositionsExceeded
 from minillm.scoring import WORKING_BYTES
 from tests import tiny
 
@@ -99,7 +99,7 @@ def test_memory_is_flat_in_the_vocabulary_once_tiles_are_full(case: StepCase) ->
     """Control: a quarter of a tile at the smallest vocabulary is a whole one at four times as many ids."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         flat, growing = pool.starmap(memory_here, [(case, [80_000, 40_000], 2.0), (case, [40_000, 160_000], 0.25)])
-    assert flat.tokens >= 2 * WORKING_BYTES["cpu"] / (8 * 40_000)  # two tiles of both models
+    assert flat.tokens * 8 * 40_000 > WORKING_BYTES["cpu"]  # more than one tile of both models holds
     assert flat.growth == pytest.approx(1.0, abs=0.1)
     assert flat.gradients[80_000] - flat.gradients[40_000] == 40_000 * 16 * 4
     assert flat.peak[40_000] > WORKING_BYTES["cpu"] / 2
@@ -180,7 +180,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_starts(
     monkeypatch.setattr(scale, "measure_weak", lambda *_, **__: pytest.fail("started"))
     with pytest.raises(ConfigError, match="--lengths: got 8, 8; wanted at least two"):
         measure_scale(case, lengths=[8, 8], vocabularies=[30, 60], repeats=1)
-    with pytest.raises(ConfigError, match="48 positions"):
+    with pytest.raises(PositionsExceeded, match="48 positions"):
         measure_scale(case, lengths=[8, 64], vocabularies=[30, 60], repeats=1)
     with pytest.raises(ConfigError, match="no card of that name"):
         measure_scale(case.of(student="nobody"), lengths=[4, 8], vocabularies=[9, 30], repeats=1)

@@ -22,8 +22,9 @@ from minillm.batches import prompt_batch
 from minillm.cards import BuildSpec, Card
 from minillm.decode import roll_out
 from minillm.errors import ModelError, PositionsExceeded
-from minillm.models import CausalLM, ModelReader, inspect, load, probe_head
+from minillm.models import CausalLM, ModelReader, inspect, load
 from minillm.objectives import rollout_inputs
+from minillm.probes import probe_head
 from minillm.scoring import score
 from minillm.types import Decoding, DrawKey, Prompt, PromptBatch, Purpose, Rollout
 from tests import tiny

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from minillm.models import CausalLM, Packs, probe_packing
+from minillm.models import CausalLM, Packs
 from minillm.packing import SURE_WIDTH, WIDER, Reads, first_places, lay_out, pack
+from minillm.probes import probe_packing
 from tests import tiny
 
 LENGTHS = (9, 2, 5, 1, 7, 3, 3, 8)
