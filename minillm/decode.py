@@ -170,12 +170,12 @@ def _write_responses(
             continue
         taught = [answer for answer in answers if answer is not None]
         student_NV, chosen_NV, support_NV = _mix(asked, taught, decoding=decoding)
-        ids_N, drawable_N = draw_unchecked(chosen_NV, uniform_BT[asked.rows_N, t])
+        ids_N, logq_N, drawable_N = draw_unchecked(chosen_NV, uniform_BT[asked.rows_N, t])
+        if taught:  # at heads the id was not drawn from the student
+            logq_N = log_probs_of(student_NV, ids_N)
         for answer in taught:
             page.drew_BT[answer.rows_N, t] = page.alive_B[answer.rows_N]
-        page.write(
-            asked.rows_N, t, ids_N=ids_N, drawable_N=drawable_N, logq_N=log_probs_of(student_NV, ids_N), eos_E=eos_E
-        )
+        page.write(asked.rows_N, t, ids_N=ids_N, drawable_N=drawable_N, logq_N=logq_N, eos_E=eos_E)
         if support_NV is not None:
             support.append(Piece(asked.rows_N, t, pack_support(support_NV)[:, None]))
     page.alive_B.fill_(False)  # those that reached the limit are finished too

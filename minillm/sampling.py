@@ -72,24 +72,27 @@ def draw(logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
     ``-inf`` forbids an id; an id without mass never comes out, whatever the rounding. A NaN or ``+inf`` raises
     ``NonFinite``; a row in which every id is forbidden is a mistake of ours and fails an assertion.
     """
-    ids_B, drawable_B = draw_unchecked(logits_BV, uniform_B)
+    ids_B, _, drawable_B = draw_unchecked(logits_BV, uniform_B)
     if not bool(drawable_B.all()):
         _complain(logits_BV)
     return ids_B
 
 
-def draw_unchecked(logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
-    """``draw`` without waiting for the device: the ids [B], and whether each row could be drawn from at all [B]."""
+def draw_unchecked(logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``draw`` without waiting for the device, and what one softmax gives besides: the ids [B], their log-probabilities
+    [B] (float64), and whether each row could be drawn from at all [B]."""
     require_shape("uniform numbers", uniform_B, tuple(logits_BV.shape[:1]))
     wide_BV = logits_BV.double()
-    mass_BV = (wide_BV - wide_BV.amax(dim=1, keepdim=True)).exp()
+    shifted_BV = wide_BV - wide_BV.amax(dim=1, keepdim=True)
+    mass_BV = shifted_BV.exp()
     # A parallel prefix sum may round upwards at an id without mass, so such ids are taken out after summing. The
     # largest of the rest is the total: u <= 1 - 2^-53 makes u x total smaller than it, so some id always exceeds.
     cdf_BV = torch.where(mass_BV > 0, mass_BV.cumsum(dim=1), 0.0)
     total_B = cdf_BV.amax(dim=1)
     target_B1 = (uniform_B.double() * total_B)[:, None]
     ids_B = (cdf_BV > target_B1).to(torch.uint8).argmax(dim=1)  # argmax returns the first of equals
-    return ids_B, total_B > 0  # false where it is NaN
+    log_prob_B = shifted_BV.gather(1, ids_B[:, None]).squeeze(1) - total_B.log()
+    return ids_B, log_prob_B, total_B > 0  # false where it is NaN
 
 
 def log_probs_of(logits_BV: Tensor, ids_B: Tensor) -> Tensor:

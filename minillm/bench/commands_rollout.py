@@ -71,6 +71,7 @@ def rollout(  # noqa: PLR0917 (typer reads options from parameters)
             "teacher_forwards_over_bound": found.teacher_forwards_over_bound,
             "coin_variance": coins.variance,
             "dropping_over_alive_cost": found.dropping_over_alive_cost.median,
+            "many_over_refilled": found.many_over_refilled.median,
             "threads": threads, "figures": found, "coins": coins,
         }  # fmt: skip
         write_section(json_file, "rollout", section)
@@ -135,6 +136,8 @@ def _print_rollout(figures: RolloutFigures) -> None:
                 ("finished rows dropped, s", figures.seconds["dropped"]),
                 ("all rows kept, s", figures.seconds["kept"]),
                 ("dropped over the cost of the rows left", figures.dropping_over_alive_cost),
+                ("eight times the rows at once, dropped, s", figures.seconds["many"]),
+                ("that over refilled slots without loss", figures.many_over_refilled),
             )
         ],
     )

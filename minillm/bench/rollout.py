@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ from minillm.types import Decoding, DrawKey, PromptBatch, Rollout
 
 SHORT = 4
 """Where rows end early, responses are 1/4 as long as they may be, on average."""
+MANY = 8
+"""Times as many prompts wait for slots as there are slots."""
 COIN_ROLLOUTS = 200
 """Of this many the mean number of heads is given."""
 
@@ -60,6 +62,9 @@ class RolloutFigures:
     """All rows to the end over rows dropped."""
     dropping_over_alive_cost: Spread
     """Rows dropped, over the sum of what each step costs with as many rows as are left."""
+    many_over_refilled: Spread
+    """``MANY`` times as many rows at once, finished ones dropped, over what B slots would take that pass to the next
+    prompt without loss: as many tokens, each at the cost it has in a full batch."""
     step_cost: dict[int, float]
     """Median milliseconds of a decode step by its number of rows."""
 
@@ -72,10 +77,12 @@ def measure_rollout(case: RolloutCase, *, repeats: int) -> RolloutFigures:
         mixed = in_turns({"lazy": work.lazy, "per_token": work.per_token}, repeats=repeats, device=device)
         ending = Ending(work)
         ended = in_turns(
-            {"dropped": ending.dropped, "kept": ending.kept, "costs": ending.costs}, repeats=repeats, device=device
-        )
+            {"dropped": ending.dropped, "kept": ending.kept, "costs": ending.costs, "many": ending.many},
+            repeats=repeats, device=device,
+        )  # fmt: skip
     measured = range(1, repeats + 1)  # the first turn is not
     alive = [ending.alive_cost(turn) for turn in measured]
+    refilled = [ending.refilled_cost(turn) for turn in measured]
     heads, sigmas = mean_heads(case)
     return RolloutFigures(
         case=case,
@@ -88,6 +95,7 @@ def measure_rollout(case: RolloutCase, *, repeats: int) -> RolloutFigures:
         mean_length=statistics.mean(length for turn in measured for length in ending.lengths[turn]),
         dropping_speedup=ratio(ended["kept"], ended["dropped"]),
         dropping_over_alive_cost=ratio(ended["dropped"], alive),
+        many_over_refilled=ratio(ended["many"], refilled),
         step_cost={
             rows: 1e3 * statistics.median(cost for turn in measured for cost in ending.curves[turn][rows][1:])
             for rows in ending.curves[0]
@@ -173,6 +181,10 @@ class Ending:
         ends = max(1, round(work.vocabulary * SHORT / work.case.sizes.new_tokens))
         any_order = torch.randperm(work.vocabulary, generator=torch.Generator().manual_seed(3))
         self._eos_ids = tuple(any_order[:ends].tolist())
+        more = replace(work.case.sizes, rows=MANY * work.case.sizes.rows)
+        prompts = random_prompts(more, vocabulary=work.vocabulary)
+        self._many = prompt_batch(prompts, [0] * more.rows, pad_id=0, device=work.batch.ids_BP.device)
+        self._lengths_of_many: list[list[int]] = []
         self.lengths: list[list[int]] = []
         """Of the responses of each turn."""
         self.curves: list[dict[int, list[float]]] = []
@@ -181,14 +193,20 @@ class Ending:
 
     def dropped(self) -> Rollout:
         """Finished rows leave the batch."""
-        rollout = self._rollout(len(self.lengths), drop=True)
+        rollout = self._rollout(self._work.batch, len(self.lengths), drop=True)
         self.lengths.append(rollout.length_B.tolist())
         return rollout
 
     def kept(self) -> Rollout:
         """Finished rows stay to the end of the longest."""
         self._kept += 1
-        return self._rollout(self._kept - 1, drop=False)
+        return self._rollout(self._work.batch, self._kept - 1, drop=False)
+
+    def many(self) -> Rollout:
+        """``MANY`` times as many rows, all at once, finished ones dropped."""
+        rollout = self._rollout(self._many, len(self._lengths_of_many), drop=True)
+        self._lengths_of_many.append(rollout.length_B.tolist())
+        return rollout
 
     def costs(self) -> None:
         """Times rollouts of 1, 2, 4 … rows, step by step."""
@@ -201,6 +219,12 @@ class Ending:
         lengths, curve = self.lengths[turn], self.curves[turn]
         alive_T = [sum(length > t for length in lengths) for t in range(max(lengths))]
         return sum(_between(curve, rows, t) for t, rows in enumerate(alive_T))
+
+    def refilled_cost(self, turn: int) -> float:
+        """Seconds that the responses of ``many`` would take if B rows at once never waited for the longest of them."""
+        rows = len(self._work.batch.uid_B)
+        token_cost = sum(self.curves[turn][rows]) / rows / self._work.case.sizes.new_tokens
+        return token_cost * sum(self._lengths_of_many[turn])
 
     def _step_times(self, rows: int) -> list[float]:
         batch = self._work.batch
@@ -215,10 +239,10 @@ class Ending:
         marks = [*clocked.marks, time.perf_counter()]
         return [after - before for before, after in itertools.pairwise(marks)]
 
-    def _rollout(self, number: int, *, drop: bool) -> Rollout:
+    def _rollout(self, batch: PromptBatch, number: int, *, drop: bool) -> Rollout:
         work = self._work
         return _plain(
-            work.batch, student=work.student, decoding=work.decoding, number=number, eos_ids=self._eos_ids, drop=drop
+            batch, student=work.student, decoding=work.decoding, number=number, eos_ids=self._eos_ids, drop=drop
         )
 
 

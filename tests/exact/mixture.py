@@ -27,7 +27,7 @@ KEY = DrawKey(seed=5, stage="minillm", purpose=Purpose.TOKEN, rollout=0)
 
 Response = tuple[int, ...]
 Drew = tuple[bool, ...]
-Draw = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Draw = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def enumerate_responses(share_of_teacher: Sequence[float]) -> dict[Response, float]:
@@ -144,7 +144,7 @@ def _with_lengths(rollout: Rollout, value_BT: Tensor) -> Iterator[tuple[list[Any
     return zip(value_BT.tolist(), rollout.length_B.tolist(), strict=True)
 
 
-def off_by_one(logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+def off_by_one(logits_BV: Tensor, uniform_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Broken: the last id whose cumulated mass does not exceed, instead of the first that does."""
-    ids_B, drawable_B = sampling.draw_unchecked(logits_BV, uniform_B)
-    return (ids_B - 1).clamp(min=0), drawable_B
+    ids_B, log_prob_B, drawable_B = sampling.draw_unchecked(logits_BV, uniform_B)
+    return (ids_B - 1).clamp(min=0), log_prob_B, drawable_B

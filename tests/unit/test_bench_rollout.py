@@ -74,6 +74,9 @@ def test_the_cost_of_rows_left_is_that_of_as_many_rows_step_by_step(tmp_path: Pa
     ending.lengths = [[3, 1, 2, 3, 1]]
     ending.curves = [{1: [1.0] * 4, 2: [2.0, 2.0, 2.5, 9.0], 4: [5.0] * 4, 5: [7.0] * 4}]
     assert ending.alive_cost(0) == 7.0 + (2.0 + 5.0) / 2 + 2.5  # 5 rows, 3 rows, 2 rows
+    ending._lengths_of_many = [[3, 12, 5]]
+    ending.curves[0][5] = [7.0] * 12
+    assert ending.refilled_cost(0) == pytest.approx(7.0 * 12 * 20 / (5 * 12))  # 20 tokens of 60 places
     ending.costs()
     assert {rows: len(cost_T) for rows, cost_T in ending.curves[1].items()} == {1: 12, 2: 12, 4: 12, 5: 12}
 
@@ -95,7 +98,7 @@ def test_heads_of_another_share_would_be_noticed(tmp_path: Path, monkeypatch: py
 
 def test_figures_are_whole(tmp_path: Path) -> None:
     found = measure_rollout(case_of(tmp_path), repeats=2)
-    assert set(found.seconds) == {"lazy", "per_token", "dropped", "kept", "costs"}
+    assert set(found.seconds) == {"lazy", "per_token", "dropped", "kept", "costs", "many"}
     assert 0 < found.teacher_forwards_over_bound <= 1
     assert len(found.teacher_forwards) == 3
     assert set(found.step_cost) == {1, 2, 4, 5}
@@ -205,6 +208,7 @@ def test_the_command_writes_what_was_measured(tmp_path: Path, capsys: pytest.Cap
     found = json.loads((tmp_path / "b.json").read_text(encoding="utf-8"))["rollout"]
     assert found["lazy_speedup"] == found["figures"]["lazy_speedup"]["median"]
     assert found["teacher_forwards_over_bound"] <= 1 and found["dropping_over_alive_cost"] > 0
+    assert found["many_over_refilled"] > 0
     assert set(found["coin_variance"]) == {"4"}
     assert "sigma" in capsys.readouterr().out
 

@@ -181,6 +181,16 @@ def test_no_rows_draw_nothing() -> None:
     assert sampling.row_keys(KEY, [], [], device="cpu").shape == (0,)
 
 
+def test_a_draw_tells_the_log_probability_of_what_it_drew() -> None:
+    """To float64's rounding that of the whole softmax, forbidden ids and far apart logits included."""
+    noise = torch.Generator().manual_seed(3)
+    logits = 30.0 * torch.randn(200, 17, generator=noise)
+    logits[:, ::5] = -torch.inf
+    ids, log_prob, drawable = sampling.draw_unchecked(logits, torch.rand(200, generator=noise, dtype=torch.float64))
+    assert bool(drawable.all()) and log_prob.dtype == torch.float64
+    torch.testing.assert_close(log_prob, sampling.log_probs_of(logits, ids), rtol=1e-13, atol=1e-13)
+
+
 def test_log_probs_of_are_those_of_the_softmax() -> None:
     logits = torch.tensor([[1.0, 2.0, -torch.inf], [0.0, -3.0, 5.0]])
     got = sampling.log_probs_of(logits, torch.tensor([1, 0]))
