@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from minillm import credit
+from minillm.advantages import RowNames, targets_of
 from minillm.batches import ExampleBatch, example_batch, prompt_batch
 from minillm.config import MinillmStage, SftStage
 from minillm.decode import roll_out
@@ -27,11 +27,10 @@ from minillm.engines import Student, Teacher
 from minillm.micro_batches import Limits, cut
 from minillm.models import ModelReader
 from minillm.order import GlobalOrder, WindowedOrder, occurrences, share
-from minillm.policy_loss import clipped_surrogate, importance_weights
+from minillm.policy_loss import clipped_surrogate
 from minillm.ranks import Ranks
-from minillm.sampling import coin_group
 from minillm.scoring import HeadWeights, TeacherView, score
-from minillm.types import Decoding, DrawKey, Ids, Prompt, Purpose, Rollout, Scored, Stop, Targets
+from minillm.types import Decoding, DrawKey, Ids, Prompt, Purpose, Rollout, Stop, Targets
 
 Loss = Callable[[], Tensor]
 
@@ -173,7 +172,8 @@ class Minillm:
             scored = self._ranks.together(
                 lambda: score(rollout, student=reader, teacher_head=head, temperature=self._decoding.temperature)
             )
-        targets = self._credit(scored, prompt=[rows[i][0] for i in mine], row=mine)
+        names = RowNames.of(rollout, prompt=[rows[i][0] for i in mine], row=mine, coin_groups=stage.coin_groups)
+        targets = targets_of(scored, stage, names=names, ranks=self._ranks)
         anchor = []
         if self._anchor_order is not None:
             taken = self._anchor_order.take(step * stage.lm_batch, stage.lm_batch)
@@ -233,45 +233,6 @@ class Minillm:
             policy_step=policy_step,
         )
 
-    def _credit(self, scored: Scored, *, prompt: Sequence[int], row: Sequence[int]) -> Targets:
-        """Rewards -> returns -> advantages and weights, all detached."""
-        stage, rollout = self._stage, scored.rollout
-        mask_BT = rollout.mask_BT
-        reward_BT = scored.logp_BT - scored.logq_BT if stage.future == "sampled" else -scored.reverse_kl_BT
-        advantage_BT = credit.future_return(reward_BT, mask_BT, per_token=stage.length_norm)
-        if stage.baseline != "none":
-            advantage_BT = advantage_BT - self._baseline(advantage_BT, rollout, prompt=prompt, row=row)
-        importance_BT = importance_weights(
-            stage.importance,
-            logq_BT=scored.logq_BT,
-            logp_BT=scored.logp_BT,
-            teacher_drew_BT=rollout.teacher_drew_BT,
-            teacher_mix=stage.teacher_mix,
-            max_log_ratio=stage.max_log_ratio,
-        )
-        return Targets(
-            scored=scored,
-            advantage_BT=torch.where(mask_BT, advantage_BT, 0.0).detach(),
-            importance_BT=torch.where(mask_BT, importance_BT, 0.0).detach(),
-        )
-
-    def _baseline(self, value_BT: Tensor, rollout: Rollout, *, prompt: Sequence[int], row: Sequence[int]) -> Tensor:
-        """The baseline of this rank's rows from the rows of all ranks."""
-        ranks = self._ranks
-        # With coin weights, rows that share a coin may serve each other; with q/m weights they may not (design D5).
-        apart = self._stage.teacher_mix > 0.0 and self._stage.importance == "per_step"
-        groups = [coin_group(uid, self._stage.coin_groups) for uid in rollout.prompts.uid_B]
-        own_BK = torch.tensor([prompt, row, groups], dtype=torch.long, device=ranks.device).T
-        all_AK = ranks.gather_rows(own_BK)
-        allowed_BA = credit.peers(
-            self._stage.baseline,
-            prompt_B=own_BK[:, 0], row_B=own_BK[:, 1], coin_group_B=own_BK[:, 2] if apart else None,
-            prompt_A=all_AK[:, 0], row_A=all_AK[:, 1], coin_group_A=all_AK[:, 2] if apart else None,
-        )  # fmt: skip
-        value_AT = ranks.gather_rows(value_BT)
-        alive_AT = ranks.gather_rows(rollout.mask_BT.to(torch.uint8)).bool()
-        return credit.position_baseline(value_AT, alive_AT, allowed_BA)[:, : value_BT.shape[1]]
-
     def _loss(
         self, rows: Sequence[int], collected: Collected, *, student: Student, head: HeadWeights, sums: Sums
     ) -> Tensor:
@@ -283,6 +244,7 @@ class Minillm:
         logq_N = _pick(targets.scored.logq_BT, rows, keep_BT)
         advantage_N = _pick(targets.advantage_BT, rows, keep_BT)
         importance_N = _pick(targets.importance_BT, rows, keep_BT)
+        single_N = None if targets.single_weight_BT is None else _pick(targets.single_weight_BT, rows, keep_BT)
         denominator = collected.sequences * self._constant
 
         def loss_of(numbers: Mapping[str, Tensor], here: slice) -> Tensor:
@@ -290,7 +252,8 @@ class Minillm:
                 numbers["logq"], logq_N[here], advantage=advantage_N[here], importance=importance_N[here],
                 clip=stage.clip, max_log_ratio=stage.max_log_ratio,
             )  # fmt: skip
-            single, long = numbers["reverse_kl"].sum() / denominator, surrogate.loss.sum() / denominator
+            kl_N = numbers["reverse_kl"] if single_N is None else numbers["reverse_kl"] * single_N[here]
+            single, long = kl_N.sum() / denominator, surrogate.loss.sum() / denominator
             sums.add(
                 single=single.detach(), long=long.detach(), kept=len(surrogate.loss),
                 clipped=surrogate.clipped.sum(), clamped=surrogate.clamped.sum(),

@@ -18,25 +18,51 @@ from minillm.types import require_shape
 
 @torch.no_grad()
 def importance_weights(
-    kind: str, *, logq_BT: Tensor, logp_BT: Tensor, teacher_drew_BT: Tensor, teacher_mix: float, max_log_ratio: float
+    kind: str,
+    *,
+    logq_BT: Tensor,
+    logp_BT: Tensor,
+    teacher_drew_BT: Tensor,
+    teacher_mix: float,
+    max_log_ratio: float,
+    cap: float | None = None,
 ) -> Tensor:
-    """Weight of each token's policy-gradient term under teacher mixing ``m = (1 - a) q + a p``, [B, T].
+    """Weight of each token under teacher mixing ``m = (1 - a) q + a p``, [B, T].
 
     ``none``: 1, a bias of its own at a > 0. ``per_step``: q(y_t) / m(y_t), between 0 and 1 / (1 - a), mean 1 under m
     (Gu et al. 2024, after eq. 5). ``coin``: 1 / (1 - a) where the student drew and 0 where the teacher did; also mean
     1, and any function of coins and of other rows is a valid baseline (design D5). At a = 0 each of them is exactly
-    1. None corrects the distribution of *prefixes*: that needs the product over past tokens.
+    1. None corrects the distribution of *prefixes*: that needs the product over past tokens (``running_products``), for
+    which ``per_decision`` gives the weights q / m, and ``truncated`` those at most ``cap`` (as V-trace does, Espeholt
+    et al. 2018): products then grow less, and the gradient is biased.
     ``max_log_ratio`` = c clamps log p - log q (nats) so that ``exp`` cannot overflow; it moves a weight by less than
     e^-c / a where the teacher's probability is the larger, and a e^-c / (1 - a)^2 where it is the smaller. Off the
     mask a weight means nothing.
     """
     if kind == "none" or teacher_mix == 0.0:
         return torch.ones_like(logq_BT)
-    if kind == "per_step":
+    if kind in {"per_step", "per_decision", "truncated"}:
         log_ratio_BT = (logp_BT - logq_BT).clamp(-max_log_ratio, max_log_ratio)
-        return 1.0 / ((1.0 - teacher_mix) + teacher_mix * log_ratio_BT.exp())
+        weight_BT = 1.0 / ((1.0 - teacher_mix) + teacher_mix * log_ratio_BT.exp())
+        assert (cap is not None) == (kind == "truncated"), (kind, cap)
+        return weight_BT.clamp(max=cap) if kind == "truncated" else weight_BT
     assert kind == "coin" and teacher_mix < 1.0, (kind, teacher_mix)
     return torch.full_like(logq_BT, 1.0 / (1.0 - teacher_mix)).masked_fill(teacher_drew_BT, 0.0)
+
+
+@torch.no_grad()
+def running_products(weight_BT: Tensor, mask_BT: Tensor, *, max_log: float) -> tuple[Tensor, Tensor]:
+    """Products of the weights *before* each kept token and *up to* it, both [B, T]; 1 and 1 off the mask.
+
+    The first belongs to what is known before a token is drawn, the second to the token. Their logarithms are held
+    within +-``max_log`` nats, as those of ratios are.
+    """
+    log_BT = torch.where(mask_BT, weight_BT.double().log(), 0.0)
+    upto_BT = log_BT.cumsum(dim=1)
+    before_BT = upto_BT - log_BT
+    return tuple(  # type: ignore[return-value]
+        torch.where(mask_BT, of.clamp(-max_log, max_log).exp(), 1.0).to(weight_BT.dtype) for of in (before_BT, upto_BT)
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,6 +25,13 @@ BETTER: dict[str, Literal["min", "max"] | None] = {
     "mean_length": None,
 }
 """Every validation measure and which way is better; ``None`` where neither is."""
+BY_TOKEN = {"per_step", "per_decision", "truncated"}
+"""Importance weights made of a token's probabilities: they tell who drew it, so rows that share its coin may not serve
+as its baseline."""
+CHAINED = {"per_decision", "truncated"}
+"""Importance weights that are multiplied along the response."""
+_WITHIN_GROUP = {"leave_one_out", "group_mean", "grpo"}
+"""Baselines made of the samples of one prompt."""
 _COMPONENT = re.compile(r"[A-Za-z0-9._-]+")
 
 
@@ -228,16 +235,27 @@ class MinillmStage(_Stage):
     """Groups of rows with coins of their own: more groups, more teacher calls and less variance."""
     future: Literal["sampled", "expected"] = "expected"
     """Future rewards as sampled, or as minus the KL at each visited state, which has less variance."""
-    baseline: Literal["none", "position_mean", "leave_one_out"] = "position_mean"
-    """What is subtracted from the return: nothing, the other prompts' mean at that position, or the siblings' mean."""
+    gamma: Share = 1.0
+    """Discount of each further token, 0 to 1; 0 is on-policy distillation token by token, 1 the gradient of the KL."""
+    horizon: Count | None = None
+    """Tokens ahead that a return sums; all where null. Less variance, and another objective."""
+    baseline: Literal["none", "position_mean", "leave_one_out", "group_mean", "ridge", "grpo"] = "position_mean"
+    """What is subtracted from the return: nothing; the mean at that position of other prompts, of the siblings, or of
+    all samples of the prompt; a regression on hidden states, fitted on other prompts. 'grpo': one score a response."""
     length_norm: Flag = False
     """Divide returns by the number of tokens that they sum, as official; another objective, so off."""
+    whiten: Literal["none", "masked"] = "none"
+    """Scale advantages to mean 0 and variance 1 over the kept tokens of all ranks; bends the gradient, so off."""
     single_weight: NonNegative = 1.0
-    """Weight of the single-step term, from 0; 1 is the exact gradient."""
+    """Weight of the single-step term, from 0; 1 is the exact gradient. At 0 returns hold the present token too."""
     long_weight: NonNegative = 1.0
     """Weight of the long-horizon term, from 0; 1 is the exact gradient."""
-    importance: Literal["none", "per_step", "coin"] = "coin"
-    """A token's weight under teacher mixing: 1, q/m, or 1/(1 - teacher_mix) where the student drew it, else 0."""
+    importance: Literal["none", "per_step", "coin", "per_decision", "truncated"] = "coin"
+    """A token's weight under teacher mixing: 1, q/m, or 1/(1 - teacher_mix) where the student drew it, else 0;
+    'per_decision' multiplies q/m along the response, which alone is exact; 'truncated' the smaller of q/m and
+    weight_cap."""
+    weight_cap: Positive | None = None
+    """Largest factor of a 'truncated' weight, above 0; a factor is below 1/(1 - teacher_mix) anyway."""
     clip: Positive | None = 0.2
     """PPO clip of q_new/q_old around 1, above 0; none where null. No effect at one inner update. Official."""
     max_log_ratio: Positive = 20.0
@@ -277,12 +295,19 @@ class MinillmStage(_Stage):
         A positive constant factor (equal weights other than 1, ``expected_length``) is no bias. Enumerated in
         tests/exact.
         """
+        mixed, long = self.teacher_mix > 0, self.long_weight > 0
         reasons = {
-            "per_step weights": self.teacher_mix > 0 and self.importance == "per_step",
-            "teacher mixing weighs the token only, not the prefix": self.teacher_mix > 0,
-            "length normalisation": self.length_norm,
+            "per_step weights": mixed and self.importance == "per_step",
+            "truncated weights": mixed and self.importance == "truncated",
+            "teacher mixing weighs the token only, not the prefix": mixed and self.importance not in CHAINED,
+            f"discount {self.gamma:g}": long and self.gamma < 1,
+            f"horizon of {self.horizon} tokens": long and self.horizon is not None,
+            f"baseline {self.baseline}, which holds the row itself": long and self.baseline in {"group_mean", "grpo"},
+            "whitening": long and self.whiten != "none",
+            "length normalisation": long and self.length_norm,
             "inner updates": self.inner_updates > 1,
-            "single-step and long-horizon terms weighted differently": self.single_weight != self.long_weight,
+            # Without the single-step term returns hold the present token, which is the plain policy gradient.
+            "single-step and long-horizon terms weighted differently": 0 < self.single_weight != self.long_weight,
             "neither single-step nor long-horizon term": self.single_weight == self.long_weight == 0,
             "language-model anchor": self.lm_coefficient > 0,
             "truncated sampling": truncated,
@@ -293,11 +318,7 @@ class MinillmStage(_Stage):
     @model_validator(mode="after")
     def _check(self) -> Self:
         _check_mixing(self)
-        if self.baseline == "leave_one_out" and self.samples_per_prompt == 1:
-            raise UnsupportedCombination(
-                "baseline 'leave_one_out' with samples_per_prompt 1: a response has no siblings to compare with; "
-                "set samples_per_prompt: 2 or more, or baseline: position_mean"
-            )
+        _check_credit(self)
         if self.lm_coefficient > 0 and self.lm_batch == 0:
             raise UnsupportedCombination(
                 f"lm_coefficient {self.lm_coefficient:g} with lm_batch 0: the loss has no rows; "
@@ -317,6 +338,33 @@ def is_component(name: str) -> bool:
     return _COMPONENT.fullmatch(name) is not None and set(name) != {"."}
 
 
+def _check_credit(stage: MinillmStage) -> None:
+    """Choices that exclude each other, or that would change nothing."""
+    if stage.baseline in _WITHIN_GROUP and stage.samples_per_prompt == 1:
+        raise UnsupportedCombination(
+            f"baseline '{stage.baseline}' with samples_per_prompt 1: a response has no siblings to compare with; "
+            "set samples_per_prompt: 2 or more, or baseline: position_mean"
+        )
+    shaped = {"gamma": stage.gamma < 1, "horizon": stage.horizon is not None, "length_norm": stage.length_norm}
+    if stage.baseline == "grpo" and any(shaped.values()):
+        names = ", ".join(name for name, holds in shaped.items() if holds)
+        raise UnsupportedCombination(
+            f"baseline 'grpo' with {names}: it gives one score to a whole response, which has no token ahead of it; "
+            "leave them out, or set another baseline"
+        )
+    if (stage.weight_cap is not None) != (stage.importance == "truncated"):
+        raise UnsupportedCombination(
+            f"importance '{stage.importance}' with weight_cap {stage.weight_cap}: the cap belongs to 'truncated', "
+            "which needs one; set both or neither"
+        )
+    if stage.weight_cap is not None and stage.weight_cap * (1.0 - stage.teacher_mix) >= 1.0:
+        raise UnsupportedCombination(
+            f"weight_cap {stage.weight_cap:g} with teacher_mix {stage.teacher_mix:g}: no factor exceeds "
+            f"{1.0 / (1.0 - stage.teacher_mix):.4g}, so nothing would be cut; "
+            "set a smaller cap, or importance: per_decision"
+        )
+
+
 def _check_mixing(stage: MinillmStage) -> None:
     """What teacher mixing needs from importance weights and baselines (enumerated in tests/exact)."""
     mix = f"teacher_mix {stage.teacher_mix:g} with importance '{stage.importance}'"
@@ -332,13 +380,13 @@ def _check_mixing(stage: MinillmStage) -> None:
             f"{mix}: the weight 1/(1 - teacher_mix) is infinite, no token is the student's; "
             "set teacher_mix below 1, or importance: per_step"
         )
-    if stage.importance == "per_step" and stage.baseline == "leave_one_out":
+    if stage.importance in BY_TOKEN and stage.baseline in _WITHIN_GROUP:
         raise UnsupportedCombination(
-            f"{mix} and baseline 'leave_one_out': all responses to one prompt share their coins, "
+            f"{mix} and baseline '{stage.baseline}': all responses to one prompt share their coins, "
             "so that baseline bends the gradient; set importance: coin, "
             "or baseline: position_mean with coin_groups: 2 or more"
         )
-    if stage.importance == "per_step" and stage.baseline != "none" and stage.coin_groups == 1:
+    if stage.importance in BY_TOKEN and stage.baseline != "none" and stage.coin_groups == 1:
         raise UnsupportedCombination(
             f"{mix}, baseline '{stage.baseline}' and coin_groups 1: a baseline from rows that share this row's coins "
             "bends the gradient; two cures, both exact: set coin_groups: 2 or more (the baseline then comes from rows "

@@ -169,6 +169,8 @@ class Targets:
     advantage_BT: Tensor
     importance_BT: Tensor
     """Weight of each token's policy-gradient term; 1 when the student sampled alone."""
+    single_weight_BT: Tensor | None = None
+    """Weight of the single-step term at each token; None where it is 1 throughout."""
 
 
 def require_shape(what: str, value: Tensor | tuple[object, ...], wanted: tuple[int, ...]) -> None:

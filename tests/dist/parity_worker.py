@@ -17,11 +17,16 @@ from tests import tiny
 
 STEPS, HELD_OUT = 5, 3
 AVERAGED = "-averaged"
+CREDIT: dict[str, dict[str, Any]] = {
+    "ridge": {"baseline": "ridge", "importance": "per_decision", "gamma": 0.9, "horizon": 4},
+    "grpo": {"baseline": "grpo", "whiten": "masked"},
+}
+"""Choices of credit that need figures of all ranks."""
 
 
 def config(folder: Path, cell: str) -> RunConfig:
-    """The run of a cell ``STAGE-PLACEMENT``, such as ``zero2-zero3``, or ``STAGE-PLACEMENT-averaged``."""
-    stage, placement = cell.removesuffix(AVERAGED).split("-")
+    """The run of a cell ``STAGE-PLACEMENT``, such as ``zero2-zero3``, ``STAGE-PLACEMENT-averaged`` or ``…-CREDIT``."""
+    stage, placement, *credit = cell.removesuffix(AVERAGED).split("-")
     prompts = str(folder / "prompts.jsonl")
     return tiny.minillm_config(
         folder,
@@ -37,6 +42,7 @@ def config(folder: Path, cell: str) -> RunConfig:
         teacher_mix=0.3,
         lm_coefficient=0.5,
         lm_batch=5,
+        **(CREDIT[credit[0]] if credit else {}),
         optimiser={"lr": 3e-3, "schedule": "constant"},
         validate_every=STEPS,
         run_engine={"student": stage},

@@ -18,6 +18,7 @@ from tests.dist.ranks import start_ranks
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 PLACEMENTS = ("replicated", "zero3")
 CELLS = [f"{stage}-{placement}" for stage in STAGES for placement in PLACEMENTS]
+CREDIT = [f"zero2-replicated-{name}" for name in parity_worker.CREDIT]
 BROKEN = "zero2-replicated" + parity_worker.AVERAGED
 SAME = (
     "loss",
@@ -38,10 +39,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All cells on two ranks in one launch, and the first on one process."""
     folder = tmp_path_factory.mktemp("parity")
     parity_worker.write_inputs(folder)
-    printed = start_ranks("tests.dist.parity_worker", str(folder), *CELLS, BROKEN)
+    printed = start_ranks("tests.dist.parity_worker", str(folder), *CELLS, *CREDIT, BROKEN)
     (folder / "printed.txt").write_text(printed, encoding="utf-8")
     alone = parity_worker.config(folder, "zero0-replicated")
     distill(alone.model_copy(update={"name": "alone"}))
+    for cell in CREDIT:
+        distill(parity_worker.config(folder, cell).model_copy(update={"name": f"alone-{cell}"}))
     return folder
 
 
@@ -60,6 +63,12 @@ def disagreements(folder: Path, one: str, other: str) -> set[str]:
 @pytest.mark.parametrize("cell", CELLS)
 def test_two_ranks_of_any_stage_have_the_losses_of_one_process(runs: Path, cell: str) -> None:
     assert not disagreements(runs, "alone", cell)
+
+
+@pytest.mark.parametrize("cell", CREDIT)
+def test_credit_from_the_rows_of_two_ranks_is_that_of_one_process(runs: Path, cell: str) -> None:
+    assert not disagreements(runs, f"alone-{cell}", cell)
+    assert {"long_loss", "advantage_std", "grad_norm"} <= disagreements(runs, "alone", cell)
 
 
 def test_gradients_that_are_averaged_over_the_ranks_are_seen(runs: Path) -> None:
@@ -116,6 +125,6 @@ def teacher_shares(runs: Path, placement: str) -> list[float]:
 def test_a_sharded_teacher_keeps_half_of_its_bytes_on_each_of_two_ranks(runs: Path) -> None:
     """The control: a replicated one keeps all of them."""
     sharded, whole = teacher_shares(runs, "zero3"), teacher_shares(runs, "replicated")
-    assert len(sharded) == 2 * len(STAGES) and len(whole) == 2 * (len(STAGES) + 1)
+    assert len(sharded) == 2 * len(STAGES) and len(whole) == 2 * (len(STAGES) + len(CREDIT) + 1)
     assert all(0.5 <= share < 0.52 for share in sharded), sharded
     assert set(whole) == {1.0}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -23,14 +24,26 @@ def all_kept(reward_BT: Tensor) -> Tensor:
     return torch.ones_like(reward_BT, dtype=torch.bool)
 
 
-def double_sum(reward_BT: Tensor, mask_BT: Tensor, *, gamma: float, per_token: bool, first: int) -> Tensor:
+def double_sum(
+    reward_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    gamma: float,
+    per_token: bool,
+    first: int,
+    horizon: int | None = None,
+    carry_BT: Tensor | None = None,
+) -> Tensor:
     """The definition: the rewards of the kept tokens ``first`` or more kept steps ahead, one by one."""
     result_BT = torch.zeros_like(reward_BT)
     for b in range(len(reward_BT)):
         kept = mask_BT[b].nonzero()[:, 0].tolist()
         for i, t in enumerate(kept):
-            share = [gamma**k for k in range(len(kept[i + first :]))]
-            total = sum(g * float(reward_BT[b, s]) for g, s in zip(share, kept[i + first :], strict=True))
+            ahead = kept[i + first :][:horizon]
+            share = [gamma**k for k in range(len(ahead))]
+            carried = [1.0 if carry_BT is None else float(carry_BT[b, ahead[:k]].prod()) for k in range(len(ahead))]
+            terms = zip(share, carried, ahead, strict=True)
+            total = sum(g * c * float(reward_BT[b, s]) for g, c, s in terms)
             result_BT[b, t] = total / sum(share) if per_token and share else total
     return result_BT
 
@@ -56,6 +69,33 @@ def agree(function: Return, first: int) -> None:
 
 def test_future_return_is_the_double_sum() -> None:
     agree(future_return, first=1)
+
+
+@pytest.mark.parametrize("horizon", [1, 2, 3, 7, 50])
+@pytest.mark.parametrize("carried", [False, True])
+def test_horizon_and_weights_are_those_of_the_double_sum(horizon: int, carried: bool) -> None:
+    for case, gamma, per_token in CASES:
+        reward_BT, mask_BT = ragged(case)
+        carry_BT = reward_BT.flip(0).abs() if carried else None
+        settings: dict[str, Any] = {
+            "gamma": gamma, "per_token": per_token, "horizon": horizon, "carry_BT": carry_BT
+        }  # fmt: skip
+        want_BT = double_sum(reward_BT, mask_BT, first=1, **settings)
+        assert_close(future_return(reward_BT, mask_BT, **settings), want_BT)
+
+
+def test_a_horizon_by_position_instead_of_kept_tokens_is_noticed() -> None:
+    """Negative control: differences of two unlimited returns, ``horizon`` positions apart, over a mask with holes."""
+    reward_BT, mask_BT = ragged(5)
+    whole_BT = future_return(reward_BT, mask_BT)
+    by_position_BT = torch.where(mask_BT, whole_BT - torch.nn.functional.pad(whole_BT, (0, 2))[:, 2:], 0.0)
+    with pytest.raises(AssertionError):
+        assert_close(by_position_BT, future_return(reward_BT, mask_BT, horizon=2))
+
+
+def test_a_long_horizon_is_none_at_all() -> None:
+    reward_BT, mask_BT = ragged(6)
+    assert torch.equal(future_return(reward_BT, mask_BT, horizon=7), future_return(reward_BT, mask_BT))
 
 
 def test_return_to_go_is_the_double_sum() -> None:

@@ -21,7 +21,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "minillm"
 
 FLOORS: dict[int, tuple[str, ...]] = {
     1: ("errors", "types"),
-    2: ("sampling", "divergences", "credit", "policy_loss"),
+    2: ("sampling", "divergences", "credit", "ridge", "policy_loss"),
     3: (
         *("settings", "stage_config", "yaml_reader", "config", "cards", "hub", "model_files"),
         *(
@@ -40,7 +40,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     ),
     4: ("models", "probes", "reading", "decode", "scoring", "token_loss"),
     5: ("ranks", "engine_settings", "engines", "muon", "optimisers", "store", "publish", "model_card"),
-    6: ("objectives", "loop", "stages", "preflight", "progress"),
+    6: ("advantages", "objectives", "loop", "stages", "preflight", "progress"),
     7: (
         *("measures", "evaluation", "results", "statistics", "plots"),
         *("report", "report_files", "report_html", "report_style", "report_text", "report_words"),

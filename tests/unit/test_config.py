@@ -88,7 +88,7 @@ def stage(**changes: Any) -> MinillmStage:
         ("stages=[3]", "stages.0: got 3, wanted a mapping of names to values"),
         ("stages=[{}]", "stages.0: 'kind' is missing"),
         ("stages.0.kind=minilm", "stages.0.kind: got 'minilm', wanted 'sft', 'minillm'; did you mean 'minillm'?"),
-        ("stages.0.importance=coins", "wanted 'none', 'per_step' or 'coin'; did you mean 'coin'?"),
+        ("stages.0.importance=coins", "'per_decision' or 'truncated'; did you mean 'coin'?"),
         ("evaluation.seeds=[]", "evaluation.seeds: got an empty list"),
         ("evaluation.seeds=[1,1]", "evaluation.seeds: got [1, 1], wanted each value once"),
         ("evaluation.seeds=[1,a]", "evaluation.seeds.1: got 'a', wanted a whole number"),
@@ -139,6 +139,17 @@ def test_an_ordinary_run_name_is_taken(recipe: Path, name: str) -> None:
             ["importance: coin", "baseline: position_mean"],
         ),
         (["baseline=leave_one_out"], ["samples_per_prompt: 2", "baseline: position_mean"]),
+        (["baseline=grpo"], ["samples_per_prompt: 2"]),
+        (["baseline=group_mean"], ["samples_per_prompt: 2"]),
+        (["baseline=grpo", "samples_per_prompt=2", "gamma=0.9", "horizon=3"], ["gamma, horizon", "another baseline"]),
+        (["importance=truncated", "coin_groups=2"], ["weight_cap", "set both or neither"]),
+        (["weight_cap=1.1"], ["importance 'coin'", "set both or neither"]),
+        (["importance=truncated", "weight_cap=1.25", "coin_groups=2"], ["no factor exceeds 1.25", "per_decision"]),
+        (["importance=per_decision", "baseline=ridge"], ["coin_groups: 2", "importance: coin"]),
+        (
+            ["importance=per_decision", "coin_groups=4", "baseline=grpo", "samples_per_prompt=4"],
+            ["importance: coin", "baseline: position_mean"],
+        ),
         (["lm_coefficient=1"], ["lm_batch: 1", "lm_coefficient: 0"]),
         (["single_weight=0", "long_weight=0"], ["nothing is trained"]),
         (["optimiser.muon_lr=1e-2"], ["name: muon"]),
@@ -164,6 +175,10 @@ def test_excluding_settings_are_refused_with_their_cures(
         ["stages.0.teacher_mix=1", "stages.0.importance=per_step", "stages.0.baseline=none"],
         ["stages.0.importance=per_step", "stages.0.coin_groups=2"],
         ["stages.0.baseline=leave_one_out", "stages.0.samples_per_prompt=2"],
+        ["stages.0.baseline=grpo", "stages.0.samples_per_prompt=2"],
+        ["stages.0.baseline=ridge", "stages.0.gamma=0.9", "stages.0.horizon=3", "stages.0.length_norm=true"],
+        ["stages.0.importance=truncated", "stages.0.weight_cap=1.2", "stages.0.coin_groups=2"],
+        ["stages.0.importance=per_decision", "stages.0.baseline=ridge", "stages.0.coin_groups=2"],
         ["stages.0.lm_coefficient=1", "stages.0.lm_batch=4"],
         ["stages.0.optimiser.name=muon", "engine.student=zero0"],
         ["stages.0.optimiser.name=muon", "engine.student=ds_configs/zero0.json"],
@@ -299,9 +314,18 @@ def reasons(stage: MinillmStage, **changes: Any) -> list[str] | None:
 
 def test_exact_on_policy_settings_are_unbiased() -> None:
     for future in ("sampled", "expected"):
-        for baseline in ("none", "position_mean", "leave_one_out"):
+        for baseline in ("none", "position_mean", "leave_one_out", "ridge"):
             assert reasons(stage(future=future, baseline=baseline, samples_per_prompt=2)) == []
-    for changes in ({"importance": "per_step"}, {"clip": None}, {"expected_length": 9.0}, {"coin_groups": 4}):
+    mixed = {"teacher_mix": 0.2, "importance": "per_decision", "coin_groups": 2}
+    alone = {"single_weight": 0.0}
+    for changes in (
+        {"importance": "per_step"},
+        {"clip": None},
+        {"expected_length": 9.0},
+        {"coin_groups": 4},
+        mixed,
+        alone,
+    ):
         assert reasons(stage(**changes)) == []
 
 
@@ -312,6 +336,17 @@ def test_exact_on_policy_settings_are_unbiased() -> None:
         (
             {"teacher_mix": 0.2, "importance": "per_step", "coin_groups": 2},
             ["per_step weights", "teacher mixing weighs the token only, not the prefix"],
+        ),
+        (
+            {"teacher_mix": 0.2, "importance": "truncated", "weight_cap": 1.1, "coin_groups": 2},
+            ["truncated weights"],
+        ),
+        ({"gamma": 0.9}, ["discount 0.9"]),
+        ({"horizon": 5}, ["horizon of 5 tokens"]),
+        ({"whiten": "masked"}, ["whitening"]),
+        (
+            {"baseline": "group_mean", "samples_per_prompt": 2},
+            ["baseline group_mean, which holds the row itself"],
         ),
         ({"length_norm": True}, ["length normalisation"]),
         ({"inner_updates": 2}, ["inner updates"]),

@@ -1,0 +1,211 @@
+"""Every choice of credit through the function that a run calls, with two rows, their coins and EOS, all enumerated.
+
+For each pick of two responses and each fall of the coins ``targets_of`` gets a rollout of two rows; what it hands to
+the loss is averaged with the pick's chance. So what a choice does to the expected gradient is a sum, not a sample.
+
+Legend: R rows, K coin patterns, N responses, T positions, D entries of the student's table.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from minillm import ridge
+from minillm.advantages import RowNames, targets_of
+from minillm.stage_config import MinillmStage, OptimiserConfig
+from minillm.types import PromptBatch, Rollout, Scored, Stop
+from tests.exact.tabular import (
+    Enumeration,
+    assert_close,
+    chance_given_coins,
+    coin_patterns,
+    enumerate_pair,
+    gradient,
+    make_pair,
+    relative_error,
+    sequence_kl,
+)
+
+LENGTH = 3
+SIBLINGS, STRANGERS = (0, 0), (0, 1)
+
+
+class OneRank:
+    """As much of ``Ranks`` as credit asks for, with one process."""
+
+    @staticmethod
+    def sum(values: Tensor) -> Tensor:
+        return values
+
+    @staticmethod
+    def gather_rows(rows: Tensor) -> Tensor:
+        return rows
+
+
+def stage(**settings: Any) -> MinillmStage:
+    """A stage with sampled returns, no baseline and no mixing but for what is asked for."""
+    plain = {"steps": 1, "prompts": 2, "optimiser": OptimiserConfig(lr=1e-3), "teacher_mix": 0.0}
+    return MinillmStage(**(plain | {"future": "sampled", "baseline": "none"} | settings))
+
+
+def scored_rows(rows: list[tuple[Enumeration, Tensor, int]], heads_RT: Tensor) -> Scored:
+    """One rollout: of each row's responses the one of this number, its states, and where the teacher drew."""
+    every = [row for row, _, _ in rows]
+    pick = [n for _, _, n in rows]
+
+    def of(name: str) -> Tensor:
+        return torch.stack([getattr(row, name).detach()[n] for row, n in zip(every, pick, strict=True)])
+
+    mask_RT = of("mask_NT")
+    logq_RT = of("logq_NT")
+    rollout = Rollout(
+        prompts=PromptBatch(
+            uid_B=tuple(map(str, range(len(rows)))), sample_B=(0,) * len(rows),
+            ids_BP=torch.ones(len(rows), 1, dtype=torch.long), mask_BP=torch.ones(len(rows), 1, dtype=torch.bool),
+        ),
+        response_BT=of("response_NT"), mask_BT=mask_RT, stop_B=(Stop.EOS,) * len(rows), teacher_drew_BT=heads_RT,
+        logq_BT=logq_RT, student_hidden_BTH=torch.stack([states[n] for _, states, n in rows]),
+        teacher_hidden_BTH=None, support_BTC=None, policy_step=0,
+    )  # fmt: skip
+    entropy_RT = torch.stack([-(row.logq_NTV.detach().exp() * row.logq_NTV.detach()).sum(-1)[n] for row, _, n in rows])
+    return Scored(
+        rollout=rollout, logq_BT=logq_RT, logp_BT=of("logp_NT"), reverse_kl_BT=of("kl_NT"),
+        entropy_BT=torch.where(mask_RT, entropy_RT, 0.0),
+    )  # fmt: skip
+
+
+def expected_pair(
+    chosen: MinillmStage, *, prompts: tuple[int, int], groups: tuple[int, int] = (0, 1), length: int = LENGTH
+) -> tuple[Tensor, Tensor]:
+    """Expected gradient of both rows' losses together, and the gradient of their sequence KLs, [D] each."""
+    student, teacher = make_pair(vocab=3, length=length, prompts=2, seed=1)
+    rows = [enumerate_pair(student, teacher, prompt=prompt) for prompt in prompts]
+    states = [student.logits(row.response_NT, prompt=p).detach() for row, p in zip(rows, prompts, strict=True)]
+    share = [torch.zeros_like(row.reward_NT) for row in rows]  # of the single-step term, for each response
+    credit = [torch.zeros_like(row.reward_NT) for row in rows]
+    names = RowNames(prompt_B=torch.tensor(prompts), row_B=torch.arange(2), coin_group_B=torch.tensor(groups))
+    heads_KT, chance_K = coin_patterns(length, alpha=chosen.teacher_mix)
+    drawn_KN = [chance_given_coins(row, heads_KT) for row in rows]
+    patterns = [k for k in range(len(heads_KT)) if chance_K[k] > 0]
+    for coins in itertools.product(patterns, repeat=len(set(groups))):
+        fall = [coins[group] for group in groups]
+        for pick in itertools.product(*[range(len(row.mask_NT)) for row in rows]):
+            chance = chance_K[list(coins)].prod() * drawn_KN[0][fall[0], pick[0]] * drawn_KN[1][fall[1], pick[1]]
+            scored = scored_rows(list(zip(rows, states, pick, strict=True)), heads_KT[fall])
+            targets = targets_of(scored, chosen, names=names, ranks=OneRank())  # type: ignore[arg-type]
+            single_RT = targets.single_weight_BT
+            for r, n in enumerate(pick):
+                share[r][n] += chance * (1.0 if single_RT is None else single_RT[r])
+                credit[r][n] += chance * targets.importance_BT[r] * targets.advantage_BT[r]
+    got_D = want_D = torch.zeros(())
+    for row, share_NT, credit_NT in zip(rows, share, credit, strict=True):
+        # At the old weights the surrogate's gradient is minus credit times the score (tests/exact/test_clip.py).
+        loss = chosen.single_weight * (share_NT * row.kl_NT).sum()
+        loss -= chosen.long_weight * torch.where(row.mask_NT, credit_NT * row.logq_NT, 0.0).sum()
+        got_D = got_D + gradient(loss, student)
+        want_D = want_D + gradient(sequence_kl(row), student)
+    return got_D, want_D
+
+
+def bias(chosen: MinillmStage, **how: Any) -> float:
+    return relative_error(*expected_pair(chosen, **how))
+
+
+def surplus(chosen: MinillmStage, **how: Any) -> float:
+    """What the baseline adds to the expected gradient, relative to the gradient of the KL."""
+    plain = chosen.model_copy(update={"baseline": "none"})
+    (got_D, want_D), (without_D, _) = expected_pair(chosen, **how), expected_pair(plain, **how)
+    return float((got_D - without_D).norm() / want_D.norm())
+
+
+@pytest.mark.parametrize("future", ["sampled", "expected"])
+@pytest.mark.parametrize("baseline", ["none", "position_mean", "ridge"])
+def test_without_mixing_credit_keeps_the_gradient_of_the_kl(future: str, baseline: str) -> None:
+    chosen = stage(future=future, baseline=baseline)
+    assert chosen.bias_reasons(truncated=False, tempered=False) == []
+    assert bias(chosen, prompts=STRANGERS) < 1e-10
+
+
+def test_leave_one_out_keeps_it_too() -> None:
+    assert bias(stage(baseline="leave_one_out", samples_per_prompt=2, prompts=1), prompts=SIBLINGS) < 1e-10
+
+
+@pytest.mark.parametrize("future", ["sampled", "expected"])
+def test_without_the_single_step_term_the_return_holds_the_present_token(future: str) -> None:
+    chosen = stage(single_weight=0.0, future=future)
+    assert chosen.bias_reasons(truncated=False, tempered=False) == []
+    assert bias(chosen, prompts=STRANGERS) < 1e-10
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0])
+@pytest.mark.parametrize("future", ["sampled", "expected"])
+def test_weights_per_decision_are_exact_under_mixing(future: str, alpha: float) -> None:
+    chosen = stage(future=future, importance="per_decision", teacher_mix=alpha)
+    assert chosen.bias_reasons(truncated=False, tempered=False) == []
+    assert bias(chosen, prompts=STRANGERS, length=2) < 1e-10
+
+
+@pytest.mark.parametrize("baseline", ["position_mean", "ridge"])
+def test_weights_per_decision_with_a_baseline_of_other_coin_groups_are_exact(baseline: str) -> None:
+    chosen = stage(importance="per_decision", teacher_mix=0.2, baseline=baseline, coin_groups=2)
+    assert bias(chosen, prompts=STRANGERS, length=2) < 1e-10
+
+
+@pytest.mark.parametrize(("baseline", "visible"), [("position_mean", 1e-3), ("ridge", 1e-4)])
+@pytest.mark.parametrize("importance", ["per_step", "per_decision"])
+def test_rows_that_share_coins_would_bend_it(
+    importance: str, baseline: str, visible: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control: weights by token, shared coins, and a library that is not told to keep such rows apart."""
+    chosen = stage(importance=importance, teacher_mix=0.2, baseline=baseline, coin_groups=2)
+    monkeypatch.setattr("minillm.advantages._apart", lambda stage: False)
+    assert surplus(chosen, prompts=STRANGERS, groups=(0, 0), length=2) > visible
+
+
+@pytest.mark.parametrize("baseline", ["position_mean", "ridge"])
+def test_coin_weights_let_rows_that_share_coins_serve(baseline: str) -> None:
+    chosen = stage(importance="coin", teacher_mix=0.2, baseline=baseline)
+    assert surplus(chosen, prompts=STRANGERS, groups=(0, 0), length=2) < 1e-10
+
+
+def test_a_ridge_that_saw_the_row_itself_bends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: without cross-fitting the baseline knows what followed the token."""
+    fit = ridge._fit
+    monkeypatch.setattr(ridge, "_fit", lambda sums, *, without, strength: fit(sums, without=-1, strength=strength))
+    assert surplus(stage(baseline="ridge"), prompts=STRANGERS) > 1e-2
+
+
+BIASED = {
+    "group_mean": ({"baseline": "group_mean", "samples_per_prompt": 2, "prompts": 1}, 0.046714),
+    "grpo": ({"baseline": "grpo", "samples_per_prompt": 2, "prompts": 1}, 0.579781),
+    "whitened": ({"whiten": "masked"}, 0.330239),
+    "gamma 0.9": ({"gamma": 0.9}, 0.070461),
+    "horizon 1": ({"horizon": 1}, 0.183038),
+    "length_norm": ({"length_norm": True}, 0.338335),
+    "per_step": ({"teacher_mix": 0.2, "importance": "per_step"}, 0.099208),
+    "coin": ({"teacher_mix": 0.2, "importance": "coin"}, 0.099208),
+    "truncated 1": ({"teacher_mix": 0.2, "importance": "truncated", "weight_cap": 1.0}, 0.089852),
+}
+"""Relative error of the expected gradient, two rows of up to three tokens, recorded."""
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_what_is_biased_says_so_and_by_how_much(name: str) -> None:
+    settings, want = BIASED[name]
+    chosen = stage(**settings)
+    assert chosen.bias_reasons(truncated=False, tempered=False)
+    prompts = SIBLINGS if "samples_per_prompt" in settings else STRANGERS
+    assert bias(chosen, prompts=prompts, length=2 if chosen.teacher_mix else LENGTH) == pytest.approx(want, abs=2e-6)
+
+
+def test_gamma_zero_leaves_the_single_step_term_alone() -> None:
+    """Plain on-policy distillation: the same as a long-horizon weight of 0."""
+    got_D, _ = expected_pair(stage(gamma=0.0), prompts=STRANGERS)
+    want_D, _ = expected_pair(stage(long_weight=0.0), prompts=STRANGERS)
+    assert_close(got_D, want_D)
+    assert float((got_D - expected_pair(stage(), prompts=STRANGERS)[0]).norm()) > 1e-2
