@@ -11,7 +11,7 @@ scored -> targets). ``learning`` turns the result into optimiser steps, each a l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ from minillm.decode import roll_out
 from minillm.engines import Student, Teacher
 from minillm.micro_batches import Limits, cut
 from minillm.models import ModelReader
-from minillm.order import GlobalOrder, WindowedOrder, occurrences, share
+from minillm.order import GlobalOrder, WindowedOrder, occurrences, parts, share
 from minillm.policy_loss import clipped_surrogate
 from minillm.ranks import Ranks
 from minillm.scoring import HeadWeights, TeacherView, score
@@ -66,9 +66,9 @@ class Objective(Protocol):
     def collect(self, step: int, student: Student) -> tuple[Any, dict[str, float]]:
         """Everything before learning, and figures for the log."""
 
-    def learning(self, collected: Any, student: Student) -> AbstractContextManager[list[Update]]:
-        """The optimiser steps of one loop step, in order; what they share (a gathered head) lives as long as the
-        block."""
+    def learning(self, collected: Any, student: Student) -> AbstractContextManager[Iterable[Update]]:
+        """The optimiser steps of one loop step, in order, each asked for when the one before is made; what they share
+        (a gathered head) lives as long as the block."""
 
 
 class Sft:
@@ -131,8 +131,11 @@ class Collected:
 
     targets: Targets
     anchor: list[Prompt]
+    step: int
+    mine: list[int]
+    """This rank's rows among those of all ranks."""
     sequences: int
-    """Rows of all ranks: the denominator of the policy gradient (design D7)."""
+    """Rows of all ranks."""
 
 
 class Minillm:
@@ -176,33 +179,57 @@ class Minillm:
         targets = targets_of(scored, stage, names=names, ranks=self._ranks)
         anchor = []
         if self._anchor_order is not None:
-            taken = self._anchor_order.take(step * stage.lm_batch, stage.lm_batch)
+            wanted = stage.lm_batch * stage.inner_batches
+            taken = self._anchor_order.take(step * wanted, wanted)
             anchor = [self._prompts[self._anchored[i]] for i in taken]
-        return Collected(targets=targets, anchor=anchor, sequences=len(rows)), self._rollout_figures(targets, len(rows))
+        collected = Collected(targets=targets, anchor=anchor, step=step, mine=mine, sequences=len(rows))
+        return collected, self._rollout_figures(targets, len(rows))
 
     @contextmanager
-    def learning(self, collected: Collected, student: Student) -> Iterator[list[Update]]:
-        """``inner_updates`` steps over the same rollout; the teacher's head is gathered once for all of them."""
-        rollout, limits = collected.targets.scored.rollout, _limits(self._stage)
-        length_B = rollout.prompts.mask_BP.sum(dim=1) + rollout.length_B
-        cuts = in_step(length_B.tolist(), limits=limits, student=student, ranks=self._ranks)
+    def learning(self, collected: Collected, student: Student) -> Iterator[Iterator[Update]]:
+        """The passes over the same rollout; the teacher's head is gathered once for all of them."""
         with self._teacher.head() as head:
-            yield [self._update(collected, cuts, student=student, head=head) for _ in range(self._stage.inner_updates)]
+            yield self._updates(collected, student=student, head=head)
+
+    def _updates(self, collected: Collected, *, student: Student, head: HeadWeights) -> Iterator[Update]:
+        """Every part of the rollout in every pass, until the student has moved too far from the one that sampled."""
+        stage, rollout = self._stage, collected.targets.scored.rollout
+        length_B = rollout.prompts.mask_BP.sum(dim=1) + rollout.length_B
+        for epoch in range(stage.inner_epochs):
+            dealt = parts(
+                collected.sequences, stage.inner_batches, seed=self._seed, purpose=f"{stage.name}/inner",
+                epoch=collected.step * stage.inner_epochs + epoch,
+            )  # fmt: skip
+            for number, part in enumerate(map(set, dealt)):
+                rows = [at for at, row in enumerate(collected.mine) if row in part]
+                cuts = in_step(length_B[rows].tolist(), limits=_limits(stage), student=student, ranks=self._ranks)
+                anchor = collected.anchor[number * stage.lm_batch : (number + 1) * stage.lm_batch]
+                batches = [[rows[at] for at in cut] for cut in cuts]
+                sums = Sums(dict.fromkeys(("single", "long", "clipped", "clamped", "drift", "kept"), 0.0))
+                yield self._update(
+                    collected, batches, anchor, sequences=len(part), student=student, head=head, sums=sums
+                )
+                if stage.inner_kl is not None:
+                    total = sums.over_ranks(self._ranks)
+                    if total["drift"] > stage.inner_kl * total["kept"]:
+                        return
 
     def _update(
-        self, collected: Collected, cuts: Sequence[Sequence[int]], *, student: Student, head: HeadWeights
-    ) -> Update:
-        """One pass over the rollout in these micro-batches, and over the anchor's rows if any."""
-        sums = Sums({"single": 0.0, "long": 0.0, "clipped": 0.0, "clamped": 0.0, "kept": 0.0})
-        anchor_sums = Sums({"lm": 0.0})
+        self, collected: Collected, batches: Sequence[Sequence[int]], anchor: Sequence[Prompt], *, sequences: int,
+        student: Student, head: HeadWeights, sums: Sums,
+    ) -> Update:  # fmt: skip
+        """One step on these micro-batches of the rollout, and on these rows of the anchor.
+
+        ``sequences``, of all ranks, are the denominator of the policy gradient (design D7).
+        """
 
         def loss_on(rows: Sequence[int]) -> Loss:
-            return lambda: self._loss(rows, collected, student=student, head=head, sums=sums)
+            return lambda: self._loss(rows, collected, sequences=sequences, student=student, head=head, sums=sums)
 
-        losses = [loss_on(rows) for rows in cuts]
-        if collected.anchor:
+        losses, anchor_sums = [loss_on(rows) for rows in batches], Sums({"lm": 0.0})
+        if anchor:
             more, anchor_sums = lm_losses(
-                collected.anchor, student=student, ids=self._ids, ranks=self._ranks,
+                anchor, student=student, ids=self._ids, ranks=self._ranks,
                 limits=_limits(self._stage), weight=self._stage.lm_coefficient,
             )  # fmt: skip
             losses += more
@@ -234,8 +261,9 @@ class Minillm:
         )
 
     def _loss(
-        self, rows: Sequence[int], collected: Collected, *, student: Student, head: HeadWeights, sums: Sums
-    ) -> Tensor:
+        self, rows: Sequence[int], collected: Collected, *, sequences: int, student: Student, head: HeadWeights,
+        sums: Sums,
+    ) -> Tensor:  # fmt: skip
         """One micro-batch: (single-step KL + long-horizon surrogate) / (sequences x expected length)."""
         stage, targets = self._stage, collected.targets
         rollout = targets.scored.rollout
@@ -245,18 +273,18 @@ class Minillm:
         advantage_N = _pick(targets.advantage_BT, rows, keep_BT)
         importance_N = _pick(targets.importance_BT, rows, keep_BT)
         single_N = None if targets.single_weight_BT is None else _pick(targets.single_weight_BT, rows, keep_BT)
-        denominator = collected.sequences * self._constant
+        denominator = sequences * self._constant
 
         def loss_of(numbers: Mapping[str, Tensor], here: slice) -> Tensor:
             surrogate = clipped_surrogate(
                 numbers["logq"], logq_N[here], advantage=advantage_N[here], importance=importance_N[here],
-                clip=stage.clip, max_log_ratio=stage.max_log_ratio,
+                clip=stage.clip, max_log_ratio=stage.max_log_ratio, dual_clip=stage.dual_clip,
             )  # fmt: skip
             kl_N = numbers["reverse_kl"] if single_N is None else numbers["reverse_kl"] * single_N[here]
             single, long = kl_N.sum() / denominator, surrogate.loss.sum() / denominator
             sums.add(
                 single=single.detach(), long=long.detach(), kept=len(surrogate.loss),
-                clipped=surrogate.clipped.sum(), clamped=surrogate.clamped.sum(),
+                clipped=surrogate.clipped.sum(), clamped=surrogate.clamped.sum(), drift=surrogate.drift.sum(),
             )  # fmt: skip
             return stage.single_weight * single + stage.long_weight * long
 
@@ -278,6 +306,7 @@ class Minillm:
             "long_loss": total["long"],
             "clipped_share": total["clipped"] / kept,
             "clamped_share": total["clamped"] / kept,
+            "drift": total["drift"] / kept,
         }
         loss = stage.single_weight * total["single"] + stage.long_weight * total["long"]
         if self._anchor_order is not None:

@@ -22,6 +22,15 @@ def permutation(count: int, *, seed: int, epoch: int, purpose: str = "rows") -> 
     return sorted(range(count), key=key.__getitem__)
 
 
+def parts(count: int, pieces: int, *, seed: int, epoch: int, purpose: str) -> list[list[int]]:
+    """0 .. count-1 in ``pieces`` lots as equal as can be, dealt from the permutation of these names; all in one lot
+    stay in their order."""
+    if pieces == 1:
+        return [list(range(count))]
+    dealt = permutation(count, seed=seed, epoch=epoch, purpose=purpose)
+    return [dealt[piece::pieces] for piece in range(pieces)]
+
+
 @dataclass(frozen=True, slots=True)
 class GlobalOrder:
     """The order in which a whole run draws its ``n`` rows."""

@@ -67,11 +67,13 @@ def running_products(weight_BT: Tensor, mask_BT: Tensor, *, max_log: float) -> t
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Surrogate:
-    """Loss per token (its gradient is the policy gradient) and two shares to watch, each bool per token."""
+    """Loss per token (its gradient is the policy gradient), two shares to watch, each bool per token, and how far the
+    student has moved: an estimate of KL(q_old || q_new) per token, never below 0 (k3, Schulman 2020)."""
 
     loss: Tensor
     clipped: Tensor
     clamped: Tensor
+    drift: Tensor
 
 
 def clipped_surrogate(
@@ -82,11 +84,14 @@ def clipped_surrogate(
     importance: Tensor,
     clip: float | None,
     max_log_ratio: float,
+    dual_clip: float | None = None,
 ) -> Surrogate:
     """``-w min(ratio A, clip(ratio) A)`` for each token, any shape (PPO, Schulman et al. 2017, eq. 7; w outside the
     clip).
 
     ``clip`` is the half-width of the trusted band around ratio 1, or None for the plain importance-weighted gradient.
+    The band bounds no loss where A < 0 and the ratio grows: there ``dual_clip`` = c > 1 holds it at c |A| (Ye et al.
+    2020). That too deletes gradient, and counts as clipped.
     The ratio is clamped in log space to +-``max_log_ratio`` nats, never multiplied into an infinity. At logq_new =
     logq_old the gradient is exactly ``-w A grad log q`` whatever the clip.
     """
@@ -103,4 +108,10 @@ def clipped_surrogate(
         trusted = ratio.clamp(1.0 - clip, 1.0 + clip) * advantage
         clipped = (trusted < gain).detach()
         gain = torch.minimum(gain, trusted)
-    return Surrogate(loss=-importance * gain, clipped=clipped, clamped=clamped)
+    if dual_clip is not None:
+        least = dual_clip * advantage
+        beyond = (advantage < 0) & (gain < least)
+        clipped = clipped | beyond.detach()
+        gain = torch.where(beyond, least, gain)
+    drift = (ratio - 1.0 - log_ratio.clamp(-max_log_ratio, max_log_ratio)).detach()
+    return Surrogate(loss=-importance * gain, clipped=clipped, clamped=clamped, drift=drift)

@@ -225,8 +225,13 @@ class MinillmStage(_Stage):
     """Prompts per rollout, all ranks together."""
     samples_per_prompt: Count = 1
     """Responses drawn for each prompt; official 1."""
-    inner_updates: Count = 1
-    """Optimiser steps on each rollout; 1 keeps the gradient on-policy, official 4."""
+    inner_epochs: Count = 1
+    """Passes over each rollout; 1 keeps the gradient on-policy, official 4."""
+    inner_batches: Count = 1
+    """Optimiser steps in each pass: its rows are cut into so many parts, in an order of each pass's own."""
+    inner_kl: Positive | None = None
+    """No further step on a rollout once the student's KL from the one that sampled it exceeds this, in nats per token;
+    null never stops."""
     estimator: Literal["exact"] = "exact"
     """'exact': single-step KL over the vocabulary, and the return from the next token on for the long horizon."""
     teacher_mix: Share = 0.2
@@ -257,7 +262,9 @@ class MinillmStage(_Stage):
     weight_cap: Positive | None = None
     """Largest factor of a 'truncated' weight, above 0; a factor is below 1/(1 - teacher_mix) anyway."""
     clip: Positive | None = 0.2
-    """PPO clip of q_new/q_old around 1, above 0; none where null. No effect at one inner update. Official."""
+    """PPO clip of q_new/q_old around 1, above 0; none where null. No effect at one update a rollout. Official."""
+    dual_clip: Positive | None = None
+    """Above 1: where the advantage is negative, q_new/q_old counts as this much at most; no bound where null."""
     max_log_ratio: Positive = 20.0
     """Log-ratios are held within plus and minus this many nats, so that their exponential stays finite."""
     expected_length: Positive | None = None
@@ -281,8 +288,8 @@ class MinillmStage(_Stage):
 
     @property
     def updates_per_step(self) -> int:
-        """Updates on each rollout."""
-        return self.inner_updates
+        """Updates on each rollout, at most."""
+        return self.inner_epochs * self.inner_batches
 
     @property
     def responses_needed(self) -> Literal["none", "some", "all"]:
@@ -305,7 +312,7 @@ class MinillmStage(_Stage):
             f"baseline {self.baseline}, which holds the row itself": long and self.baseline in {"group_mean", "grpo"},
             "whitening": long and self.whiten != "none",
             "length normalisation": long and self.length_norm,
-            "inner updates": self.inner_updates > 1,
+            "several updates on a rollout": self.updates_per_step > 1,
             # Without the single-step term returns hold the present token, which is the plain policy gradient.
             "single-step and long-horizon terms weighted differently": 0 < self.single_weight != self.long_weight,
             "neither single-step nor long-horizon term": self.single_weight == self.long_weight == 0,
@@ -357,6 +364,20 @@ def _check_credit(stage: MinillmStage) -> None:
             f"importance '{stage.importance}' with weight_cap {stage.weight_cap}: the cap belongs to 'truncated', "
             "which needs one; set both or neither"
         )
+    if stage.dual_clip is not None and stage.dual_clip <= 1.0:
+        raise ConfigError(f"dual_clip {stage.dual_clip:g}: wanted above 1 (3 is usual), or null")
+    if stage.inner_batches > stage.rows_per_step:
+        raise UnsupportedCombination(
+            f"inner_batches {stage.inner_batches} with {stage.rows_per_step} responses in a rollout: "
+            "a step would have none; set fewer"
+        )
+    if stage.updates_per_step == 1:
+        idle = {"inner_kl": stage.inner_kl, "dual_clip": stage.dual_clip}
+        if named := [name for name, value in idle.items() if value is not None]:
+            raise UnsupportedCombination(
+                f"{' and '.join(named)} with one update on each rollout: the student is still the one that sampled it, "
+                "so nothing would be cut; set inner_epochs or inner_batches, or leave it out"
+            )
     if stage.weight_cap is not None and stage.weight_cap * (1.0 - stage.teacher_mix) >= 1.0:
         raise UnsupportedCombination(
             f"weight_cap {stage.weight_cap:g} with teacher_mix {stage.teacher_mix:g}: no factor exceeds "

@@ -101,7 +101,7 @@ class Ours:
         stage = MinillmStage(
             steps=1,
             prompts=sizes.rows * ranks.size,
-            inner_updates=case.inner_updates,
+            inner_epochs=case.inner_updates,
             teacher_mix=case.teacher_mix,
             coin_groups=case.coin_groups,
             length_norm=True,

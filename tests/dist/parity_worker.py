@@ -19,7 +19,7 @@ STEPS, HELD_OUT = 5, 3
 AVERAGED = "-averaged"
 CREDIT: dict[str, dict[str, Any]] = {
     "ridge": {"baseline": "ridge", "importance": "per_decision", "gamma": 0.9, "horizon": 4},
-    "grpo": {"baseline": "grpo", "whiten": "masked"},
+    "grpo": {"baseline": "grpo", "whiten": "masked", "inner_batches": 3, "inner_kl": 1e-4, "dual_clip": 3.0},
 }
 """Choices of credit that need figures of all ranks."""
 
@@ -37,7 +37,7 @@ def config(folder: Path, cell: str) -> RunConfig:
         steps=STEPS,
         samples_per_prompt=2,
         micro_batch=3,
-        inner_updates=2,
+        inner_epochs=2,
         coin_groups=2,
         teacher_mix=0.3,
         lm_coefficient=0.5,

@@ -71,6 +71,13 @@ def test_credit_from_the_rows_of_two_ranks_is_that_of_one_process(runs: Path, ce
     assert {"long_loss", "advantage_std", "grad_norm"} <= disagreements(runs, "alone", cell)
 
 
+def test_ranks_stop_the_passes_over_a_rollout_together(runs: Path) -> None:
+    """After as many updates as one process, which are fewer than there could be."""
+    one, two = (tiny.logged(runs / name) for name in (f"alone-{CREDIT[1]}", CREDIT[1]))
+    assert [line["update"] for line in one] == [line["update"] for line in two]
+    assert one[-1]["update"] < 6 * len(one)
+
+
 def test_gradients_that_are_averaged_over_the_ranks_are_seen(runs: Path) -> None:
     """Negative control: Adam forgives a factor, the norm of the gradient does not."""
     assert "grad_norm" in disagreements(runs, "alone", BROKEN)

@@ -41,7 +41,7 @@ def clip_on_weight_times_ratio(
     ratio_N = (new_N - old_N).exp() * importance_N
     gain_N = torch.minimum(ratio_N * advantage_N, ratio_N.clamp(1 - clip, 1 + clip) * advantage_N)
     none_N = torch.zeros_like(gain_N, dtype=torch.bool)
-    return Surrogate(loss=-gain_N, clipped=none_N, clamped=none_N)
+    return Surrogate(loss=-gain_N, clipped=none_N, clamped=none_N, drift=0 * gain_N)
 
 
 def draws() -> tuple[Tensor, Tensor, Tensor]:
@@ -122,6 +122,37 @@ def test_clip_is_pessimistic_and_weight_multiplies(
     assert_close(got.loss.detach(), torch.tensor([weight * want], dtype=torch.float64))
     assert bool(got.clipped) is clipped
     assert_close(slope_N, torch.tensor([0.0 if clipped else -weight * ratio * advantage], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("ratio", "want", "cut"), [(0.9, 0.9, False), (2.9, 2.9, False), (5.0, 3.0, True)])
+def test_dual_clip_bounds_the_loss_where_the_advantage_is_negative(ratio: float, want: float, cut: bool) -> None:
+    """At most c |A|, and beyond that no gradient; a positive advantage is not touched."""
+    new_N = torch.tensor([math.log(ratio)] * 2, dtype=torch.float64, requires_grad=True)
+    got = clipped_surrogate(
+        new_N, torch.zeros(2, dtype=torch.float64), advantage=torch.tensor([-1.0, 1.0], dtype=torch.float64),
+        importance=torch.full((2,), 0.5, dtype=torch.float64), clip=None, max_log_ratio=20.0, dual_clip=3.0,
+    )  # fmt: skip
+    (slope_N,) = torch.autograd.grad(got.loss.sum(), new_N)
+    assert_close(got.loss.detach(), torch.tensor([0.5 * want, -0.5 * ratio], dtype=torch.float64))
+    assert got.clipped.tolist() == [cut, False]
+    assert_close(slope_N, torch.tensor([0.0 if cut else 0.5 * ratio, -0.5 * ratio], dtype=torch.float64))
+
+
+def test_without_dual_clip_that_loss_has_no_bound() -> None:
+    """Negative control: the clip alone leaves min(r A, clip(r) A) = r A."""
+    far_N = torch.tensor([math.log(100.0)], dtype=torch.float64)
+    one_N = torch.ones(1, dtype=torch.float64)
+    assert float(surrogate(far_N, torch.zeros_like(far_N), advantage_N=-one_N, importance_N=one_N).loss) > 99.0
+
+
+def test_drift_is_zero_at_the_old_weights_and_the_kl_on_average() -> None:
+    """E under q_old of r - 1 - log r is KL(q_old || q_new), by sum over the vocabulary."""
+    old_V, new_V = torch.randn(2, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64).log_softmax(-1)
+    one_V = torch.ones_like(old_V)
+    assert torch.equal(surrogate(old_V, old_V, advantage_N=one_V, importance_N=one_V).drift, 0 * one_V)
+    drift_V = surrogate(new_V, old_V, advantage_N=one_V, importance_N=one_V).drift
+    assert float(drift_V.min()) > 0.0
+    assert float(old_V.exp() @ drift_V) == pytest.approx(float(old_V.exp() @ (old_V - new_V)), abs=1e-14)
 
 
 def test_without_clip_the_loss_is_the_plain_ratio() -> None:

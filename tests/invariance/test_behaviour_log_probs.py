@@ -151,7 +151,7 @@ def make(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(objectives, "roll_out", functools.partial(decode.roll_out, drop_finished=drop))
         student, teacher = (Bare(folder / f"{who}-{family}", dtype=dtype) for who in ("student", "teacher"))
         stage = MinillmStage(
-            steps=1, prompts=ROWS, teacher_mix=mix, coin_groups=2, micro_batch=micro_batch, inner_updates=2,
+            steps=1, prompts=ROWS, teacher_mix=mix, coin_groups=2, micro_batch=micro_batch, inner_epochs=2,
             optimiser=OptimiserConfig(lr=1e-3),
         )  # fmt: skip
         objective = Minillm(

@@ -2,7 +2,7 @@
 
 Counted where the work is done: at the backbones, at the engine's backward pass, and at the rows that a head multiplies.
 
-Legend: T tokens of the longest response, N tokens of all responses, K inner updates, M micro-batches, G coin groups.
+Legend: T tokens of the longest response, N tokens of all responses, K inner epochs, M micro-batches, G coin groups.
 """
 
 from __future__ import annotations
@@ -127,10 +127,10 @@ class Step:
     learning: Counted
 
 
-def run(models: Models, *, mix: float, inner_updates: int, micro_batch: int, steps: int = 2) -> list[Step]:
+def run(models: Models, *, mix: float, inner_epochs: int, micro_batch: int, steps: int = 2) -> list[Step]:
     """Steps as the loop makes them."""
     stage = MinillmStage(
-        steps=steps, prompts=ROWS, teacher_mix=mix, inner_updates=inner_updates, micro_batch=micro_batch,
+        steps=steps, prompts=ROWS, teacher_mix=mix, inner_epochs=inner_epochs, micro_batch=micro_batch,
         coin_groups=GROUPS, optimiser=OPTIMISER,
     )  # fmt: skip
     objective = Minillm(
@@ -202,25 +202,24 @@ class Table:
         return [line for line, held in kept.items() if not held]
 
 
-def complaints(models: Models, *, mix: float, inner_updates: int = 1, micro_batch: int = 0) -> list[list[str]]:
+def complaints(models: Models, *, mix: float, inner_epochs: int = 1, micro_batch: int = 0) -> list[list[str]]:
     """Of two steps."""
-    done = run(models, mix=mix, inner_updates=inner_updates, micro_batch=micro_batch)
+    done = run(models, mix=mix, inner_epochs=inner_epochs, micro_batch=micro_batch)
     return [
-        Table(step.rollout, mix, inner_updates, micro_batch, number).complaints(step)
-        for number, step in enumerate(done)
+        Table(step.rollout, mix, inner_epochs, micro_batch, number).complaints(step) for number, step in enumerate(done)
     ]
 
 
 @pytest.mark.parametrize("micro_batch", [0, 2])
-@pytest.mark.parametrize("inner_updates", [1, 2])
+@pytest.mark.parametrize("inner_epochs", [1, 2])
 @pytest.mark.parametrize("mix", [0.0, 0.2])
-def test_a_step_runs_what_the_table_says(mix: float, inner_updates: int, micro_batch: int, models: Models) -> None:
-    assert complaints(models, mix=mix, inner_updates=inner_updates, micro_batch=micro_batch) == [[], []]
+def test_a_step_runs_what_the_table_says(mix: float, inner_epochs: int, micro_batch: int, models: Models) -> None:
+    assert complaints(models, mix=mix, inner_epochs=inner_epochs, micro_batch=micro_batch) == [[], []]
 
 
 def test_the_case_is_hard_enough(models: Models) -> None:
     """Rows end at different times, and teacher and student both draw."""
-    steps = run(models, mix=0.2, inner_updates=2, micro_batch=2)
+    steps = run(models, mix=0.2, inner_epochs=2, micro_batch=2)
     assert all(len(set(step.rollout.length_B.tolist())) > 2 for step in steps)
     assert any(bool(step.rollout.teacher_drew_BT.any()) for step in steps)
     assert all(len(step.learning.student) == 8 and len(step.collecting.teacher) > 1 for step in steps)

@@ -6,6 +6,7 @@ Legend: B rows, T response positions, N kept tokens, V real ids.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from minillm.errors import DataError
 from minillm.micro_batches import Limits
 from minillm.models import inspect, load
 from minillm.objectives import Ids, Minillm, Sft, lm_losses, rollout_inputs
+from minillm.order import parts
 from minillm.preflight import require_rows
 from minillm.prompts import prepare
 from minillm.ranks import Ranks
@@ -129,7 +131,7 @@ def minillm(folder: Path, teacher: Teacher, prompts: list[Prompt]) -> Callable[.
             MinillmStage(**fields), prompts=prompts, decoding=decoding, teacher=guide or teacher, ids=IDS, ranks=RANKS,
             seed=seed,
         )  # fmt: skip
-        return Work(student or folder / "student", objective, updates=steps * objective._stage.inner_updates)
+        return Work(student or folder / "student", objective, updates=steps * objective._stage.updates_per_step)
 
     return make
 
@@ -160,7 +162,7 @@ CUTS: tuple[dict[str, int], ...] = (
 )
 RICH = {
     "samples_per_prompt": 2,
-    "inner_updates": 2,
+    "inner_epochs": 2,
     "teacher_mix": 0.3,
     "coin_groups": 2,
     "lm_coefficient": 0.5,
@@ -290,7 +292,7 @@ def test_the_gradient_of_a_step_is_the_same_for_every_budget_of_tokens(
             sizes.clear()
             work.objective._stage = stage.model_copy(update=limits)
             with work.objective.learning(collected, work.student) as updates:
-                return work.gradients(updates[0].losses)
+                return work.gradients(next(iter(updates)).losses)
 
         want = gradients()
         counts = [len(sizes)]
@@ -558,10 +560,43 @@ def test_a_smaller_expected_length_scales_the_loss(minillm: Callable[..., Work])
 
 
 def test_inner_updates_reuse_one_rollout_and_start_unclipped(minillm: Callable[..., Work]) -> None:
-    with minillm(inner_updates=3, clip=0.01, optimiser={"lr": 0.1, "schedule": "constant"}) as work:
+    with minillm(inner_epochs=3, clip=0.01, optimiser={"lr": 0.1, "schedule": "constant"}) as work:
         lines, _ = work.run(1)
     assert len(lines) == 3 and len({line["reverse_kl"] for line in lines}) == 1
     assert lines[0]["clipped_share"] == 0.0 < lines[1]["clipped_share"]
+
+
+@pytest.mark.parametrize("pieces", [2, 3, 7])
+def test_parts_of_a_pass_add_up_to_the_whole_rollout(pieces: int, minillm: Callable[..., Work]) -> None:
+    """Gradients of the parts, each over its own rows, weighted by their number: that of one update on all rows."""
+    with minillm(inner_batches=pieces) as parted, minillm() as plain:
+        whole, _ = plain.objective.collect(0, plain.student)
+        with plain.objective.learning(whole, plain.student) as (update,):
+            want = plain.gradients(update.losses)
+        collected, _ = parted.objective.collect(0, parted.student)
+        sizes = [len(part) for part in parts(7, pieces, seed=3, epoch=0, purpose="minillm/inner")]
+        with parted.objective.learning(collected, parted.student) as updates:
+            found = [parted.gradients(update.losses) for update in updates]
+    assert len(found) == pieces and sum(sizes) == 7
+    for mine, *of_parts in zip(want, *found, strict=True):
+        total = sum(size * one for size, one in zip(sizes, of_parts, strict=True)) / 7
+        torch.testing.assert_close(total, mine, rtol=1e-4, atol=1e-6)
+
+
+def test_every_pass_deals_the_rows_anew() -> None:
+    first, second = (parts(12, 3, seed=3, epoch=epoch, purpose="a/inner") for epoch in (0, 1))
+    assert all(sorted(itertools.chain(*dealt)) == list(range(12)) for dealt in (first, second)) and first != second
+    assert parts(5, 1, seed=3, epoch=0, purpose="a/inner") == [[0, 1, 2, 3, 4]]
+
+
+def test_passes_end_where_the_student_has_moved_too_far(minillm: Callable[..., Work]) -> None:
+    """Of six updates two are made: before the first it has not moved at all, and in the second it is found to have."""
+    fast = {"inner_epochs": 3, "inner_batches": 2, "optimiser": {"lr": 0.1, "schedule": "constant"}}
+    with minillm(**fast, inner_kl=1e-6) as work:
+        short, _ = work.run(1)
+    assert [line["drift"] > 1e-6 for line in short] == [False, True]
+    with minillm(**fast, inner_kl=1e6) as work:
+        assert len(work.run(1)[0]) == 6
 
 
 def test_a_prompt_that_stands_twice_in_a_step_gets_other_samples(

@@ -39,7 +39,7 @@ def make_teacher(folder: Path, *, placement: str = "replicated") -> Teacher:
 
 
 RUN: dict[str, Any] = {
-    "inner_updates": 2,
+    "inner_epochs": 2,
     "teacher_mix": 0.4,
     "validate_every": 1,
     "lm_coefficient": 0.5,
