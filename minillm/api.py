@@ -12,12 +12,12 @@ from minillm.engines import Student, Teacher
 from minillm.errors import DataError, RunExists
 from minillm.evaluation import Record, validator
 from minillm.model_card import CardFacts, render
-from minillm.models import fingerprint, inspect, load
+from minillm.models import fingerprint, inspect
 from minillm.preflight import Pair, Split, check_pair, read_split
 from minillm.ranks import Ranks
 from minillm.report import build_report, combine, write_report
 from minillm.results import asked_of, evaluate_into, judge_of, stored_results, versions
-from minillm.stages import Start, check_rows, run_stage, unbiased_words
+from minillm.stages import Start, check_rows, load_teacher, run_stage, unbiased_words
 from minillm.store import Clock, RunFolder, make_folder
 from minillm.types import Purpose
 
@@ -47,7 +47,9 @@ def distill(config: RunConfig, *, fresh: bool = False) -> Path:
         _say(ranks, f"{folder.path}: an earlier run did not end; this one starts again from its beginning")
     folder.set_status(state="running", made_from=made_from, seconds={}, ranks=ranks.size, versions=versions())
     _introduce(config, pair, splits, ranks)
-    teacher = _load_teacher(pair, ranks) if _needs_teacher(config, splits) else None
+    teacher = None
+    if _needs_teacher(config, splits):
+        teacher = load_teacher(pair, ranks=ranks, say=lambda line: _say(ranks, line))
     try:
         seconds = _train_and_evaluate(config, pair=pair, splits=splits, teacher=teacher, ranks=ranks, folder=folder)
     finally:
@@ -159,7 +161,9 @@ def evaluate(model: str | Path, config: RunConfig, *, out: str | Path, fresh: bo
         make_folder(out, setting="--out")
     for line in split.words:
         _say(ranks, line)
-    teacher = _load_teacher(pair, ranks) if pair.teacher is not None else None
+    teacher = None
+    if pair.teacher is not None:
+        teacher = load_teacher(pair, ranks=ranks, say=lambda line: _say(ranks, line))
     ranks.barrier()
     try:
         return evaluate_into(config, pair, split, start=start, teacher=teacher, ranks=ranks, out=out, shown=str(model))
@@ -211,27 +215,6 @@ def _require_references(config: RunConfig, validation: Split) -> None:
 def _needs_teacher(config: RunConfig, splits: Mapping[str, Split]) -> bool:
     distils = any(stage.wants_teacher for stage in config.stages)
     return config.teacher is not None and (distils or "test" in splits)
-
-
-def _load_teacher(pair: Pair, ranks: Ranks) -> Teacher:
-    card, facts = pair.teacher_card, pair.teacher
-    assert card is not None and facts is not None
-    teacher = Teacher(
-        lambda: load(card, facts, seed=0),
-        ranks=ranks,
-        placement=card.placement,
-        precision="bf16" if card.dtype == "bfloat16" else "fp32",
-        real_ids=pair.real_ids,
-    )
-    if card.placement == "zero3":
-        _say(ranks, f"note: {card.name} is read in shards, so its logits were not compared with its own forward pass")
-    for rank, kept in enumerate(teacher.check_share()):
-        _say(
-            ranks,
-            f"rank {rank}: teacher {card.name} ({card.placement}) keeps {kept:,} of {teacher.whole_bytes:,} bytes "
-            f"between forwards ({kept / teacher.whole_bytes:.1%})",
-        )
-    return teacher
 
 
 def _validator(

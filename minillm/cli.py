@@ -34,6 +34,8 @@ Examples:
     --config recipes/quickstart/minillm.yaml
   minillm report a=runs/a b=runs/b --difference a,b --out runs/a-and-b
   minillm world --out world
+  minillm diagnose --config recipes/quickstart/minillm.yaml \\
+    student=runs/mine/student --prompts 128
   minillm bench loss --json bench.json
 
 \b
@@ -200,6 +202,39 @@ def world(
         records = rows(split)
         write_jsonl(out / f"{split}.jsonl", records)
         print(f"{out / f'{split}.jsonl'}: {len(records):,} rows")
+
+
+@app.command()
+def diagnose(  # noqa: PLR0917 (typer reads options from parameters)
+    config: Config,
+    overrides: Overrides = None,
+    estimators: Annotated[
+        str, typer.Option("--estimators", metavar="A,B,…", help="Choices of credit, such as expected+ridge+g0.95.")
+    ] = "",
+    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Training prompts to measure on.")] = 64,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Responses to each of them; even.")] = 4,
+    directions: Annotated[int, typer.Option("--directions", min=1, help="Random directions in weight space.")] = 32,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of prompts, text and directions.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures into this file.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Also draw the variances: .png, .svg or .pdf.")] = None,
+) -> None:
+    """Measure the gradient of each choice of credit on your own teacher, student and prompts: variance, bias, size.
+
+    Nothing is trained. The student is the one that the configuration starts from.
+
+    \b
+    Example:
+      minillm diagnose --config recipes/quickstart/minillm.yaml \\
+        student=runs/quickstart/sft/student --json diagnosis.json
+    """
+    settings = _load(config, overrides)
+    from minillm.diagnose.command import run
+
+    names = [name.strip() for name in estimators.split(",")] if estimators else None
+    run(
+        settings, names=names, prompts=prompts, samples=samples, directions=directions, seed=seed,
+        json_file=json_file, plot=plot,
+    )  # fmt: skip
 
 
 app.add_typer(bench_app, name="bench")

@@ -95,6 +95,27 @@ def run_stage(
         student.close()
 
 
+def load_teacher(pair: Pair, *, ranks: Ranks, say: Callable[[str], None]) -> Teacher:
+    """The pair's teacher where its card puts it; ``say`` hears what each rank keeps of it."""
+    card, facts = pair.teacher_card, pair.teacher
+    assert card is not None and facts is not None
+    teacher = Teacher(
+        lambda: load(card, facts, seed=0),
+        ranks=ranks,
+        placement=card.placement,
+        precision="bf16" if card.dtype == "bfloat16" else "fp32",
+        real_ids=pair.real_ids,
+    )
+    if card.placement == "zero3":
+        say(f"note: {card.name} is read in shards, so its logits were not compared with its own forward pass")
+    for rank, kept in enumerate(teacher.check_share()):
+        say(
+            f"rank {rank}: teacher {card.name} ({card.placement}) keeps {kept:,} of {teacher.whole_bytes:,} bytes "
+            f"between forwards ({kept / teacher.whole_bytes:.1%})"
+        )
+    return teacher
+
+
 def usable(stage: Stage, prompts: Sequence[Prompt]) -> list[Prompt]:
     """The prompts that a stage's steps draw from: where it needs responses, those that have one."""
     return [prompt for prompt in prompts if prompt.response_ids or stage.responses_needed != "all"]

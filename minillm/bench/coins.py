@@ -9,8 +9,7 @@ Legend: B rows, R rollouts, D parameters.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +17,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from minillm.bare_student import BareStudent
 from minillm.bench.bare import Sizes, check_pair, model_loader, random_prompts
 from minillm.bench.pairs import threads
 from minillm.cards import Kind, load_card
 from minillm.engines import Teacher
-from minillm.models import CausalLM, ModelReader, inspect
+from minillm.models import CausalLM, inspect
 from minillm.objectives import Minillm
-from minillm.probes import probe_packing
 from minillm.prompts import prepare, read_rows
 from minillm.ranks import Ranks
 from minillm.stage_config import MinillmStage, OptimiserConfig
@@ -146,7 +145,7 @@ class CoinWork:
             self._loader(case.teacher, "teachers"), ranks=ranks, placement="replicated", precision="fp32"
         )
         student: Any = self._loader(case.student, "students")()
-        self._student = _Student(CausalLM(student.to(ranks.device).eval()), ranks=ranks)
+        self._student = BareStudent(CausalLM(student.to(ranks.device).eval()), ranks=ranks)
         self._prompts = prompts or random_prompts(sizes, vocabulary=self._student.root.head.real_ids)
 
     def variance(self, rows: int, groups: int) -> tuple[float, float]:
@@ -193,27 +192,6 @@ class CoinWork:
         load = model_loader(name, kind, dtype=torch.float32)
         sharpness = self._case.sharpness
         return load if sharpness is None else lambda: _sharpened(load(), sharpness)
-
-
-class _Student:
-    """As much of a student as an objective asks of it, without an engine, which would take gradients for itself."""
-
-    updates_done = 0
-
-    def __init__(self, root: CausalLM, *, ranks: Ranks) -> None:
-        self.root = root
-        self._device = ranks.device
-        probe_packing(root, name="student")
-
-    @contextlib.contextmanager
-    def whole(self) -> Iterator[ModelReader]:
-        """A reader over the weights."""
-        yield ModelReader(self.root, device=self._device, lockstep=False)
-
-    def loss(self, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """As ``engines.Student.loss``."""
-        result: tuple[Tensor, dict[str, Tensor]] = self.root("train", **inputs)
-        return result
 
 
 def _groups_of(case: CoinCase, rows: int) -> dict[str, int]:

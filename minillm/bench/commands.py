@@ -37,7 +37,8 @@ def loss(  # noqa: PLR0917 (typer reads options from parameters)
     import torch
 
     from minillm.bench.loss import LossCase, measure_loss
-    from minillm.bench.record import print_table, write_section
+    from minillm.bench.record import write_section
+    from minillm.terminal import print_table
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = []
@@ -117,7 +118,7 @@ def step(  # noqa: PLR0917 (typer reads options from parameters)
 
 
 def _print_step(figures: StepFigures) -> None:
-    from minillm.bench.record import print_table
+    from minillm.terminal import print_table
 
     case, sizes, peaks = figures.case, figures.case.sizes, figures.peaks
     models = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in figures.parameters.items())

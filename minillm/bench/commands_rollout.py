@@ -120,7 +120,7 @@ def coins(  # noqa: PLR0917 (typer reads options from parameters)
 
 
 def _print_rollout(figures: RolloutFigures) -> None:
-    from minillm.bench.record import print_table
+    from minillm.terminal import print_table
 
     sizes = figures.case.sizes
     print_table(
@@ -148,7 +148,7 @@ def _print_rollout(figures: RolloutFigures) -> None:
 
 
 def _print_coins(figures: CoinFigures) -> None:
-    from minillm.bench.record import print_table
+    from minillm.terminal import print_table
 
     groups = sorted({name for of in figures.variance.values() for name in of} - {"independent"}, key=int)
     case = figures.case

@@ -68,7 +68,8 @@ def scale(  # noqa: PLR0917 (typer reads options from parameters)
 
 
 def _print_scale(found: ScaleFigures) -> None:
-    from minillm.bench.record import mebibytes, print_table
+    from minillm.bench.record import mebibytes
+    from minillm.terminal import print_table
 
     sizes, length, memory = found.case.sizes, found.length, found.memory
     rows = []
@@ -131,7 +132,8 @@ def padding(  # noqa: PLR0917 (typer reads options from parameters)
       minillm bench padding train.jsonl test.jsonl.gz --unit words
     """
     from minillm.bench.padding import UNITS, measure_padding
-    from minillm.bench.record import print_table, write_section
+    from minillm.bench.record import write_section
+    from minillm.terminal import print_table
 
     if unit not in UNITS:
         raise ConfigError(f"--unit {unit!r}: wanted {', '.join(UNITS)}")

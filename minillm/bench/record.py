@@ -1,11 +1,11 @@
-"""Where figures go: a table in the terminal, and one section of a JSON file that all benchmarks share."""
+"""Where figures go: one section of a JSON file that all benchmarks share."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,20 +47,6 @@ def sections(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         raise DataError(f"{file} is not a file of benchmarks\n  name another file, or remove this one")
     return found
-
-
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A title as wide as it needs, and a table, right-aligned but for the first column."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=SIMPLE_HEAD)
-    for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place else "left")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(title, table, sep="\n", highlight=False)
 
 
 def mebibytes(size: int) -> str:

@@ -39,10 +39,10 @@ FLOORS: dict[int, tuple[str, ...]] = {
         ),
     ),
     4: ("models", "probes", "reading", "decode", "scoring", "token_loss"),
-    5: ("ranks", "engine_settings", "engines", "muon", "optimisers", "store", "publish", "model_card"),
-    6: ("advantages", "objectives", "loop", "stages", "preflight", "progress"),
+    5: ("ranks", "engine_settings", "engines", "bare_student", "muon", "optimisers", "store", "publish", "model_card"),
+    6: ("advantages", "objectives", "loop", "stages", "preflight", "progress", "terminal"),
     7: (
-        *("measures", "evaluation", "results", "statistics", "plots"),
+        *("measures", "evaluation", "results", "statistics", "plots", "diagnose"),
         *("report", "report_files", "report_html", "report_style", "report_text", "report_words"),
     ),
     8: ("bench", "cli", "api", "__main__", "__init__"),
