@@ -218,8 +218,9 @@ def diagnose(  # noqa: PLR0917 (typer reads options from parameters)
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures into this file.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Also draw the variances: .png, .svg or .pdf.")] = None,
 ) -> None:
-    """Measure the gradient of each choice of credit on your own teacher, student and prompts: variance, bias, size.
+    """Measure how noisy and how biased the gradient is on your pair.
 
+    Every choice of credit (returns, baseline, discount, horizon), on the configuration's teacher, student and prompts.
     Nothing is trained. The student is the one that the configuration starts from.
 
     \b
