@@ -89,11 +89,11 @@ def test_the_teacher_is_bitwise_the_same_after_a_run(
 ) -> None:
     seen: list[Teacher] = []
 
-    def remember(*_: Any) -> Teacher:
+    def remember(*_: Any, **__: Any) -> Teacher:
         seen.append(make_teacher(inputs / "teacher-True", placement=placement))
         return seen[0]
 
-    monkeypatch.setattr(api, "_load_teacher", remember)
+    monkeypatch.setattr(api, "load_teacher", remember)
     monkeypatch.setattr(Teacher, "close", lambda _: None)  # to look at it after the run
     run = distill(config(inputs, tmp_path))
     (teacher,) = seen
