@@ -288,7 +288,7 @@ def test_weights_that_are_not_the_models_are_told_and_do_not_block_the_next_try(
     told(run("distill", "--config", "{place}/good.yaml", f"student={{place}}/{student}"), "ModelError", *words)
     assert (place / "out" / "run" / "config.yaml").exists()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "load_teacher", lambda *_: (_ for _ in ()).throw(Loaded()))
+        patch.setattr(api, "load_teacher", lambda *_, **__: (_ for _ in ()).throw(Loaded()))
         with pytest.raises(Loaded):  # the mended configuration, with no --fresh, gets as far as any
             run("distill", "--config", "{place}/good.yaml")
 
