@@ -1,6 +1,7 @@
 """The command line: thin commands over the Python API, with errors told in a few lines and no traceback.
 
-Exit codes: 0 done; 2 something the user can mend (nothing was trained); 3 numbers that are not finite; 130 interrupted.
+Exit codes: 0 done; 2 something the user can mend (nothing was trained); 3 numbers that are not finite; 4 an alarm that
+stops the run; 130 interrupted.
 In help texts, ``\\b`` keeps a paragraph's lines as they are, so that an example can be copied.
 """
 

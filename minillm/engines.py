@@ -52,6 +52,7 @@ class Student:
         self.stage = zero_stage(engine_config)
         sharded_read = self.stage == 3 and from_files
         model = _load_for(load, engine_config, precision=precision, shard=sharded_read)
+        model.eval()  # the probe compares two forwards, and a model that was built begins with dropout on
         self.config = model.config
         self.root = CausalLM(model)
         if real_ids is not None:
@@ -180,6 +181,7 @@ class Teacher:
         engine_config = read_engine_settings("teacher-zero3")
         sharded = placement == "zero3"
         model = _load_for(load, engine_config, precision=precision, shard=sharded)
+        model.eval()
         self.root = CausalLM(model)
         if real_ids is not None:
             self.root.head.real_ids = real_ids

@@ -53,6 +53,12 @@ class NonFinite(MinillmError, ArithmeticError):
     exit_code = 3
 
 
+class Alarmed(MinillmError):
+    """An alarm whose action is to stop the run has rung; the student of the last update is not handed on."""
+
+    exit_code = 4
+
+
 class RunExists(MinillmError, FileExistsError):
     """The run folder holds another run, and nothing in it was touched."""
 

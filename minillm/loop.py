@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from minillm.alarms import Alarms, Raised
 from minillm.engines import Student
+from minillm.errors import Alarmed
 from minillm.objectives import Objective
 from minillm.progress import Progress
 from minillm.ranks import Ranks
@@ -61,10 +63,12 @@ def run_steps(
     keep: Keep,
     patience: int,
     publish: Callable[[Mapping[str, float]], None],
+    alarms: Alarms | None = None,
 ) -> Progressed:
     """Runs a stage's steps and publishes its best student (its last, if there is no validation).
 
     ``headline`` names the figures beside the progress bar. ``publish`` is called on every rank, at each new best.
+    Raises ``Alarmed`` where an alarm rings whose action is to stop.
     """
     done, clock = Progressed(), Clock()
     bar = Progress(stage, total=steps, shown=ranks.first)
@@ -78,6 +82,14 @@ def run_steps(
             done.step, done.seconds = step + 1, clock()
             folder.log({"kind": "train", **_place(stage, done, student), **figures})
             bar.advance(done.step, {name: figures[name] for name in headline if name in figures})
+            raised = [] if alarms is None else alarms.hear(figures)
+            for one in raised:
+                folder.log({"kind": "alarm", **_place(stage, done, student), **one._asdict()})
+                bar.say(f"{stage} {done.step}/{steps}  {one.words}")
+            if _ends(raised, done, stage=stage):
+                done.stopped_early = True
+                bar.say(f"{stage}: stopped at step {done.step}; the student of step {done.best_step} is handed on")
+                break
 
             due = validate_every > 0 and (done.step % validate_every == 0 or done.step == steps)
             if validate is not None and due:
@@ -101,6 +113,14 @@ def run_steps(
         bar.close()
     done.seconds = clock()
     return done
+
+
+def _ends(raised: Sequence[Raised], done: Progressed, *, stage: str) -> bool:
+    """Whether an alarm ends the stage with the best student so far; raises ``Alarmed`` where one ends the run."""
+    actions = {one.action for one in raised}
+    if "stop" in actions:
+        raise Alarmed(f"stage {stage} stopped at step {done.step}: an alarm rang whose action is stop")
+    return "rollback" in actions and done.best is not None
 
 
 def _place(stage: str, done: Progressed, student: Student) -> dict[str, Any]:

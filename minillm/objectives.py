@@ -323,6 +323,8 @@ class Minillm:
             kl=scored.reverse_kl_BT.sum(),
             entropy=scored.entropy_BT.sum(),
             square=targets.advantage_BT.square().sum(),
+            mass=torch.where(mask_BT, scored.logp_BT.exp(), 0.0).sum(),
+            leak=_leaks(targets),
             cut=sum(stop is Stop.LENGTH for stop in rollout.stop_B),
             weight=targets.importance_BT.sum(),
             weight_square=targets.importance_BT.square().sum(),
@@ -338,10 +340,19 @@ class Minillm:
             "entropy": total["entropy"] / tokens,
             "mean_length": text_tokens / sequences,
             "cut_share": total["cut"] / sequences,
+            "teacher_mass": total["mass"] / tokens,
+            "padding_leak": total["leak"],
             "advantage_std": (total["square"] / tokens) ** 0.5,
             "importance_ess": total["weight"] ** 2 / max(tokens * total["weight_square"], 1e-30),
             "teacher_forwards": total["teacher_forwards"] / self._ranks.size,
         }
+
+
+def _leaks(targets: Targets) -> Tensor:
+    """How many places without a token carry credit or a score: there is no right number but 0."""
+    scored, off_BT = targets.scored, ~targets.scored.rollout.mask_BT
+    values = (targets.advantage_BT, targets.importance_BT, scored.logq_BT, scored.logp_BT, scored.reverse_kl_BT)
+    return torch.stack([(value[off_BT] != 0).sum() for value in values]).sum()
 
 
 def rollout_inputs(rollout: Rollout, rows: Sequence[int]) -> dict[str, Tensor]:

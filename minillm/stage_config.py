@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from minillm.alarm_config import AlarmsConfig
 from minillm.errors import ConfigError, UnsupportedCombination, did_you_mean
 from minillm.settings import Count, Flag, NonNegative, Positive, Settings, Share, ShareBelowOne, Text, Whole
 
@@ -275,6 +276,8 @@ class MinillmStage(_Stage):
     """Rows of that loss per optimiser step, all ranks together."""
     keep: KeepConfig = KeepConfig(metric="reverse_kl")
     """Which weights the stage hands on; lowest validation reverse KL per response."""
+    alarms: AlarmsConfig = AlarmsConfig()
+    """What is watched while it trains, and what happens then."""
 
     measures = tuple(BETTER)[1:]
     headline = ("reverse_kl", "mean_length", "loss")
@@ -326,6 +329,7 @@ class MinillmStage(_Stage):
     def _check(self) -> Self:
         _check_mixing(self)
         _check_credit(self)
+        _check_alarms(self)
         if self.lm_coefficient > 0 and self.lm_batch == 0:
             raise UnsupportedCombination(
                 f"lm_coefficient {self.lm_coefficient:g} with lm_batch 0: the loss has no rows; "
@@ -343,6 +347,17 @@ Stage = Annotated[SftStage | MinillmStage, Field(discriminator="kind")]
 def is_component(name: str) -> bool:
     """Whether a name is safe as one part of a path: letters, digits, '.', '_' and '-', and not only dots."""
     return _COMPONENT.fullmatch(name) is not None and set(name) != {"."}
+
+
+def _check_alarms(stage: MinillmStage) -> None:
+    """A rollback needs something to roll back to."""
+    named = {name: getattr(stage.alarms, name) for name in AlarmsConfig.model_fields}
+    back = [name for name, alarm in named.items() if alarm is not None and alarm.action == "rollback"]
+    if back and stage.validate_every == 0:
+        raise UnsupportedCombination(
+            f"alarms.{back[0]}.action 'rollback' with validate_every 0: no student is known to be better; "
+            "set validate_every, or action: stop"
+        )
 
 
 def _check_credit(stage: MinillmStage) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from minillm.alarms import Alarms
 from minillm.cards import Card
-from minillm.config import RunConfig, SftStage, Stage
+from minillm.config import MinillmStage, RunConfig, SftStage, Stage
 from minillm.engines import Student, Teacher
 from minillm.loop import Keep, Progressed, Validate, run_steps
 from minillm.models import ModelFacts, load
@@ -90,6 +91,7 @@ def run_stage(
             keep=Keep(metric=stage.keep.metric, highest=stage.keep.mode == "max"),
             patience=stage.patience,
             publish=publish,
+            alarms=Alarms(stage.alarms) if isinstance(stage, MinillmStage) else None,
         )
     finally:
         student.close()

@@ -23,7 +23,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     1: ("errors", "types"),
     2: ("sampling", "divergences", "credit", "ridge", "policy_loss"),
     3: (
-        *("settings", "stage_config", "yaml_reader", "config", "cards", "hub", "model_files"),
+        *("settings", "alarm_config", "stage_config", "yaml_reader", "config", "cards", "hub", "model_files"),
         *(
             "records",
             "rows",
@@ -40,7 +40,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     ),
     4: ("models", "probes", "reading", "decode", "scoring", "token_loss"),
     5: ("ranks", "engine_settings", "engines", "bare_student", "muon", "optimisers", "store", "publish", "model_card"),
-    6: ("advantages", "objectives", "loop", "stages", "preflight", "progress", "terminal"),
+    6: ("advantages", "alarms", "objectives", "loop", "stages", "preflight", "progress", "terminal"),
     7: (
         *("measures", "evaluation", "results", "statistics", "plots", "diagnose"),
         *("report", "report_files", "report_html", "report_style", "report_text", "report_words"),

@@ -1,0 +1,44 @@
+"""When a stage that samples is told to be going wrong, and what happens then: settings of ``alarms``."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from minillm.settings import NonNegative, Settings
+
+Action = Literal["warn", "stop", "rollback"]
+"""What an alarm does: tell; end the run with an error; end the stage with the best student that validation found."""
+
+
+class AlarmConfig(Settings):
+    """One alarm."""
+
+    limit: NonNegative
+    """Where it rings: a value of the figure, or a multiple of what the stage began with (see docs/alarms.md)."""
+    action: Action = "warn"
+    """'warn' tells; 'stop' ends the run with exit code 4; 'rollback' ends the stage with the best student so far."""
+
+
+class AlarmsConfig(Settings):
+    """When a stage that samples is told to be going wrong; null turns one off."""
+
+    reverse_kl: AlarmConfig | None = AlarmConfig(limit=3.0)
+    """Mean reverse KL above this multiple of the start's."""
+    entropy: AlarmConfig | None = AlarmConfig(limit=0.2)
+    """Entropy a token below this multiple of the start's."""
+    short: AlarmConfig | None = AlarmConfig(limit=0.3)
+    """Mean length below this multiple of the start's."""
+    long: AlarmConfig | None = AlarmConfig(limit=3.0)
+    """Mean length above this multiple of the start's."""
+    cut_share: AlarmConfig | None = AlarmConfig(limit=0.95)
+    """Share of responses that reach the limit above this."""
+    teacher_mass: AlarmConfig | None = AlarmConfig(limit=0.01)
+    """The teacher's mean probability of the tokens below this."""
+    importance_ess: AlarmConfig | None = AlarmConfig(limit=0.1)
+    """Effective share of the tokens' weights below this."""
+    clipped_share: AlarmConfig | None = AlarmConfig(limit=0.6)
+    """Share of tokens that the clip cuts above this."""
+    clamped_share: AlarmConfig | None = AlarmConfig(limit=0.01)
+    """Share of tokens whose log-ratio is held above this."""
+    padding_leak: AlarmConfig | None = AlarmConfig(limit=0.0, action="stop")
+    """Places without a token that carry credit: more than this."""

@@ -1,0 +1,130 @@
+"""Alarms: figures of a rollout that say a run is going wrong, each with a likely cause and the knob to turn.
+
+A falling reverse KL is no proof of health: it falls in runs whose text collapses too (Gu et al. 2024, ablations). So
+what is watched besides is what collapses: length, entropy, weights, ratios. An alarm looks at the mean of the last
+``WINDOW`` rollouts, against a fixed limit or against the stage's first rollout, which no update has touched.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from minillm.alarm_config import Action, AlarmsConfig
+
+WINDOW = 5
+"""Rollouts in a mean; fewer are no trend."""
+
+Kind = Literal["above", "below", "above_start", "below_start"]
+
+
+class Watch(NamedTuple):
+    """What an alarm looks at. ``limit`` of its settings is a value, or a multiple of the start's."""
+
+    figure: str
+    kind: Kind
+    means: str
+    """Likely cause and knob, for the terminal."""
+    window: int = WINDOW
+    """Rollouts in the mean."""
+
+
+WATCHES: dict[str, Watch] = {
+    "reverse_kl": Watch(
+        "reverse_kl", "above_start",
+        "the student moves away from the teacher; lower optimiser.lr or long_weight, or set inner_epochs: 1",
+    ),
+    "entropy": Watch(
+        "entropy", "below_start",
+        "the student's text loses its variety; lower optimiser.lr or long_weight, or add lm_coefficient",
+    ),
+    "short": Watch(
+        "mean_length", "below_start",
+        "responses shrink, as they do where ending early is rewarded; is single_weight above 0? else lower long_weight",
+    ),
+    "long": Watch(
+        "mean_length", "above_start",
+        "responses grow, often by repetition; raise teacher_mix, lower long_weight, or see samples of the validation",
+    ),
+    "cut_share": Watch(
+        "cut_share", "above",
+        "responses reach the limit without ending; raise decoding.max_new_tokens, or the student has stopped ending",
+    ),
+    "teacher_mass": Watch(
+        "teacher_mass", "below",
+        "the teacher finds the student's tokens unlikely; another template or vocabulary than it was trained with? "
+        "or too high an optimiser.lr",
+    ),
+    "importance_ess": Watch(
+        "importance_ess", "below",
+        "few tokens carry all the weight; lower teacher_mix, or set importance: coin",
+    ),
+    "clipped_share": Watch(
+        "clipped_share", "above",
+        "most tokens are past the clip, so most of the gradient is cut; fewer inner_epochs, or lower optimiser.lr",
+    ),
+    "clamped_share": Watch(
+        "clamped_share", "above",
+        "log-ratios reach max_log_ratio; the student has jumped: lower optimiser.lr, or set inner_kl",
+    ),
+    "padding_leak": Watch(
+        "padding_leak", "above",
+        "places without a token carry credit, which is a fault of this program; please report it with the run's folder",
+        window=1,
+    ),
+}  # fmt: skip
+"""Every alarm by its setting's name."""
+
+
+class Raised(NamedTuple):
+    """An alarm that rang."""
+
+    name: str
+    action: Action
+    words: str
+
+
+@dataclass(slots=True)
+class Alarms:
+    """What has been heard of a stage so far; it must hear the same figures on every rank."""
+
+    settings: AlarmsConfig
+    first: dict[str, float] = field(default_factory=dict)
+    last: dict[str, list[float]] = field(default_factory=dict)
+    ringing: set[str] = field(default_factory=set)
+
+    def hear(self, figures: Mapping[str, float]) -> list[Raised]:
+        """The alarms that ring from now on; one that goes on ringing is not told again until it has been silent."""
+        raised = []
+        for figure in {watch.figure for watch in WATCHES.values()} & figures.keys():
+            last = self.last.setdefault(figure, [])
+            last.append(figures[figure])
+            self.first.setdefault(figure, figures[figure])
+            del last[:-WINDOW]
+        for name, watch in WATCHES.items():
+            setting = getattr(self.settings, name)
+            over = None if setting is None else self._over(watch, setting.limit)
+            if over is None:
+                self.ringing.discard(name)
+            elif name not in self.ringing:
+                self.ringing.add(name)
+                raised.append(Raised(name, setting.action, f"alarm {name}: {over}; {watch.means}"))
+        return raised
+
+    def _over(self, watch: Watch, limit: float) -> str | None:
+        """What is over its limit, in words; None while all is well, or nothing can be said yet."""
+        last = self.last.get(watch.figure, [])[-watch.window :]
+        if len(last) < watch.window:
+            return None
+        now = statistics.fmean(last)
+        began = self.first[watch.figure]
+        against = limit * began if watch.kind.endswith("start") else limit
+        above = watch.kind.startswith("above")
+        if math.isfinite(now) and not (now > against if above else now < against):
+            return None
+        side = "above" if above else "below"
+        of_start = f" ({limit:g} times the {began:.4g} it began with)" if watch.kind.endswith("start") else ""
+        return f"{watch.figure} is {now:.4g} over {len(last)} rollouts, {side} {against:.4g}{of_start}"
