@@ -1,7 +1,7 @@
 """The command line: thin commands over the Python API, with errors told in a few lines and no traceback.
 
-Exit codes: 0 done; 2 something the user can mend (nothing was trained); 3 numbers that are not finite; 4 an alarm that
-stops the run; 130 interrupted.
+Exit codes: 0 done; 1 a check of ``minillm selftest`` failed; 2 something the user can mend (nothing was trained); 3
+numbers that are not finite; 4 an alarm that stops the run; 130 interrupted.
 In help texts, ``\\b`` keeps a paragraph's lines as they are, so that an example can be copied.
 """
 
@@ -23,6 +23,7 @@ from minillm.errors import ConfigError, DataError, MinillmError
 if TYPE_CHECKING:
     from minillm.config import RunConfig
 
+CHECK_FAILED = 1
 INTERRUPTED = 130
 FIRST_RANK_SPEAKS_S = 10.0
 """How long the other ranks leave rank 0 to tell an error that all of them have; the launcher ends them once it did."""
@@ -37,6 +38,7 @@ Examples:
   minillm world --out world
   minillm diagnose --config recipes/quickstart/minillm.yaml \\
     student=runs/mine/student --prompts 128
+  minillm selftest --json selftest.json
   minillm bench loss --json bench.json
 
 \b
@@ -237,6 +239,36 @@ def diagnose(  # noqa: PLR0917 (typer reads options from parameters)
         settings, names=names, prompts=prompts, samples=samples, directions=directions, seed=seed,
         json_file=json_file, plot=plot,
     )  # fmt: skip
+
+
+def _usable(file: Path | None) -> Path | None:
+    if file is not None:
+        from minillm.selftest.record import require_usable
+
+        require_usable(file)  # before any check runs
+    return file
+
+
+@app.command()
+def selftest(
+    json_file: Annotated[
+        Path | None, typer.Option("--json", callback=_usable, help="Also write what was found into this file.")
+    ] = None,
+) -> None:
+    """Prove on this machine that the library does what it says.
+
+    Gradients by enumeration, golden numbers, sampling, models against plain forwards, DeepSpeed's steps against plain
+    torch. Takes less than a minute on one core, needs no network and no tests/ folder. Exit code 0 when every check
+    passes, 1 when one fails.
+
+    \b
+    Example:
+      minillm selftest --json selftest.json
+    """
+    from minillm.selftest.run import selftest as run_checks
+
+    if not run_checks(json_file):
+        raise typer.Exit(CHECK_FAILED)
 
 
 app.add_typer(bench_app, name="bench")
