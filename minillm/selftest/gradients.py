@@ -32,6 +32,9 @@ FUTURES = ("sampled", "expected")
 PER_STEP_BIAS = {"sampled": 0.273004527, "expected": 0.225844411}
 """Relative error that weights by token leave at ``ALPHA`` on the tables of seed 1, recorded."""
 
+RECORDED_VARIANCE = (0.245378331, 0.647805889)
+"""Of the gradient of one response, with expected and with sampled returns, relative to return to go; seed 0."""
+
 
 def near(delta: float) -> Listed:
     """A teacher that differs from the student by ``delta`` in one direction."""
@@ -153,6 +156,17 @@ def coin_weights() -> Found:
     return Found(worst(*gaps), 1e-10)
 
 
+def variances() -> Found:
+    """Expected returns vary less than sampled ones, and these less than the return from the present token on without a
+    single-step term: the gradient of one response, relative to the last, as recorded."""
+    of = listed(*tables())
+    want_D, found = of.gradient(of.sequence_kl()), []
+    for settings in ({"future": "expected"}, {"future": "sampled"}, {"future": "sampled", "single_weight": 0.0}):
+        slopes_ND = torch.stack([of.gradient(loss) for loss in objective_N(of, stage(**settings))])
+        found.append(of.chance_N @ (slopes_ND - want_D).square().sum(dim=1))
+    return Found(worst(*(abs(found[i] / found[2] - RECORDED_VARIANCE[i]) for i in (0, 1))), 1e-6)
+
+
 def joined(first: Listed, second: Listed) -> Listed:
     """The responses of the one and then those of the other, of which no gradient is asked."""
     names = ("response_NT", "mask_NT", "logq_NTV", "logp_NTV")
@@ -192,5 +206,6 @@ CHECKS = (
     Check(name="gradient: per-decision weights are exact", run=per_decision),
     Check(name="gradient: recorded bias of per-step weights", run=per_step_bias),
     Check(name="gradient: coin weights on average", run=coin_weights),
+    Check(name="gradient: recorded variance of one response", run=variances),
     Check(name="gradient: baselines from other rows", run=baselines),
 )

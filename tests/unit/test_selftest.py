@@ -168,6 +168,7 @@ CONTROLS: dict[str, tuple[str, Wrap]] = {
     ),
     "gradient: recorded bias of per-step weights": ("minillm.advantages:importance_weights", plus(0.01)),
     "gradient: coin weights on average": ("minillm.advantages:importance_weights", of_coins),
+    "gradient: recorded variance of one response": ("minillm.advantages:returns_of", plus(0.1)),
     "gradient: baselines from other rows": (
         "minillm.credit:peers",
         lambda plain: lambda *a, **k: torch.ones_like(plain(*a, **k)),
