@@ -48,11 +48,17 @@ class DecodingConfig(Settings):
     """Keep the student's k likeliest ids; 0 keeps all, as in the paper."""
     top_p: PositiveShare = 1.0
     """Keep the smallest set of ids with this share of the student's mass, above 0; 1 keeps all, as in the paper."""
+    no_repeat_ngram_size: Whole = 0
+    """Never complete an n-gram of so many ids that stands in prompt or response already, end tokens aside; 0 allows
+    all."""
+    repetition_penalty: Positive = 1.0
+    """Divides positive logits of ids that stand in prompt or response, and multiplies negative ones; above 1 against
+    repetition. 1 in training by a minillm stage, which refuses others."""
 
     @property
     def truncated(self) -> bool:
         """Whether some ids are never drawn."""
-        return self.top_k > 0 or self.top_p < 1
+        return self.top_k > 0 or self.top_p < 1 or self.no_repeat_ngram_size > 0
 
     @property
     def tempered(self) -> bool:

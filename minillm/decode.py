@@ -26,6 +26,7 @@ from torch import Tensor
 
 from minillm.errors import NonFinite, ShapeMismatch
 from minillm.reading import Asked, Page, Piece, Reader, Reading
+from minillm.repetition import Held, held_back, penalised
 from minillm.sampling import (
     coin_group,
     coin_keys,
@@ -41,6 +42,7 @@ from minillm.types import Decoding, DrawKey, PromptBatch, Purpose, Rollout
 
 _LOOK_EVERY = {"cuda": 8}
 """Tokens between two looks at which rows have ended. A look waits for the device, which costs nothing on a CPU (1)."""
+_NOTHING = Held()
 
 
 @torch.no_grad()
@@ -63,9 +65,11 @@ def roll_out(
 ) -> Rollout:
     """Responses to ``prompts`` drawn from (1 - teacher_mix) student + teacher_mix teacher, on the student's device.
 
-    Both distributions are tempered; the teacher's is restricted to the ids that top-k and top-p keep of the student's
-    and renormalised there. A token depends on models, prompt and key, never on the batch around it (up to rounding).
-    A row ends at its first sampled id of ``eos_ids``, which is kept; ids of a prompt end nothing.
+    Logits of both models are penalised for repetition, then tempered; the teacher's are restricted to the ids that
+    n-gram ban, top-k and top-p keep of the student's, and renormalised there: in this order, which is that of
+    transformers' ``generate`` (``repetition`` names two differences). A ban that would leave no id is lifted. A token
+    depends on models, prompt and key, never on the batch around it (up to rounding). A row ends at its first sampled
+    id of ``eos_ids``, which is kept; ids of a prompt end nothing.
 
     With a teacher ``teacher_hidden_BTH`` is complete, from at most heads + 1 forwards a coin group; at ``teacher_mix``
     0 from one forward after sampling, and the ids are those of a rollout without a teacher. ``anyone`` tells whether
@@ -108,6 +112,7 @@ def roll_out(
         support_BTC=_lay_out_support(support, mask_BT=mask_BT, any_1V=own.zero_logits(), decoding=decoding),
         policy_step=policy_step,
         teacher_forwards=sum(guide.forwards for guide in guides),
+        repetition_penalty=decoding.repetition_penalty,
     )
 
 
@@ -169,7 +174,13 @@ def _write_responses(
         if asked is None:
             continue
         taught = [answer for answer in answers if answer is not None]
-        student_NV, chosen_NV, support_NV = _mix(asked, taught, decoding=decoding)
+        held = _NOTHING
+        if decoding.looks_back:
+            held = held_back(
+                *page.past(asked.rows_N, t), vocabulary=asked.logits_NV.shape[1], eos_E=eos_E,
+                ngram=decoding.no_repeat_ngram_size, penalty=decoding.repetition_penalty,
+            )  # fmt: skip
+        student_NV, chosen_NV, support_NV = _mix(asked, taught, decoding=decoding, held=held)
         ids_N, logq_N, drawable_N = draw_unchecked(chosen_NV, uniform_BT[asked.rows_N, t])
         if taught:  # at heads the id was not drawn from the student
             logq_N = log_probs_of(student_NV, ids_N)
@@ -192,10 +203,15 @@ def _require_drawn(page: Page) -> None:
         )
 
 
-def _mix(asked: Asked, taught: list[Asked], *, decoding: Decoding) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Student's tempered, truncated logits; those to draw from, the teacher's at its rows; the student's support."""
-    tempered_NV = asked.logits_NV / decoding.temperature
-    support_NV = support_mask(tempered_NV, top_k=decoding.top_k, top_p=decoding.top_p)
+def _mix(
+    asked: Asked, taught: list[Asked], *, decoding: Decoding, held: Held = _NOTHING
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Student's tempered, truncated logits; those to draw from, the teacher's at its rows; the student's support.
+
+    ``held`` is what the rows' past holds back, of both models.
+    """
+    tempered_NV = penalised(asked.logits_NV, held.seen_NV, decoding.repetition_penalty) / decoding.temperature
+    support_NV = support_mask(tempered_NV, top_k=decoding.top_k, top_p=decoding.top_p, banned_BV=held.banned_NV)
     student_NV = restrict(tempered_NV, support_NV)
     chosen_NV = student_NV
     for rows_M, logits_MV in taught:
@@ -203,7 +219,9 @@ def _mix(asked: Asked, taught: list[Asked], *, decoding: Decoding) -> tuple[Tens
             raise ShapeMismatch("teacher's logits", tuple(logits_MV.shape), (len(rows_M), student_NV.shape[1]))
         at_M = torch.searchsorted(asked.rows_N, rows_M)  # every unfinished row of the group is among the student's
         support_MV = None if support_NV is None else support_NV[at_M]
-        teacher_MV = restrict(logits_MV / decoding.temperature, support_MV)
+        seen_MV = None if held.seen_NV is None else held.seen_NV[at_M]
+        teacher_MV = penalised(logits_MV, seen_MV, decoding.repetition_penalty) / decoding.temperature
+        teacher_MV = restrict(teacher_MV, support_MV)
         chosen_NV = chosen_NV.index_copy(0, at_M, teacher_MV.to(chosen_NV.dtype))
     return student_NV, chosen_NV, support_NV
 
@@ -229,7 +247,8 @@ def _merge_hidden(readings: list[Reading], mask_BT: Tensor) -> Tensor:
 
 def _lay_out_support(support: list[Piece], *, mask_BT: Tensor, any_1V: Tensor, decoding: Decoding) -> Tensor | None:
     """Packed support [B, T, C]; None where these settings keep all of this many ids."""
-    if support_mask(any_1V, top_k=decoding.top_k, top_p=decoding.top_p) is None:
+    keeps_all = support_mask(any_1V, top_k=decoding.top_k, top_p=decoding.top_p) is None
+    if keeps_all and decoding.no_repeat_ngram_size == 0:
         return None
     all_11C = pack_support(torch.ones_like(any_1V, dtype=torch.bool))[None]
     return _lay_out(support, mask_BT=mask_BT, blank_11W=all_11C)

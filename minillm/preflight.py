@@ -55,6 +55,8 @@ def check_pair(config: RunConfig, *, student: str | None = None) -> Pair:
     Raises ``ConfigError`` for an unknown card, ``ModelError`` for a folder that cannot be read safely,
     ``PositionsExceeded`` where prompt and response do not fit, ``VocabularyMismatch`` where the tokenizers differ.
     """
+    if student is None:
+        _check_sampling(config)
     _check_engine(config)
     student_card = load_card(student or config.student, kind="students")
     teacher_card = None if config.teacher is None else load_card(config.teacher, kind="teachers")
@@ -101,6 +103,19 @@ def check_pair(config: RunConfig, *, student: str | None = None) -> Pair:
         real_ids=real,
         ids=Ids(eos=eos, pad=eos[0] if pad is None else pad),
     )
+
+
+def _check_sampling(config: RunConfig) -> None:
+    """Raise where a stage that learns from its own samples would draw from other logits than it learns with."""
+    penalty = config.decoding.repetition_penalty
+    own = [stage.name for stage in config.stages if stage.on_policy]
+    if penalty != 1.0 and own:
+        raise UnsupportedCombination(
+            f"decoding.repetition_penalty {penalty:g} with stage '{own[0]}', which learns from text that it draws: the "
+            "penalty changes logits by what stands in a row, so the student that learns would not be the one that "
+            "sampled; leave it at 1 for training and give it to 'minillm evaluate' "
+            f"(decoding.repetition_penalty={penalty:g}), or use no_repeat_ngram_size, repetition_weight or both"
+        )
 
 
 def _check_engine(config: RunConfig) -> None:
@@ -153,5 +168,6 @@ def require_rows(prompts: Sequence[Prompt], *, ranks: int, per_step: int, what: 
 def decoding_record(config: DecodingConfig) -> Decoding:
     """The one record that rollouts, validation and evaluation share (design D12)."""
     return Decoding(
-        max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p
-    )
+        max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+        no_repeat_ngram_size=config.no_repeat_ngram_size, repetition_penalty=config.repetition_penalty,
+    )  # fmt: skip

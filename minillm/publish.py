@@ -50,6 +50,7 @@ def publish_student(
         temperature=decoding.temperature,
         top_k=decoding.top_k,
         top_p=decoding.top_p,
+        no_repeat_ngram_size=decoding.no_repeat_ngram_size or None,
         max_new_tokens=decoding.max_new_tokens,
         eos_token_id=list(eos_ids) if len(eos_ids) > 1 else eos_ids[0],
         pad_token_id=pad_id,

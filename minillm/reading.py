@@ -128,6 +128,10 @@ class Page:
         width = max([1, *self.length_B.tolist()])
         return torch.arange(width, device=self.device) < self.length_B[:, None]
 
+    def past(self, rows_N: Tensor, t: int) -> tuple[Tensor, Tensor]:
+        """Ids [N, P + t] of these rows before response token ``t``, and where they are no padding."""
+        return self.ids_BL[rows_N, : self.prompt + t], self.attend_BL[rows_N, : self.prompt + t]
+
     def stops(self) -> tuple[Stop, ...]:
         """Why each row ended: EOS if its last token is one, even where the limit was reached with it."""
         rows = zip(self.ended_B.tolist(), self.length_B.tolist(), strict=True)

@@ -28,13 +28,17 @@ SHOWN_PACKAGES = ("minillm", "torch", "transformers", "deepspeed")
 
 
 def judge_of(config: RunConfig, pair: Pair, split: Split, *, teacher: Teacher | None, purpose: Purpose) -> Judge:
-    """How the run judges text: the same for validation and for the final test (design D12)."""
+    """How the run judges text: the same for validation and for the final test (design D12).
+
+    Under a repetition penalty no teacher, so no reverse KL: that is computed from states, and the penalty from a row's
+    past.
+    """
     return Judge(
         prompts=split.prompts,
         decoding=decoding_record(config.decoding),
         tokenizer=pair.tokenizer,
         ids=pair.ids,
-        teacher=teacher,
+        teacher=teacher if config.decoding.repetition_penalty == 1.0 else None,
         in_world=split.source.startswith("world:"),
         batch=config.evaluation.batch,
         seed=config.seed,
@@ -63,6 +67,8 @@ def evaluate_into(
     probe_head(model, root)
     reader = ModelReader(root.eval().to(ranks.device), device=ranks.device, lockstep=False)
     judge = judge_of(config, pair, split, teacher=teacher, purpose=Purpose.EVALUATION)
+    if ranks.first and judge.teacher is not teacher:
+        print("note: under decoding.repetition_penalty there is no reverse KL; set it to 1 to measure that", flush=True)
     clock = Clock()
     samples = sample_and_judge(
         reader, judge, seeds=settings.seeds, temperatures=settings.temperatures, ranks=ranks, title=f"evaluate {shown}"

@@ -101,16 +101,19 @@ def log_probs_of(logits_BV: Tensor, ids_B: Tensor) -> Tensor:
     return wide_BV.gather(1, ids_B[:, None]).squeeze(1) - wide_BV.logsumexp(dim=1)
 
 
-def support_mask(logits_BV: Tensor, *, top_k: int, top_p: float) -> Tensor | None:
+def support_mask(logits_BV: Tensor, *, top_k: int, top_p: float, banned_BV: Tensor | None = None) -> Tensor | None:
     """True where truncated sampling keeps an id [B, V]; None where these settings keep all ids.
 
-    ``logits_BV`` are the student's, after temperature. The k likeliest ids are kept first, of equals the smaller id; of
-    those the smallest prefix, likeliest first, that holds the share ``top_p`` of *their* mass, and at least one. An id
-    at ``-inf`` is never kept.
+    ``logits_BV`` are the student's, after temperature. Banned ids go first; where no id would be left, none is banned.
+    The k likeliest of the rest are kept, of equals the smaller id; of those the smallest prefix, likeliest first, that
+    holds the share ``top_p`` of *their* mass, and at least one. An id at ``-inf`` is never kept.
     """
     vocabulary = logits_BV.shape[1]
+    if banned_BV is not None:
+        allowed_BV = ~banned_BV & (logits_BV > -torch.inf)
+        logits_BV = logits_BV.masked_fill(banned_BV & allowed_BV.any(dim=1, keepdim=True), -torch.inf)
     if not 0 < top_k < vocabulary and top_p >= 1:
-        return None
+        return None if banned_BV is None else logits_BV > -torch.inf
     sorted_BV, order_BV = logits_BV.double().sort(dim=1, descending=True, stable=True)
     kept_BV = sorted_BV > -torch.inf
     if 0 < top_k < vocabulary:

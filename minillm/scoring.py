@@ -410,6 +410,7 @@ def score(rollout: Rollout, *, student: StatisticsReader, teacher_head: HeadWeig
     assert rollout.student_hidden_BTH is not None and rollout.teacher_hidden_BTH is not None, (
         "the rollout kept no states"
     )
+    assert rollout.repetition_penalty == 1.0, "from states alone the logits of penalised ids cannot be made again"
     mask_BT = rollout.mask_BT
     values = student.statistics(
         rollout.student_hidden_BTH[mask_BT],

@@ -78,6 +78,15 @@ class Decoding:
     """Keep the k likeliest ids of the student; 0 keeps all."""
     top_p: float = 1.0
     """Keep the smallest set of ids that holds this share of the student's mass; 1 keeps all."""
+    no_repeat_ngram_size: int = 0
+    """Never complete an n-gram of so many ids that stands in prompt or response already; 0 allows all."""
+    repetition_penalty: float = 1.0
+    """Makes ids that stand in prompt or response less likely, of both models; 1 leaves them."""
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether a row's past has a say in its next id other than through the models."""
+        return self.no_repeat_ngram_size > 0 or self.repetition_penalty != 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,17 +131,19 @@ class Rollout:
     teacher_drew_BT: Tensor
     """True where the coin fell on the teacher: the token is the teacher's choice, not the student's."""
     logq_BT: Tensor
-    """Student's log-prob of each token at sampling time, after temperature and truncation; 0 off the mask."""
+    """Student's log-prob of each token at sampling time, after penalty, temperature and truncation; 0 off the mask."""
     student_hidden_BTH: Tensor | None
     """Final hidden state from which each token was predicted, as sampled; None if not asked for."""
     teacher_hidden_BTH: Tensor | None
     """The same of the teacher; None until a teacher has read the row."""
     support_BTC: Tensor | None
-    """Bit-packed kept ids of a top-k or top-p rollout (``sampling.pack_support``); None where all ids are kept."""
+    """Bit-packed kept ids under top-k, top-p or an n-gram ban (``sampling.pack_support``); None where all are kept."""
     policy_step: int
     """Optimiser step of the weights that sampled it."""
     teacher_forwards: int = 0
     """How many times the teacher ran while sampling, the final read included."""
+    repetition_penalty: float = 1.0
+    """What it was drawn under; scoring knows nothing of a row's past, so it refuses any other than 1."""
 
     def __post_init__(self) -> None:
         shape = tuple(self.response_BT.shape)

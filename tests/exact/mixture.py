@@ -114,7 +114,9 @@ def roll_keyed(keys: Keys, alpha: float, *, longest: int = T, draw: Draw = sampl
         return roll([str(row) for row in range(rows)], alpha, coin_groups=rows, longest=longest)
 
 
-def roll(uids: Sequence[str], alpha: float, *, coin_groups: int, longest: int = T, rollout: int = 0) -> Rollout:
+def roll(
+    uids: Sequence[str], alpha: float, *, coin_groups: int, longest: int = T, rollout: int = 0, **decoding: Any
+) -> Rollout:
     """These rows as one call of ``roll_out``, nothing replaced."""
     prompt_B1 = torch.ones(len(uids), 1, dtype=torch.int64)
     return roll_out(
@@ -123,7 +125,7 @@ def roll(uids: Sequence[str], alpha: float, *, coin_groups: int, longest: int = 
         teacher=TEACHER if alpha else None,
         teacher_mix=alpha,
         coin_groups=coin_groups,
-        decoding=Decoding(max_new_tokens=longest),
+        decoding=Decoding(max_new_tokens=longest, **decoding),
         key=replace(KEY, rollout=rollout),
         eos_ids=(EOS,),
         pad_id=EOS,

@@ -1,4 +1,5 @@
-"""Importance weights when both models are tempered and the student's support is all that may be drawn.
+"""Importance weights when both models are tempered and the student's support is all that may be drawn: what top-k,
+top-p and the n-gram ban leave.
 
 The mixture is then m = (1 - alpha) q + alpha p with q the student on its own support and p the teacher on *the
 student's*, each renormalised. Both are taken from the decode loop as it draws; weights from the log-probs that scoring
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from minillm.decode import _mix
 from minillm.reading import Asked
+from minillm.repetition import held_back
 from minillm.scoring import tile_statistics
 from minillm.types import Decoding
 from tests.exact.tabular import assert_close
@@ -28,8 +30,13 @@ CHAINS = {
     "temperature": Decoding(max_new_tokens=1, temperature=0.7),
     "top-k": Decoding(max_new_tokens=1, top_k=4),
     "top-p": Decoding(max_new_tokens=1, top_p=0.8),
+    "no-repeat": Decoding(max_new_tokens=1, no_repeat_ngram_size=2),
     "all": Decoding(max_new_tokens=1, temperature=0.7, top_k=5, top_p=0.95),
+    "all-no-repeat": Decoding(max_new_tokens=1, temperature=0.7, top_k=5, top_p=0.95, no_repeat_ngram_size=2),
 }
+NEVER_TRUNCATED = {"plain", "temperature"}
+PAST = torch.tensor([[2, 5, 2, 6, 0, 2, 3, 2]])
+"""What stands in the row: 5, 6 and 3 have followed its last id."""
 ALPHAS = [0.05, 0.2, 0.7]
 STATES = range(4)
 KINDS = ["per_step", "coin"]
@@ -52,7 +59,11 @@ class State:
         """q, p [V] and the student's support, as the decode loop draws: tails from the first, heads from the second."""
         rows = torch.zeros(1, dtype=torch.long)
         asked, taught = (Asked(rows, logits_V[None]) for logits_V in (self.student_V, self.teacher_V))
-        student_1V, chosen_1V, support_1V = _mix(asked, [taught], decoding=decoding)
+        held = held_back(
+            PAST, PAST >= 0, vocabulary=V, ngram=decoding.no_repeat_ngram_size, penalty=1.0,
+            eos_E=torch.tensor([6]),
+        )  # fmt: skip
+        student_1V, chosen_1V, support_1V = _mix(asked, [taught], decoding=decoding, held=held)
         return student_1V.softmax(-1)[0], chosen_1V.softmax(-1)[0], None if support_1V is None else support_1V[0]
 
     def scored(self, *, temperature: float, support_V: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -91,7 +102,11 @@ def test_weights_have_mean_one_and_turn_the_mixture_into_the_student(
     assert_close(weighted_V, q_V)
     kept_V = torch.ones(V, dtype=torch.bool) if support_V is None else support_V
     assert torch.equal(chance_V > 0, kept_V)
-    assert (int(kept_V.sum()) < V) == (chain in {"top-k", "top-p", "all"})
+    assert (int(kept_V.sum()) < V) == (chain not in NEVER_TRUNCATED)
+    if decoding.no_repeat_ngram_size:
+        assert not bool(kept_V[[3, 5]].any())
+    if chain == "no-repeat":
+        assert int(kept_V.sum()) == V - 2
     assert float(chance_V.sum()) == pytest.approx(1.0, abs=1e-12)
 
 
@@ -101,7 +116,7 @@ def mean_weight(state: int, chain: str, *, scored: Decoding, teacher_free: bool 
     q_V, p_V, support_V = logits.drawn(decoding)
     if teacher_free:
         p_V = (logits.teacher_V / decoding.temperature).softmax(-1)
-    truncated = scored.top_k or scored.top_p < 1
+    truncated = scored.top_k or scored.top_p < 1 or scored.no_repeat_ngram_size
     scores = logits.scored(temperature=scored.temperature, support_V=support_V if truncated else None)
     weighted_V, _ = weighted_chance("per_step", q_V, p_V, scores, alpha=0.2)
     kept_V = torch.ones(V, dtype=torch.bool) if support_V is None else support_V
@@ -109,7 +124,7 @@ def mean_weight(state: int, chain: str, *, scored: Decoding, teacher_free: bool 
 
 
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("chain", ["temperature", "top-k", "top-p", "all"])
+@pytest.mark.parametrize("chain", [chain for chain in CHAINS if chain != "plain"])
 def test_weights_that_forget_the_chain_or_a_teacher_off_the_support_are_seen(chain: str, state: int) -> None:
     """Negative controls: scores of the plain distributions, and a teacher that is not held to the student's support."""
     assert mean_weight(state, chain, scored=CHAINS[chain]) == pytest.approx(1.0, abs=1e-12)

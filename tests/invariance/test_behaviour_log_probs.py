@@ -42,7 +42,9 @@ CHAINS = {
     "temperature": Decoding(max_new_tokens=LONGEST, temperature=0.7),
     "top-k": Decoding(max_new_tokens=LONGEST, top_k=6),
     "top-p": Decoding(max_new_tokens=LONGEST, top_p=0.8),
+    "no-repeat": Decoding(max_new_tokens=LONGEST, no_repeat_ngram_size=1),
     "all": Decoding(max_new_tokens=LONGEST, temperature=0.7, top_k=8, top_p=0.9),
+    "all-no-repeat": Decoding(max_new_tokens=LONGEST, temperature=0.7, top_k=8, top_p=0.9, no_repeat_ngram_size=1),
 }
 CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4}
 APART = 1e-2
@@ -178,13 +180,13 @@ def test_the_ratio_is_one_before_the_first_update(family: str, chain: str, dtype
         and len(pack(inputs["ids_BL"], inputs["mask_BL"], reads=Reads(hidden=16)).ids_RW) < ROWS
     )
     assert bool(case.rollout.teacher_drew_BT.any())
-    assert (case.rollout.support_BTC is not None) == (chain in {"top-k", "top-p", "all"})
+    assert (case.rollout.support_BTC is None) == (chain in {"plain", "temperature"})
 
 
 @pytest.mark.parametrize("drop", [True, False])
 @pytest.mark.parametrize("mix", [0.0, 0.5])
 @pytest.mark.parametrize("micro_batch", [0, 1, 5])
-@pytest.mark.parametrize("chain", ["plain", "all"])
+@pytest.mark.parametrize("chain", ["plain", "all", "no-repeat"])
 def test_neither_dropping_nor_mixing_nor_micro_batches_change_that(
     chain: str, micro_batch: int, mix: float, drop: bool, make: Any
 ) -> None:
@@ -221,7 +223,7 @@ def test_a_forgotten_temperature_is_seen(family: str, make: Any) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
 def test_a_forgotten_support_is_seen(family: str, make: Any) -> None:
     """Negative control: learning over all ids what was sampled from some; without truncation nothing is lost."""
-    for chain, seen in {"top-k": True, "top-p": True, "all": True, "temperature": False}.items():
+    for chain, seen in {"top-k": True, "top-p": True, "no-repeat": True, "all": True, "temperature": False}.items():
         case: Case = make(family, chain)
         without_support(case)
         assert (case.ratio_gap() > APART) is seen, chain

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import DynamicCache
 from minillm import decode, reading
 from minillm.decode import roll_out
 from minillm.errors import NonFinite, ShapeMismatch
+from minillm.repetition import Held, held_back
 from minillm.sampling import coin_group, coin_keys, row_keys, uniforms, unpack_support
 from minillm.types import Decoding, DrawKey, Purpose, Rollout
 from tests.readers import EOS, FAMILIES, PAD, VOCABULARY, Recorder, TableReader, TinyReader, batch_of, some_prompts
@@ -30,10 +32,14 @@ UIDS = [f"row-{n}" for n in range(ROWS)]
 PROMPTS = some_prompts(ROWS)
 PLAIN = Decoding(max_new_tokens=10)
 TRUNCATED = Decoding(max_new_tokens=10, temperature=0.8, top_k=6, top_p=0.9)
+NO_PAIR_TWICE = Decoding(max_new_tokens=10, temperature=0.8, top_k=12, no_repeat_ngram_size=2)
+PENALISED = Decoding(max_new_tokens=10, temperature=0.8, no_repeat_ngram_size=1, repetition_penalty=1.7)
 SETTINGS = [
     pytest.param(PLAIN, 0.0, id="plain"),
     pytest.param(PLAIN, 0.4, id="mixed"),
     pytest.param(TRUNCATED, 0.4, id="mixed-truncated"),
+    pytest.param(NO_PAIR_TWICE, 0.4, id="mixed-no-pair-twice"),
+    pytest.param(PENALISED, 0.4, id="mixed-penalised"),
 ]
 TINY = 1e-9
 
@@ -91,7 +97,7 @@ class Twin:
         for t in range(self.decoding.max_new_tokens):
             own_H, q = self._next(self.student, text)
             guide_H, p = self._next(self.teacher, text)
-            kept = self._kept(q)
+            kept = self._kept(q, text)
             heads = float(uniforms(coin, t)) < self.mix
             drawn_from = p if heads else q
             mass = [math.exp(drawn_from[v]) if v in kept else 0.0 for v in range(VOCABULARY)]
@@ -117,11 +123,22 @@ class Twin:
         ids_1S = torch.tensor([text])
         with torch.no_grad():
             hidden_H = reader.extend(ids_1S, torch.ones_like(ids_1S), None)[0][0, -1]
-            logits_V = reader.logits(hidden_H[None])[0] / self.decoding.temperature
-        return hidden_H, logits_V.log_softmax(-1).tolist()
+            logits_V = reader.logits(hidden_H[None])[0]
+            for v in set(text):
+                by = self.decoding.repetition_penalty
+                logits_V[v] = logits_V[v] * by if logits_V[v] < 0 else logits_V[v] / by
+        return hidden_H, (logits_V / self.decoding.temperature).log_softmax(-1).tolist()
 
-    def _kept(self, q: list[float]) -> set[int]:
-        order = sorted(range(VOCABULARY), key=lambda v: (-q[v], v))[: self.decoding.top_k or VOCABULARY]
+    def _banned(self, text: list[int]) -> set[int]:
+        n = self.decoding.no_repeat_ngram_size
+        if n == 0:
+            return set()
+        stand = [tuple(text[at : at + n]) for at in range(len(text) - n + 1)]
+        return {v for v in range(VOCABULARY) if v not in EOS_IDS and (*text[len(text) - n + 1 :], v) in stand}
+
+    def _kept(self, q: list[float], text: list[int]) -> set[int]:
+        allowed = set(range(VOCABULARY)) - self._banned(text)
+        order = sorted(allowed, key=lambda v: (-q[v], v))[: self.decoding.top_k or VOCABULARY]
         total, reach, kept = sum(math.exp(q[v]) for v in order), 0.0, set[int]()
         for v in order:
             if reach < self.decoding.top_p * total:
@@ -144,7 +161,7 @@ def test_lazy_cached_batched_decoding_equals_the_slow_twin(family: str, decoding
     assert bool(rollout.teacher_drew_BT.any()) == (mix > 0)
 
 
-@pytest.mark.parametrize(("decoding", "mix"), [(PLAIN, 0.0), (PLAIN, 0.2), (TRUNCATED, 0.2)])
+@pytest.mark.parametrize(("decoding", "mix"), [(PLAIN, 0.0), (PLAIN, 0.2), (TRUNCATED, 0.2), (PENALISED, 0.2)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_batch_mates_dropping_and_order_change_nothing(family: str, decoding: Decoding, mix: float) -> None:
     """Each row alone, among 3, among 16, with finished rows kept or dropped, in another order."""
@@ -170,6 +187,45 @@ def test_numbers_that_belong_to_places_in_a_batch_fail_the_comparison(monkeypatc
     whole = roll(list(range(ROWS)), family="gpt2", decoding=PLAIN, mix=0.0)
     part = roll([4, 9, 2], family="gpt2", decoding=PLAIN, mix=0.0)
     assert any("ids" in differences(row_of(part, at), row_of(whole, row)) for at, row in enumerate([4, 9, 2]))
+
+
+BLIND: dict[str, Callable[..., Held]] = {
+    "to the prompt": lambda ids_NL, real_NL, **more: held_back(ids_NL[:, 7:], real_NL[:, 7:], **more),
+    "to where a row begins": lambda ids_NL, real_NL, **more: held_back(ids_NL, real_NL | True, **more),
+    "by one in n": lambda *past, ngram, **more: held_back(*past, ngram=ngram + 1, **more),
+    "to who ends a row": lambda *past, eos_E, **more: held_back(*past, eos_E=eos_E[:0], **more),
+    "to the ban": lambda *past, **more: held_back(*past, **more)._replace(banned_NV=None),
+    "to the penalty": lambda *past, **more: held_back(*past, **more)._replace(seen_NV=None),
+}
+
+
+@pytest.mark.parametrize("name", BLIND)
+def test_a_look_back_that_is_blind_fails_the_comparison(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative controls of the comparison with the twin, for what a row's past holds back."""
+    assert max(map(len, PROMPTS)) == 7
+    monkeypatch.setattr(decode, "held_back", BLIND[name])
+    whole = roll(list(range(ROWS)), family="gpt2", decoding=PENALISED, mix=0.4)
+    twin = Twin(TinyReader("gpt2", seed=1), TinyReader("gpt2", seed=2), PENALISED, 0.4)
+    gone_wrong = 0
+    for row in range(ROWS):
+        got = row_of(whole, row)
+        got.pop("stop"), got.pop("support", None)
+        gone_wrong += bool(differences(got, twin.run(PROMPTS[row], UIDS[row])))
+    assert gone_wrong > 0
+
+
+def test_what_is_off_costs_nothing_and_what_cannot_act_changes_no_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = list(range(ROWS))
+    plain = roll(rows, family="gpt2", decoding=PLAIN, mix=0.4)
+    # An n-gram longer than any row cannot return.
+    idle = roll(rows, family="gpt2", decoding=replace(PLAIN, no_repeat_ngram_size=40), mix=0.4)
+    assert plain.support_BTC is None and idle.support_BTC is not None
+    assert torch.equal(plain.response_BT, idle.response_BT) and torch.equal(plain.logq_BT, idle.logq_BT)
+    acting = roll(rows, family="gpt2", decoding=replace(PLAIN, no_repeat_ngram_size=1), mix=0.4)  # negative control
+    assert not torch.equal(plain.response_BT, acting.response_BT)
+    monkeypatch.setattr(decode, "held_back", None)
+    again = roll(rows, family="gpt2", decoding=PLAIN, mix=0.4)
+    assert torch.equal(plain.response_BT, again.response_BT) and torch.equal(plain.logq_BT, again.logq_BT)
 
 
 class CountedPositions(TinyReader):

@@ -236,6 +236,10 @@ DISTIL: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
         ("student={place}/longer", "decoding.max_new_tokens=41"),
         ("PositionsExceeded", "teacher teacher has 48 positions", "may be 49"),
     ),
+    (
+        ("decoding.repetition_penalty=1.2",),
+        ("UnsupportedCombination", "not be the one that sampled", "'minillm evaluate'", "no_repeat_ngram_size"),
+    ),
     # engine files
     (("engine.student=zero9",), ("ConfigError", "'zero9': no such .json file", "did you mean 'zero")),
     (("engine.student={place}/nowhere.json",), ("ConfigError", "no such .json file")),
@@ -350,6 +354,20 @@ def test_results_that_are_there_are_kept_and_others_are_refused(run: Run, evalua
         (evaluated / "results.json").write_text(broken)
         told(run("evaluate", "{place}/student", *arguments), "DataError", "results.json", "--fresh")
     assert run("evaluate", "{place}/student", *arguments, "--fresh").code == 0
+
+
+def test_a_penalty_is_refused_in_training_alone(run: Run, evaluated: Path, place: Path) -> None:
+    """An evaluation draws under it, says that it has no reverse KL then, and has none; sft stages train beside it."""
+    folder, penalty = place / "out" / "penalised", "decoding.repetition_penalty=4.0"
+    plain = json.loads((evaluated / "results.json").read_text(encoding="utf-8"))
+    done = run("evaluate", "{place}/student", "--config", "{place}/good.yaml", "--out", str(folder), penalty)
+    assert done.code == 0 and "no reverse KL" in done.out
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    assert set(plain["measures"]) - set(results["measures"]) == {"reverse_kl", "reverse_kl_per_token"}
+    assert results["measures"]["repetition_3"]["mean"] < plain["measures"]["repetition_3"]["mean"]
+    assert (
+        run("distill", "--config", "{place}/good.yaml", SFT, "data.validation={place}/prompts.jsonl", penalty).code == 0
+    )
 
 
 REPORT: list[tuple[tuple[str, ...], tuple[str, ...]]] = [

@@ -79,6 +79,8 @@ def stage(**changes: Any) -> MinillmStage:
         ("stages.0.optimiser.lr=.nan", "stages.0.optimiser.lr: got nan, wanted a finite number"),
         ("stages.0.optimiser.lr=1e999", "stages.0.optimiser.lr: got inf, wanted a finite number"),
         ("stages.0.optimiser={}", "stages.0.optimiser.lr: is missing; add it"),
+        ("decoding.no_repeat_ngram_size=-1", "no_repeat_ngram_size: got -1, wanted a number of at least 0"),
+        ("decoding.repetition_penalty=0", "decoding.repetition_penalty: got 0, wanted a number above 0"),
         ("decoding.top_p=1.5", "decoding.top_p: got 1.5, wanted a number of at most 1"),
         ("stages.0.length_norm=1", "stages.0.length_norm: got 1, wanted true or false"),
         ("student=", "student: got nothing, wanted text"),
@@ -367,6 +369,7 @@ def test_each_bias_of_a_stage_is_named(changes: dict[str, Any], named: list[str]
     [
         ({"top_k": 5}, "truncated sampling"),
         ({"top_p": 0.9}, "truncated sampling"),
+        ({"no_repeat_ngram_size": 3}, "truncated sampling"),
         ({"temperature": 0.5}, "temperature other than 1: tempered student against tempered teacher"),
     ],
 )

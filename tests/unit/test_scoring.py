@@ -5,6 +5,7 @@ The twin here knows no tiles, masks or infinities: it goes row by row and keeps 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -206,6 +207,13 @@ def test_scores_stand_where_their_tokens_stand_and_carry_no_gradient() -> None:
     assert gap(scored.logq_BT[1, 2], want.detach()) < TINY
     for value_BT in (scored.logq_BT, scored.logp_BT, scored.reverse_kl_BT, scored.entropy_BT):
         assert not value_BT.requires_grad and float(value_BT[0, 2]) == 0.0
+
+
+def test_a_rollout_under_a_repetition_penalty_is_not_scored() -> None:
+    """States do not tell which logits were penalised: any score would be of another sampler."""
+    case, rollout = Case(), dataclasses.replace(a_rollout(), repetition_penalty=1.2)
+    with pytest.raises(AssertionError, match="penalised"):
+        score(rollout, student=OwnHead(case.head), teacher_head=case.teacher.head, temperature=1.0)
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])

@@ -153,6 +153,14 @@ def test_the_generation_settings_are_those_of_the_run(
     assert (settings.max_new_tokens, settings.eos_token_id, settings.pad_token_id) == (7, want, 0)
 
 
+def test_a_ban_is_handed_on_and_none_is_not_written(tmp_path: Path, trained: Callable[..., PreTrainedModel]) -> None:
+    for name, size, want in (("banned", 3, 3), ("free", 0, None)):
+        publish(
+            tmp_path / name, trained("opt"), decoding=Decoding(max_new_tokens=7, no_repeat_ngram_size=size)
+        )  # fmt: skip
+        assert AutoModelForCausalLM.from_pretrained(tmp_path / name).generation_config.no_repeat_ngram_size == want
+
+
 def test_plain_transformers_never_samples_a_cut_row(tmp_path: Path, trained: Callable[..., PreTrainedModel]) -> None:
     model = trained("qwen2", True, 32)
     publish(tmp_path / "student", model, decoding=Decoding(max_new_tokens=30, temperature=5.0))
