@@ -18,6 +18,7 @@ from torch import Tensor
 from minillm import credit
 from minillm.policy_loss import importance_weights, running_products
 from minillm.ranks import Ranks
+from minillm.repetition import repetition_rewards
 from minillm.ridge import FOLDS, cross_fitted, projected
 from minillm.sampling import coin_group
 from minillm.stage_config import BY_TOKEN, CHAINED, MinillmStage
@@ -79,12 +80,17 @@ def returns_of(scored: Scored, stage: MinillmStage, *, carry_BT: Tensor | None) 
     term that holds it.
 
     ``carry_BT`` are importance weights by which everything after a token counts. For ``grpo`` a row's whole reward.
+    What repetition costs counts from the present token on in any case: the single-step term does not hold it.
     """
     mask_BT = scored.rollout.mask_BT
     sampled_BT = scored.logp_BT - scored.logq_BT
     reward_BT = sampled_BT if stage.future == "sampled" else -scored.reverse_kl_BT
+    cost_BT = None
+    if stage.repetition_weight > 0.0:
+        again_BT = repetition_rewards(scored.rollout.response_BT, mask_BT, ngram=stage.repetition_ngram)
+        cost_BT = stage.repetition_weight * again_BT.to(reward_BT.dtype)
     if stage.baseline == "grpo":
-        return credit.whole_return(reward_BT, mask_BT)
+        return credit.whole_return(reward_BT if cost_BT is None else reward_BT - cost_BT, mask_BT)
     if carry_BT is not None and stage.future == "sampled":
         reward_BT = reward_BT * carry_BT  # a reward is its token's own doing too; the KL at a state is not
     ahead_BT = stage.gamma * credit.future_return(
@@ -94,7 +100,12 @@ def returns_of(scored: Scored, stage: MinillmStage, *, carry_BT: Tensor | None) 
     if stage.single_weight == 0.0:
         ahead_BT = sampled_BT + ahead_BT
         count_BT = 1.0 + stage.gamma * count_BT
-    return ahead_BT / count_BT.clamp(min=1.0) if stage.length_norm else ahead_BT
+    return_BT = ahead_BT / count_BT.clamp(min=1.0) if stage.length_norm else ahead_BT
+    if cost_BT is None:
+        return return_BT
+    return return_BT - credit.return_to_go(
+        cost_BT, mask_BT, gamma=stage.gamma, per_token=stage.length_norm, horizon=stage.horizon, carry_BT=carry_BT
+    )
 
 
 def _apart(stage: MinillmStage) -> bool:

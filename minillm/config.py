@@ -194,6 +194,8 @@ class RunConfig(Settings):
                     f"{at} validates every {stage.validate_every} steps without rows to validate on; "
                     "add data.validation, or set validate_every: 0"
                 )
+            if isinstance(stage, MinillmStage):
+                _check_repetition(stage, self.decoding, at=at)
             if stage.keep.metric == "validity" and not (self.data.validation or "world:").startswith("world:"):
                 raise UnsupportedCombination(
                     f"{at} keeps by 'validity', which only the embedded world can judge, "
@@ -223,6 +225,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def dump_config(config: RunConfig) -> str:
     """YAML with every setting written out, defaults too; ``load_config`` reads it back to an equal record."""
     return write_yaml(_listed(config.model_dump()))
+
+
+def _check_repetition(stage: MinillmStage, decoding: DecodingConfig, *, at: str) -> None:
+    if stage.repetition_weight > 0 and 0 < decoding.no_repeat_ngram_size <= stage.repetition_ngram:
+        raise UnsupportedCombination(
+            f"{at} has repetition_weight {stage.repetition_weight:g} at repetition_ngram {stage.repetition_ngram}, but "
+            f"under decoding.no_repeat_ngram_size {decoding.no_repeat_ngram_size} none of them is ever repeated; "
+            "set one of the two to 0"
+        )
 
 
 def _check_source(source: str) -> None:

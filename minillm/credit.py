@@ -57,15 +57,27 @@ def future_return(
 
 
 @torch.no_grad()
-def return_to_go(reward_BT: Tensor, mask_BT: Tensor, *, gamma: float = 1.0, per_token: bool = False) -> Tensor:
+def return_to_go(
+    reward_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    gamma: float = 1.0,
+    per_token: bool = False,
+    horizon: int | None = None,
+    carry_BT: Tensor | None = None,
+) -> Tensor:
     """Discounted reward from each kept token *on*, itself included, [B, T]; 0 off the mask.
 
-    The plain policy gradient's return (Gu et al. 2024, eq. 2): right by itself, wrong beside the single-step term.
+    The plain policy gradient's return (Gu et al. 2024, eq. 2): right by itself and for rewards of which the single-step
+    term knows nothing, wrong for the teacher's beside it. ``horizon`` and ``carry_BT`` as in ``future_return``, and
+    the carry weighs each later reward as its token's own doing; the present one's weight is the advantage's.
     """
     require_shape("mask of the rewards", mask_BT, tuple(reward_BT.shape))
-    total_BT = reward_BT + gamma * future_return(reward_BT, mask_BT, gamma=gamma)
+    later_BT = reward_BT if carry_BT is None else reward_BT * carry_BT
+    ahead_BT = future_return(later_BT, mask_BT, gamma=gamma, horizon=horizon, carry_BT=carry_BT)
+    total_BT = reward_BT + gamma * ahead_BT
     if per_token:
-        count_BT = 1.0 + gamma * future_return(torch.ones_like(reward_BT), mask_BT, gamma=gamma)
+        count_BT = 1.0 + gamma * future_return(torch.ones_like(reward_BT), mask_BT, gamma=gamma, horizon=horizon)
         total_BT = total_BT / count_BT
     return torch.where(mask_BT, total_BT, 0.0)
 

@@ -29,10 +29,13 @@ from minillm.models import ModelReader
 from minillm.order import GlobalOrder, WindowedOrder, occurrences, parts, share
 from minillm.policy_loss import clipped_surrogate
 from minillm.ranks import Ranks
+from minillm.repetition import repetition_rewards
 from minillm.scoring import HeadWeights, TeacherView, score
 from minillm.types import Decoding, DrawKey, Ids, Prompt, Purpose, Rollout, Stop, Targets
 
 Loss = Callable[[], Tensor]
+_SHOWN_NGRAM = 3
+"""Length of the n-grams, in tokens, whose return the log counts, whatever is rewarded."""
 
 
 @dataclass(slots=True)
@@ -146,6 +149,7 @@ class Minillm:
         self, stage: MinillmStage, *, prompts: Sequence[Prompt], decoding: Decoding, teacher: Teacher,
         ids: Ids, ranks: Ranks, seed: int,
     ) -> None:  # fmt: skip
+        assert decoding.repetition_penalty == 1.0, "the run's check refuses it"
         self._stage, self._prompts, self._decoding = stage, prompts, decoding
         self._teacher, self._ids, self._ranks, self._seed = teacher, ids, ranks, seed
         self._order = GlobalOrder(len(prompts), seed, f"{stage.name}/rows")
@@ -326,6 +330,7 @@ class Minillm:
             mass=torch.where(mask_BT, scored.logp_BT.exp(), 0.0).sum(),
             leak=_leaks(targets),
             cut=sum(stop is Stop.LENGTH for stop in rollout.stop_B),
+            repeating=repetition_rewards(rollout.response_BT, mask_BT, ngram=_SHOWN_NGRAM).any(dim=1).sum(),
             weight=targets.importance_BT.sum(),
             weight_square=targets.importance_BT.square().sum(),
             teacher_forwards=rollout.teacher_forwards,
@@ -342,6 +347,7 @@ class Minillm:
             "cut_share": total["cut"] / sequences,
             "teacher_mass": total["mass"] / tokens,
             "padding_leak": total["leak"],
+            f"repetition_{_SHOWN_NGRAM}": total["repeating"] / sequences,
             "advantage_std": (total["square"] / tokens) ** 0.5,
             "importance_ess": total["weight"] ** 2 / max(tokens * total["weight_square"], 1e-30),
             "teacher_forwards": total["teacher_forwards"] / self._ranks.size,

@@ -252,6 +252,11 @@ class MinillmStage(_Stage):
     """Divide returns by the number of tokens that they sum, as official; another objective, so off."""
     whiten: Literal["none", "masked"] = "none"
     """Scale advantages to mean 0 and variance 1 over the kept tokens of all ranks; bends the gradient, so off."""
+    repetition_weight: NonNegative = 0.0
+    """Nats that a token costs, from 0, where it completes an n-gram that stands earlier in its response; another
+    objective, so off."""
+    repetition_ngram: Count = 3
+    """Length of those n-grams, in tokens."""
     single_weight: NonNegative = 1.0
     """Weight of the single-step term, from 0; 1 is the exact gradient. At 0 returns hold the present token too."""
     long_weight: NonNegative = 1.0
@@ -315,6 +320,7 @@ class MinillmStage(_Stage):
             f"baseline {self.baseline}, which holds the row itself": long and self.baseline in {"group_mean", "grpo"},
             "whitening": long and self.whiten != "none",
             "length normalisation": long and self.length_norm,
+            "repetition reward: another objective": long and self.repetition_weight > 0,
             "several updates on a rollout": self.updates_per_step > 1,
             # Without the single-step term returns hold the present token, which is the plain policy gradient.
             "single-step and long-horizon terms weighted differently": 0 < self.single_weight != self.long_weight,
@@ -373,6 +379,11 @@ def _check_credit(stage: MinillmStage) -> None:
         raise UnsupportedCombination(
             f"baseline 'grpo' with {names}: it gives one score to a whole response, which has no token ahead of it; "
             "leave them out, or set another baseline"
+        )
+    if stage.repetition_weight > 0 and stage.long_weight == 0:
+        raise UnsupportedCombination(
+            f"repetition_weight {stage.repetition_weight:g} with long_weight 0: it is part of the return, "
+            "which then has no weight; set long_weight above 0, or repetition_weight: 0"
         )
     if (stage.weight_cap is not None) != (stage.importance == "truncated"):
         raise UnsupportedCombination(

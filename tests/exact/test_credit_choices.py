@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from minillm import ridge
-from minillm.advantages import RowNames, targets_of
+from minillm import credit, ridge
+from minillm.advantages import RowNames, returns_of, targets_of
 from minillm.stage_config import MinillmStage, OptimiserConfig
 from minillm.types import PromptBatch, Rollout, Scored, Stop
 from tests.exact.tabular import (
@@ -82,12 +82,13 @@ def scored_rows(rows: list[tuple[Enumeration, Tensor, int]], heads_RT: Tensor) -
 def expected_pair(
     chosen: MinillmStage, *, prompts: tuple[int, int], groups: tuple[int, int] = (0, 1), length: int = LENGTH
 ) -> tuple[Tensor, Tensor]:
-    """Expected gradient of both rows' losses together, and the gradient of their sequence KLs, [D] each."""
+    """Expected gradient of both rows' losses together, and the gradient of their sequence KLs (and of what repetition
+    costs them), [D] each."""
     student, teacher = make_pair(vocab=3, length=length, prompts=2, seed=1)
     rows = [enumerate_pair(student, teacher, prompt=prompt) for prompt in prompts]
     states = [student.logits(row.response_NT, prompt=p).detach() for row, p in zip(rows, prompts, strict=True)]
     share = [torch.zeros_like(row.reward_NT) for row in rows]  # of the single-step term, for each response
-    credit = [torch.zeros_like(row.reward_NT) for row in rows]
+    earned = [torch.zeros_like(row.reward_NT) for row in rows]
     names = RowNames(prompt_B=torch.tensor(prompts), row_B=torch.arange(2), coin_group_B=torch.tensor(groups))
     heads_KT, chance_K = coin_patterns(length, alpha=chosen.teacher_mix)
     drawn_KN = [chance_given_coins(row, heads_KT) for row in rows]
@@ -101,15 +102,25 @@ def expected_pair(
             single_RT = targets.single_weight_BT
             for r, n in enumerate(pick):
                 share[r][n] += chance * (1.0 if single_RT is None else single_RT[r])
-                credit[r][n] += chance * targets.importance_BT[r] * targets.advantage_BT[r]
+                earned[r][n] += chance * targets.importance_BT[r] * targets.advantage_BT[r]
     got_D = want_D = torch.zeros(())
-    for row, share_NT, credit_NT in zip(rows, share, credit, strict=True):
+    for row, share_NT, credit_NT in zip(rows, share, earned, strict=True):
         # At the old weights the surrogate's gradient is minus credit times the score (tests/exact/test_clip.py).
         loss = chosen.single_weight * (share_NT * row.kl_NT).sum()
         loss -= chosen.long_weight * torch.where(row.mask_NT, credit_NT * row.logq_NT, 0.0).sum()
         got_D = got_D + gradient(loss, student)
-        want_D = want_D + gradient(sequence_kl(row), student)
+        want_D = want_D + gradient(sequence_kl(row) + repetition_cost(row, chosen), student)
     return got_D, want_D
+
+
+def repetition_cost(every: Enumeration, chosen: MinillmStage) -> Tensor:
+    """The weight times the expected number of n-grams that return in a response, counted one by one."""
+    counts = []
+    for ids_T, kept_T in zip(every.response_NT, every.mask_NT, strict=True):
+        ids, n = ids_T[kept_T].tolist(), chosen.repetition_ngram
+        runs = [ids[at : at + n] for at in range(len(ids) - n + 1)]
+        counts.append(sum(run in runs[:at] for at, run in enumerate(runs)))
+    return chosen.repetition_weight * (every.logq_NT.sum(1).exp() * torch.tensor(counts, dtype=torch.float64)).sum()
 
 
 def bias(chosen: MinillmStage, **how: Any) -> float:
@@ -178,6 +189,76 @@ def test_a_ridge_that_saw_the_row_itself_bends_it(monkeypatch: pytest.MonkeyPatc
     fit = ridge._fit
     monkeypatch.setattr(ridge, "_fit", lambda sums, *, without, strength: fit(sums, without=-1, strength=strength))
     assert surplus(stage(baseline="ridge"), prompts=STRANGERS) > 1e-2
+
+
+COSTLY = {"repetition_weight": 0.7}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"repetition_ngram": 1},
+        {"repetition_ngram": 1, "future": "expected"},
+        {"repetition_ngram": 1, "single_weight": 0.0},
+        {"repetition_ngram": 1, "baseline": "position_mean"},
+        {"repetition_ngram": 1, "baseline": "ridge", "future": "expected"},
+        {"repetition_ngram": 2, "length": 4},
+        {"repetition_ngram": 2, "future": "expected", "length": 4},
+        {"repetition_ngram": 1, "teacher_mix": 0.2, "importance": "per_decision", "length": 2},
+        {"repetition_ngram": 1, "teacher_mix": 0.2, "importance": "per_decision", "future": "expected", "length": 2},
+    ],
+    ids=lambda settings: " ".join(str(value) for value in settings.values()),
+)
+def test_the_cost_of_repetition_adds_the_gradient_of_the_expected_number_of_repetitions(
+    settings: dict[str, Any],
+) -> None:
+    settings = dict(settings)
+    length = settings.pop("length", LENGTH)
+    chosen = stage(**COSTLY, **settings)
+    assert chosen.bias_reasons(truncated=False, tempered=False) == ["repetition reward: another objective"]
+    got_D, want_D = expected_pair(chosen, prompts=STRANGERS, length=length)
+    assert relative_error(got_D, want_D) < 1e-10
+    free_D, _ = expected_pair(chosen.model_copy(update={"repetition_weight": 0.0}), prompts=STRANGERS, length=length)
+    assert relative_error(got_D, free_D) > 1e-2  # it costs something here
+
+
+@pytest.mark.parametrize("future", ["sampled", "expected"])
+def test_a_cost_that_is_not_the_present_tokens_own_would_be_seen(future: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: only later repetitions counted, as is right for what the single-step term knows."""
+    monkeypatch.setattr("minillm.credit.return_to_go", credit.future_return)
+    assert bias(stage(**COSTLY, repetition_ngram=1, future=future), prompts=STRANGERS) > 1e-2
+
+
+def test_without_a_weight_repetition_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    got_D, _ = expected_pair(stage(repetition_ngram=1), prompts=STRANGERS)
+    monkeypatch.setattr("minillm.advantages.repetition_rewards", None)
+    plain_D, _ = expected_pair(stage(), prompts=STRANGERS)
+    assert torch.equal(got_D, plain_D)
+
+
+def test_a_repetition_is_divided_discounted_and_cut_off_like_other_rewards() -> None:
+    """One response "1 1 1 EOS", written out; and the whole response's cost where a response has one score."""
+    student, teacher = make_pair(vocab=3, length=4, seed=1)
+    every = enumerate_pair(student, teacher)
+    number = every.response_NT.tolist().index([1, 1, 1, 0])
+    states = student.logits(every.response_NT).detach()
+    scored = scored_rows([(every, states, number)], torch.zeros(1, 4, dtype=torch.bool))
+
+    def cost_of(**settings: Any) -> list[float]:
+        chosen = stage(repetition_ngram=1, samples_per_prompt=2, **settings)
+        with_BT, without_BT = (
+            returns_of(scored, chosen.model_copy(update={"repetition_weight": weight}), carry_BT=None)
+            for weight in (1.0, 0.0)
+        )
+        cost: list[float] = (without_BT - with_BT)[0].tolist()
+        return cost
+
+    assert cost_of() == pytest.approx([2, 2, 1, 0])
+    assert cost_of(gamma=0.5) == pytest.approx([0.75, 1.5, 1, 0])
+    assert cost_of(horizon=1) == pytest.approx([1, 2, 1, 0])
+    assert cost_of(length_norm=True) == pytest.approx([2 / 4, 2 / 3, 1 / 2, 0])
+    assert cost_of(single_weight=0.0) == pytest.approx([2, 2, 1, 0])
+    assert cost_of(baseline="grpo") == pytest.approx([2, 2, 2, 2])
 
 
 BIASED = {

@@ -84,6 +84,26 @@ def test_horizon_and_weights_are_those_of_the_double_sum(horizon: int, carried: 
         assert_close(future_return(reward_BT, mask_BT, **settings), want_BT)
 
 
+@pytest.mark.parametrize("horizon", [1, 3, None])
+@pytest.mark.parametrize("carried", [False, True])
+def test_return_to_go_weighs_and_cuts_off_what_comes_after(horizon: int | None, carried: bool) -> None:
+    """The present reward as it is; each later one times the weights up to its own token."""
+    for case, gamma, per_token in CASES:
+        reward_BT, mask_BT = ragged(case)
+        carry_BT = reward_BT.flip(0).abs() if carried else None
+        got_BT = return_to_go(
+            reward_BT, mask_BT, gamma=gamma, per_token=per_token, horizon=horizon, carry_BT=carry_BT
+        )  # fmt: skip
+        for b, t in mask_BT.nonzero().tolist():
+            ahead = [s for s in mask_BT[b].nonzero()[:, 0].tolist() if s > t][:horizon]
+            weight, total, count = 1.0, float(reward_BT[b, t]), 1.0
+            for k, s in enumerate(ahead, start=1):
+                weight *= 1.0 if carry_BT is None else float(carry_BT[b, s])
+                total, count = total + gamma**k * weight * float(reward_BT[b, s]), count + gamma**k
+            assert float(got_BT[b, t]) == pytest.approx(total / count if per_token else total, abs=1e-12)
+        assert not bool(got_BT[~mask_BT].any())
+
+
 def test_a_horizon_by_position_instead_of_kept_tokens_is_noticed() -> None:
     """Negative control: differences of two unlimited returns, ``horizon`` positions apart, over a mask with holes."""
     reward_BT, mask_BT = ragged(5)

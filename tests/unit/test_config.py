@@ -156,6 +156,7 @@ def test_an_ordinary_run_name_is_taken(recipe: Path, name: str) -> None:
         ),
         (["lm_coefficient=1"], ["lm_batch: 1", "lm_coefficient: 0"]),
         (["single_weight=0", "long_weight=0"], ["nothing is trained"]),
+        (["repetition_weight=0.1", "long_weight=0"], ["long_weight above 0", "repetition_weight: 0"]),
         (["optimiser.muon_lr=1e-2"], ["name: muon"]),
         (["validate_every=5"], ["data.validation", "validate_every: 0"]),
         (["patience=5"], ["validate_every", "patience: 0"]),
@@ -191,6 +192,8 @@ def test_excluding_settings_are_refused_with_their_cures(
         ["stages.0.inner_batches=2", "stages.0.inner_kl=0.1", "stages.0.dual_clip=3"],
         ["stages.0.keep.metric=validity", "stages.0.keep.mode=max"],
         ["stages.0.clip=null", "stages.0.single_weight=0"],
+        ["stages.0.repetition_weight=0.1", "stages.0.repetition_ngram=2", "decoding.no_repeat_ngram_size=3"],
+        ["stages.0.repetition_ngram=2", "decoding.no_repeat_ngram_size=2"],
     ],
 )
 def test_every_cure_cures(recipe: Path, overrides: Sequence[str]) -> None:
@@ -209,6 +212,13 @@ def test_a_combination_beside_another_problem_is_a_config_error(recipe: Path) ->
 def test_validity_needs_the_world(recipe: Path) -> None:
     overrides = ["stages.0.keep.metric=validity", "stages.0.keep.mode=max", "data.validation=v.jsonl"]
     with pytest.raises(UnsupportedCombination, match="only the embedded world can judge"):
+        load_config(recipe, overrides)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_cost_of_what_is_never_said_is_refused(recipe: Path, size: int) -> None:
+    overrides = ["stages.0.repetition_weight=0.1", f"decoding.no_repeat_ngram_size={size}"]
+    with pytest.raises(UnsupportedCombination, match="none of them is ever repeated"):
         load_config(recipe, overrides)
 
 
@@ -354,6 +364,7 @@ def test_exact_on_policy_settings_are_unbiased() -> None:
             ["baseline group_mean, which holds the row itself"],
         ),
         ({"length_norm": True}, ["length normalisation"]),
+        ({"repetition_weight": 0.1}, ["repetition reward: another objective"]),
         ({"inner_epochs": 2}, ["several updates on a rollout"]),
         ({"long_weight": 3.0}, ["single-step and long-horizon terms weighted differently"]),
         ({"lm_coefficient": 1.0, "lm_batch": 2}, ["language-model anchor"]),

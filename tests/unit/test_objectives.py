@@ -170,7 +170,14 @@ RICH = {
 }
 
 
-@pytest.mark.parametrize("decoding", [PLAIN, Decoding(max_new_tokens=LONGEST, temperature=0.9, top_k=12)])
+@pytest.mark.parametrize(
+    "decoding",
+    [
+        PLAIN,
+        Decoding(max_new_tokens=LONGEST, temperature=0.9, top_k=12),
+        Decoding(max_new_tokens=LONGEST, no_repeat_ngram_size=1),
+    ],
+)
 def test_micro_batches_change_neither_loss_nor_weights(decoding: Decoding, minillm: Callable[..., Work]) -> None:
     with minillm(**RICH, decoding=decoding) as whole:
         want = whole.run(2)
@@ -430,6 +437,52 @@ def test_a_coefficient_of_zero_is_bitwise_a_run_without_an_anchor(minillm: Calla
     with minillm() as without, minillm(lm_coefficient=0.0, lm_batch=5) as zero:
         one, other = without.run(2), zero.run(2)
     assert one[0] == other[0] and all(torch.equal(one[1][name], other[1][name]) for name in one[1])
+
+
+def repeating(rollout: Rollout, ngram: int) -> int:
+    """Responses in which an n-gram of tokens returns."""
+    found = 0
+    for ids_T, kept_T in zip(rollout.response_BT, rollout.mask_BT, strict=True):
+        ids = ids_T[kept_T].tolist()
+        runs = [tuple(ids[at : at + ngram]) for at in range(len(ids) - ngram + 1)]
+        found += len(set(runs)) < len(runs)
+    return found
+
+
+@pytest.fixture(scope="module")
+def stuck(folder: Path) -> Path:
+    """A student that says some letters again and again."""
+    return tiny.save_model(folder / "stuck", "gpt2", seed=4, spread=0.6)
+
+
+MANY: dict[str, Any] = {"prompts": 12, "samples_per_prompt": 3, "teacher_mix": 0.0}
+
+
+def test_the_log_counts_responses_that_repeat_three_tokens(minillm: Callable[..., Work], stuck: Path) -> None:
+    with minillm(student=stuck, **MANY) as work:
+        collected, figures = work.objective.collect(0, work.student)
+    rollout = collected.targets.scored.rollout
+    assert figures["repetition_3"] == repeating(rollout, 3) / 36
+    assert len({repeating(rollout, ngram) for ngram in (2, 3, 4)}) == 3 and 0 < figures["repetition_3"] < 1
+
+
+def test_a_weight_of_zero_is_bitwise_a_run_without_the_cost_of_repetition(minillm: Callable[..., Work]) -> None:
+    with minillm() as without, minillm(repetition_weight=0.0, repetition_ngram=1) as zero:
+        one, other = without.run(2), zero.run(2)
+    assert one[0] == other[0] and all(torch.equal(one[1][name], other[1][name]) for name in one[1])
+    with minillm(repetition_weight=0.5, repetition_ngram=1) as costly:  # negative control
+        assert differences(one, costly.run(2)) > APART
+
+
+def test_a_cost_of_repetition_drives_it_out(minillm: Callable[..., Work], stuck: Path) -> None:
+    """Of a student that is its own teacher, and so stays as it is without a cost."""
+    left = {}
+    for weight in (0.0, 2.0):
+        settings: dict[str, Any] = {"student": stuck, "guide": make_teacher(stuck), "repetition_weight": weight}
+        with minillm(steps=11, repetition_ngram=1, **settings, **MANY) as work:
+            work.run(11)
+            left[weight] = repeating(work.objective.collect(11, work.student)[0].targets.scored.rollout, 1)
+    assert left[0.0] > 20 and left[2.0] < 10, left
 
 
 def test_an_anchor_pulls(minillm: Callable[..., Work]) -> None:
