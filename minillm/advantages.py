@@ -8,6 +8,7 @@ gradient untouched is enumerated in tests/exact and said for a whole stage by ``
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -42,8 +43,22 @@ class RowNames:
 
 
 @torch.no_grad()
-def targets_of(scored: Scored, stage: MinillmStage, *, names: RowNames, ranks: Ranks) -> Targets:
-    """Advantages and weights of every token of this rank, all detached, 0 off the mask. Every rank must call it."""
+def targets_of(
+    scored: Scored,
+    stage: MinillmStage,
+    *,
+    names: RowNames,
+    ranks: Ranks,
+    longest: int,
+    reward_logp_BT: Tensor | None = None,
+) -> Targets:
+    """Advantages and weights of every token of this rank, all detached, 0 off the mask. Every rank must call it.
+
+    ``longest`` is how long a response may be. ``reward_logp_BT`` stands in for the teacher's log-probabilities in
+    rewards (``published.untempered_reward``).
+    """
+    if stage.published.half_log_probs:
+        scored = _halved(scored)
     mask_BT = scored.rollout.mask_BT
     weight_BT = importance_weights(
         stage.importance,
@@ -56,7 +71,7 @@ def targets_of(scored: Scored, stage: MinillmStage, *, names: RowNames, ranks: R
     )
     chained = stage.importance in CHAINED and stage.teacher_mix > 0
     before_BT = None
-    advantage_BT = returns_of(scored, stage, carry_BT=weight_BT if chained else None)
+    advantage_BT = returns_of(scored, stage, carry_BT=weight_BT if chained else None, reward_logp_BT=reward_logp_BT)
     if chained:
         before_BT, weight_BT = running_products(weight_BT, mask_BT, max_log=stage.max_log_ratio)
     if stage.baseline == "grpo":
@@ -67,6 +82,10 @@ def targets_of(scored: Scored, stage: MinillmStage, *, names: RowNames, ranks: R
         advantage_BT = advantage_BT - _mean_of_peers(advantage_BT, mask_BT, stage, names=names, ranks=ranks)
     if stage.whiten == "masked":
         advantage_BT = credit.whitened(advantage_BT, mask_BT, total=ranks.sum)
+    elif stage.published.whiten_padding:
+        advantage_BT = credit.whitened_with_padding(advantage_BT, mask_BT, longest=longest, total=ranks.sum)
+    if stage.published.weight_on_single:
+        before_BT = torch.where(mask_BT, weight_BT, 0.0)
     return Targets(
         scored=scored,
         advantage_BT=torch.where(mask_BT, advantage_BT, 0.0),
@@ -75,7 +94,15 @@ def targets_of(scored: Scored, stage: MinillmStage, *, names: RowNames, ranks: R
     )
 
 
-def returns_of(scored: Scored, stage: MinillmStage, *, carry_BT: Tensor | None) -> Tensor:
+def _halved(scored: Scored) -> Scored:
+    """Log-probabilities of the sampled tokens as 16 bits hold them."""
+    logq_BT, logp_BT = (value.half().to(value.dtype) for value in (scored.logq_BT, scored.logp_BT))
+    return dataclasses.replace(scored, logq_BT=logq_BT, logp_BT=logp_BT)
+
+
+def returns_of(
+    scored: Scored, stage: MinillmStage, *, carry_BT: Tensor | None, reward_logp_BT: Tensor | None = None
+) -> Tensor:
     """The return of each token, [B, T]: from the next token on, or from the present one where there is no single-step
     term that holds it.
 
@@ -83,8 +110,11 @@ def returns_of(scored: Scored, stage: MinillmStage, *, carry_BT: Tensor | None) 
     What repetition costs counts from the present token on in any case: the single-step term does not hold it.
     """
     mask_BT = scored.rollout.mask_BT
-    sampled_BT = scored.logp_BT - scored.logq_BT
-    reward_BT = sampled_BT if stage.future == "sampled" else -scored.reverse_kl_BT
+    own = stage.published
+    sampled_BT = ((scored.logp_BT if reward_logp_BT is None else reward_logp_BT) - scored.logq_BT) / own.reward_scale
+    if own.reward_clip is not None:
+        sampled_BT = sampled_BT.clamp(-own.reward_clip, own.reward_clip)
+    reward_BT = sampled_BT if stage.future == "sampled" else -scored.reverse_kl_BT / own.reward_scale
     cost_BT = None
     if stage.repetition_weight > 0.0:
         again_BT = repetition_rewards(scored.rollout.response_BT, mask_BT, ngram=stage.repetition_ngram)
@@ -96,10 +126,11 @@ def returns_of(scored: Scored, stage: MinillmStage, *, carry_BT: Tensor | None) 
     ahead_BT = stage.gamma * credit.future_return(
         reward_BT, mask_BT, gamma=stage.gamma, horizon=stage.horizon, carry_BT=carry_BT
     )
-    count_BT = credit.future_return(torch.ones_like(reward_BT), mask_BT, gamma=stage.gamma, horizon=stage.horizon)
-    if stage.single_weight == 0.0:
+    step = 1.0 if own.count_divisor else stage.gamma
+    count_BT = credit.future_return(torch.ones_like(reward_BT), mask_BT, gamma=step, horizon=stage.horizon)
+    if stage.single_weight == 0.0 or own.present_twice:
         ahead_BT = sampled_BT + ahead_BT
-        count_BT = 1.0 + stage.gamma * count_BT
+        count_BT = 1.0 + step * count_BT
     return_BT = ahead_BT / count_BT.clamp(min=1.0) if stage.length_norm else ahead_BT
     if cost_BT is None:
         return return_BT

@@ -18,7 +18,7 @@ from minillm.alarm_config import Action, AlarmsConfig
 WINDOW = 5
 """Rollouts in a mean; fewer are no trend."""
 
-Kind = Literal["above", "below", "above_start", "below_start"]
+Kind = Literal["above", "below", "above_start", "below_start", "above_start_by"]
 
 
 class Watch(NamedTuple):
@@ -48,6 +48,10 @@ WATCHES: dict[str, Watch] = {
     "long": Watch(
         "mean_length", "above_start",
         "responses grow, often by repetition; raise teacher_mix, lower long_weight, or see samples of the validation",
+    ),
+    "repetition": Watch(
+        "repetition_3", "above_start_by",
+        "responses repeat themselves; raise teacher_mix, lower long_weight, or set repetition_weight",
     ),
     "cut_share": Watch(
         "cut_share", "above",
@@ -121,10 +125,13 @@ class Alarms:
             return None
         now = statistics.fmean(last)
         began = self.first[watch.figure]
-        against = limit * began if watch.kind.endswith("start") else limit
+        against, of_start = limit, ""
+        if watch.kind.endswith("start"):
+            against, of_start = limit * began, f" ({limit:g} times the {began:.4g} it began with)"
+        elif watch.kind == "above_start_by":
+            against, of_start = limit + began, f" ({limit:g} more than the {began:.4g} it began with)"
         above = watch.kind.startswith("above")
         if math.isfinite(now) and not (now > against if above else now < against):
             return None
         side = "above" if above else "below"
-        of_start = f" ({limit:g} times the {began:.4g} it began with)" if watch.kind.endswith("start") else ""
         return f"{watch.figure} is {now:.4g} over {len(last)} rollouts, {side} {against:.4g}{of_start}"

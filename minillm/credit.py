@@ -91,6 +91,24 @@ def whole_return(reward_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def whitened_with_padding(
+    value_BT: Tensor, mask_BT: Tensor, *, longest: int, total: Callable[[Tensor], Tensor] = lambda mine: mine
+) -> Tensor:
+    """As ``whitened``, but over B x ``longest`` places of which those without a token count as 0 (the published code).
+
+    So the mean is too near 0 where rows are short: most of a level that all tokens share stays, and how much depends on
+    ``longest`` and on batch mates. 1e-8 is added to the variance, as there.
+    """
+    kept_BT = torch.where(mask_BT, value_BT, 0.0).double()
+    places, sum_, square = total(
+        torch.stack([kept_BT.new_tensor(float(len(kept_BT) * longest)), kept_BT.sum(), kept_BT.square().sum()])
+    )
+    mean = sum_ / places.clamp(min=1.0)
+    variance = square / places.clamp(min=1.0) - mean.square()
+    return torch.where(mask_BT, (kept_BT - mean) / (variance + 1e-8).sqrt(), 0.0).to(value_BT.dtype)
+
+
+@torch.no_grad()
 def group_scores(value_B: Tensor, *, prompt_B: Tensor, value_A: Tensor, prompt_A: Tensor) -> Tensor:
     """Each row's value less its group's mean, over its group's standard deviation (of the population), [B].
 

@@ -10,10 +10,10 @@ from typing import Any
 from minillm.alarms import Alarms, Raised
 from minillm.engines import Student
 from minillm.errors import Alarmed
-from minillm.objectives import Objective
 from minillm.progress import Progress
 from minillm.ranks import Ranks
 from minillm.store import Clock, RunFolder
+from minillm.updates import Objective
 
 Validate = Callable[[Student], dict[str, float]]
 """Measures of the student as it stands, on the validation prompts; the same numbers on every rank."""

@@ -11,121 +11,30 @@ scored -> targets). ``learning`` turns the result into optimiser steps, each a l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from minillm.advantages import RowNames, targets_of
-from minillm.batches import ExampleBatch, example_batch, prompt_batch
-from minillm.config import MinillmStage, SftStage
+from minillm.batches import prompt_batch
+from minillm.config import MinillmStage
 from minillm.decode import roll_out
 from minillm.engines import Student, Teacher
-from minillm.micro_batches import Limits, cut
 from minillm.models import ModelReader
-from minillm.order import GlobalOrder, WindowedOrder, occurrences, parts, share
+from minillm.order import GlobalOrder, occurrences, parts, share
 from minillm.policy_loss import clipped_surrogate
 from minillm.ranks import Ranks
+from minillm.references import SoftLabels, lm_losses
 from minillm.repetition import repetition_rewards
 from minillm.scoring import HeadWeights, TeacherView, score
 from minillm.types import Decoding, DrawKey, Ids, Prompt, Purpose, Rollout, Stop, Targets
+from minillm.updates import Loss, Sums, Update, in_step, limits_of, nobody
 
-Loss = Callable[[], Tensor]
 _SHOWN_NGRAM = 3
 """Length of the n-grams, in tokens, whose return the log counts, whatever is rewarded."""
-
-
-@dataclass(slots=True)
-class Sums:
-    """Sums over this rank's tokens or rows, added up over micro-batches and then over ranks."""
-
-    values: dict[str, float] = field(default_factory=dict)
-
-    def add(self, **more: float | Tensor) -> None:
-        """Adds each named value to its sum."""
-        for name, value in more.items():
-            self.values[name] = self.values.get(name, 0.0) + float(value)
-
-    def over_ranks(self, ranks: Ranks) -> dict[str, float]:
-        """The sums of all ranks; each rank must have added the same names."""
-        names = sorted(self.values)
-        return dict(zip(names, ranks.sum([self.values[name] for name in names]).tolist(), strict=True))
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """One optimiser step: its micro-batch losses, and the figures that exist once they have run."""
-
-    losses: Sequence[Loss]
-    figures: Callable[[], dict[str, float]]
-
-
-class Objective(Protocol):
-    """What the loop needs of an objective."""
-
-    def collect(self, step: int, student: Student) -> tuple[Any, dict[str, float]]:
-        """Everything before learning, and figures for the log."""
-
-    def learning(self, collected: Any, student: Student) -> AbstractContextManager[Iterable[Update]]:
-        """The optimiser steps of one loop step, in order, each asked for when the one before is made; what they share
-        (a gathered head) lives as long as the block."""
-
-
-class Sft:
-    """Cross-entropy on reference responses, averaged over the kept tokens of the whole step."""
-
-    def __init__(self, stage: SftStage, *, prompts: Sequence[Prompt], ids: Ids, ranks: Ranks, seed: int) -> None:
-        self._stage, self._prompts, self._ids, self._ranks = stage, prompts, ids, ranks
-        lengths = [len(prompt.ids) + len(prompt.response_ids) for prompt in prompts]
-        self._order = WindowedOrder(
-            lengths, batch=stage.batch, window=stage.length_window, seed=seed, purpose=f"{stage.name}/rows"
-        )
-
-    def collect(self, step: int, student: Student) -> tuple[list[Prompt], dict[str, float]]:
-        """The step's rows, the same list on every rank."""
-        rows = [self._prompts[index] for index in self._order.batch(step)]
-        return rows, {"tokens": float(sum(len(row.ids) + len(row.response_ids) for row in rows))}
-
-    @contextmanager
-    def learning(self, collected: list[Prompt], student: Student) -> Iterator[list[Update]]:
-        """One step on them."""
-        losses, sums = lm_losses(
-            collected,
-            student=student,
-            ids=self._ids,
-            ranks=self._ranks,
-            limits=_limits(self._stage),
-            weight=1.0,
-        )
-        yield [Update(losses, lambda: {"loss": sums.over_ranks(self._ranks)["lm"]})]
-
-
-def lm_losses(
-    rows: Sequence[Prompt], *, student: Student, ids: Ids, ranks: Ranks, limits: Limits, weight: float
-) -> tuple[list[Loss], Sums]:
-    """Micro-batch losses of this rank's share of ``rows``: cross-entropy over the kept tokens of *all* rows, times
-    ``weight``.
-
-    The sums hold the unweighted loss under ``lm``.
-    """
-    tokens = sum(len(row.response_ids) for row in rows)
-    lengths = [len(row.ids) + len(row.response_ids) for row in rows]
-    mine = share(range(len(rows)), lengths=lengths, rank=ranks.rank, ranks=ranks.size)
-    sums = Sums({"lm": 0.0})
-
-    def loss_of(indices: Sequence[int]) -> Tensor:
-        inputs = _nobody(ranks.device)
-        if indices:
-            inputs = _example_inputs(example_batch([rows[i] for i in indices], pad_id=ids.pad, device=ranks.device))
-        loss, _ = student.loss(**inputs, wanted=("logq",), loss=lambda of, _: -of["logq"].sum() / max(tokens, 1))
-        sums.add(lm=loss.detach())
-        return weight * loss
-
-    cuts = in_step([lengths[i] for i in mine], limits=limits, student=student, ranks=ranks)
-    return [lambda picked=picked: loss_of([mine[at] for at in picked]) for picked in cuts], sums  # type: ignore[misc]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,8 +88,16 @@ class Minillm:
             scored = self._ranks.together(
                 lambda: score(rollout, student=reader, teacher_head=head, temperature=self._decoding.temperature)
             )
+            untempered = None
+            if stage.published.untempered_reward and self._decoding.temperature != 1.0:
+                untempered = self._ranks.together(
+                    lambda: score(rollout, student=reader, teacher_head=head, temperature=1.0)
+                )
         names = RowNames.of(rollout, prompt=[rows[i][0] for i in mine], row=mine, coin_groups=stage.coin_groups)
-        targets = targets_of(scored, stage, names=names, ranks=self._ranks)
+        targets = targets_of(
+            scored, stage, names=names, ranks=self._ranks, longest=self._decoding.max_new_tokens,
+            reward_logp_BT=None if untempered is None else untempered.logp_BT,
+        )  # fmt: skip
         anchor = []
         if self._anchor_order is not None:
             wanted = stage.lm_batch * stage.inner_batches
@@ -206,38 +123,44 @@ class Minillm:
             )  # fmt: skip
             for number, part in enumerate(map(set, dealt)):
                 rows = [at for at, row in enumerate(collected.mine) if row in part]
-                cuts = in_step(length_B[rows].tolist(), limits=_limits(stage), student=student, ranks=self._ranks)
+                cuts = in_step(length_B[rows].tolist(), limits=limits_of(stage), student=student, ranks=self._ranks)
                 anchor = collected.anchor[number * stage.lm_batch : (number + 1) * stage.lm_batch]
                 batches = [[rows[at] for at in cut] for cut in cuts]
+                shared = float(len(part)) * self._constant
+                if stage.published.token_mean:
+                    shared = max(1.0, float(self._ranks.sum([float(rollout.mask_BT[rows].sum())])[0]))
                 sums = Sums(dict.fromkeys(("single", "long", "clipped", "clamped", "drift", "kept"), 0.0))
-                yield self._update(
-                    collected, batches, anchor, sequences=len(part), student=student, head=head, sums=sums
-                )
+                yield self._update(collected, batches, anchor, shared=shared, student=student, head=head, sums=sums)
                 if stage.inner_kl is not None:
                     total = sums.over_ranks(self._ranks)
                     if total["drift"] > stage.inner_kl * total["kept"]:
                         return
 
     def _update(
-        self, collected: Collected, batches: Sequence[Sequence[int]], anchor: Sequence[Prompt], *, sequences: int,
+        self, collected: Collected, batches: Sequence[Sequence[int]], anchor: Sequence[Prompt], *, shared: float,
         student: Student, head: HeadWeights, sums: Sums,
     ) -> Update:  # fmt: skip
         """One step on these micro-batches of the rollout, and on these rows of the anchor.
 
-        ``sequences``, of all ranks, are the denominator of the policy gradient (design D7).
+        ``shared`` is the denominator of the policy gradient, from the rows of all ranks (design D7).
         """
 
         def loss_on(rows: Sequence[int]) -> Loss:
-            return lambda: self._loss(rows, collected, sequences=sequences, student=student, head=head, sums=sums)
+            return lambda: self._loss(rows, collected, shared=shared, student=student, head=head, sums=sums)
 
         losses, anchor_sums = [loss_on(rows) for rows in batches], Sums({"lm": 0.0})
         if anchor:
             more, anchor_sums = lm_losses(
                 anchor, student=student, ids=self._ids, ranks=self._ranks,
-                limits=_limits(self._stage), weight=self._stage.lm_coefficient,
+                limits=limits_of(self._stage), weight=self._stage.lm_coefficient,
+                soft=None if self._stage.lm_teacher_share == 0 else self._soft(head),
             )  # fmt: skip
             losses += more
         return Update(losses, lambda: self._update_figures(sums, anchor_sums))
+
+    def _soft(self, head: HeadWeights) -> SoftLabels:
+        """The teacher's part in the language-model loss."""
+        return SoftLabels(read=self._teacher.reader.read, head=head, share=self._stage.lm_teacher_share)
 
     def _roll_out(
         self, reader: ModelReader, rows: Sequence[tuple[int, int]], *, step: int, policy_step: int
@@ -265,9 +188,15 @@ class Minillm:
         )
 
     def _loss(
-        self, rows: Sequence[int], collected: Collected, *, sequences: int, student: Student, head: HeadWeights,
+        self,
+        rows: Sequence[int],
+        collected: Collected,
+        *,
+        shared: float,
+        student: Student,
+        head: HeadWeights,
         sums: Sums,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """One micro-batch: (single-step KL + long-horizon surrogate) / (sequences x expected length)."""
         stage, targets = self._stage, collected.targets
         rollout = targets.scored.rollout
@@ -277,15 +206,15 @@ class Minillm:
         advantage_N = _pick(targets.advantage_BT, rows, keep_BT)
         importance_N = _pick(targets.importance_BT, rows, keep_BT)
         single_N = None if targets.single_weight_BT is None else _pick(targets.single_weight_BT, rows, keep_BT)
-        denominator = sequences * self._constant
 
         def loss_of(numbers: Mapping[str, Tensor], here: slice) -> Tensor:
             surrogate = clipped_surrogate(
                 numbers["logq"], logq_N[here], advantage=advantage_N[here], importance=importance_N[here],
                 clip=stage.clip, max_log_ratio=stage.max_log_ratio, dual_clip=stage.dual_clip,
+                weight_in_clip=stage.published.weight_in_clip,
             )  # fmt: skip
             kl_N = numbers["reverse_kl"] if single_N is None else numbers["reverse_kl"] * single_N[here]
-            single, long = kl_N.sum() / denominator, surrogate.loss.sum() / denominator
+            single, long = kl_N.sum() / shared, surrogate.loss.sum() / shared
             sums.add(
                 single=single.detach(), long=long.detach(), kept=len(surrogate.loss),
                 clipped=surrogate.clipped.sum(), clamped=surrogate.clamped.sum(), drift=surrogate.drift.sum(),
@@ -366,7 +295,7 @@ def rollout_inputs(rollout: Rollout, rows: Sequence[int]) -> dict[str, Tensor]:
     there are none."""
     prompts = rollout.prompts
     if not rows:
-        return _nobody(prompts.ids_BP.device)
+        return nobody(prompts.ids_BP.device)
     index = torch.as_tensor(rows, device=prompts.ids_BP.device)
     mask_BP, mask_BT = prompts.mask_BP[index], rollout.mask_BT[index]
     mask_BL = torch.cat([mask_BP, mask_BT], dim=1)
@@ -380,17 +309,6 @@ def rollout_inputs(rollout: Rollout, rows: Sequence[int]) -> dict[str, Tensor]:
     }
 
 
-def in_step(lengths: Sequence[int], *, limits: Limits, student: Student, ranks: Ranks) -> list[list[int]]:
-    """This rank's rows, by index, in micro-batches: as many on every rank as the one with the most needs, since each
-    forward and backward pass of a sharded model is made by all of them together; the last ones may be empty."""
-    cuts = cut(lengths, limits=limits, reads=None if student.root.packs == "no" else student.root.reads)
-    return cuts + [[] for _ in range(ranks.most(len(cuts)) - len(cuts))]
-
-
-def _limits(stage: SftStage | MinillmStage) -> Limits:
-    return Limits(rows=stage.micro_batch, places=stage.micro_tokens)
-
-
 def _kept_rows(mask_BT: Tensor, rows: Sequence[int]) -> Tensor:
     return mask_BT[torch.as_tensor(rows, dtype=torch.long, device=mask_BT.device)]
 
@@ -398,13 +316,3 @@ def _kept_rows(mask_BT: Tensor, rows: Sequence[int]) -> Tensor:
 def _pick(value_BTX: Tensor, rows: Sequence[int], keep_BT: Tensor) -> Tensor:
     """The kept entries of some rows, [N, ...], in row order: the order in which a training forward returns them."""
     return value_BTX[torch.as_tensor(rows, dtype=torch.long, device=value_BTX.device)][keep_BT]
-
-
-def _nobody(device: torch.device) -> dict[str, Tensor]:
-    """Inputs of a forward over a dummy row of which no token is predicted: its loss is a 0 with a gradient of 0."""
-    ids_BL = torch.zeros((1, 2), dtype=torch.long, device=device)
-    return {"ids_BL": ids_BL, "mask_BL": ids_BL == 0, "predict_BL": ids_BL != 0}
-
-
-def _example_inputs(batch: ExampleBatch) -> dict[str, Tensor]:
-    return {"ids_BL": batch.ids_BL, "mask_BL": batch.mask_BL, "predict_BL": batch.target_BL}

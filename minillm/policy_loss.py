@@ -85,11 +85,14 @@ def clipped_surrogate(
     clip: float | None,
     max_log_ratio: float,
     dual_clip: float | None = None,
+    weight_in_clip: bool = False,
 ) -> Surrogate:
     """``-w min(ratio A, clip(ratio) A)`` for each token, any shape (PPO, Schulman et al. 2017, eq. 7; w outside the
     clip).
 
     ``clip`` is the half-width of the trusted band around ratio 1, or None for the plain importance-weighted gradient.
+    ``weight_in_clip`` clips ratio times weight instead (the paper's Algorithm 1 and its code): then it deletes gradient
+    before any update, at tokens whose weight alone is outside the band.
     The band bounds no loss where A < 0 and the ratio grows: there ``dual_clip`` = c > 1 holds it at c |A| (Ye et al.
     2020). That too deletes gradient, and counts as clipped.
     The ratio is clamped in log space to +-``max_log_ratio`` nats, never multiplied into an infinity. At logq_new =
@@ -102,6 +105,8 @@ def clipped_surrogate(
     log_ratio = logq_new - logq_old
     clamped = (log_ratio.abs() > max_log_ratio).detach()
     ratio = log_ratio.clamp(-max_log_ratio, max_log_ratio).exp()
+    if weight_in_clip:
+        ratio, importance = ratio * importance, torch.ones_like(importance)
     gain = ratio * advantage
     clipped = torch.zeros_like(clamped)
     if clip is not None:
@@ -113,5 +118,6 @@ def clipped_surrogate(
         beyond = (advantage < 0) & (gain < least)
         clipped = clipped | beyond.detach()
         gain = torch.where(beyond, least, gain)
-    drift = (ratio - 1.0 - log_ratio.clamp(-max_log_ratio, max_log_ratio)).detach()
+    held = log_ratio.clamp(-max_log_ratio, max_log_ratio).detach()
+    drift = held.exp() - 1.0 - held
     return Surrogate(loss=-importance * gain, clipped=clipped, clamped=clamped, drift=drift)

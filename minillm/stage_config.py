@@ -1,31 +1,20 @@
-"""One stage of a run: its optimiser, what it trains, and which settings of it exclude each other.
+"""The kinds of stage: what each trains, and which of its settings exclude each other.
 
 "Official" in a default's source is the paper's published code (Gu et al., ICLR 2024).
 """
 
 from __future__ import annotations
 
-import re
-from abc import ABC, abstractmethod
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from minillm.alarm_config import AlarmsConfig
-from minillm.errors import ConfigError, UnsupportedCombination, did_you_mean
-from minillm.settings import Count, Flag, NonNegative, Positive, Settings, Share, ShareBelowOne, Text, Whole
+from minillm.errors import ConfigError, UnsupportedCombination
+from minillm.published import OFFICIAL, PublishedConfig
+from minillm.settings import Count, Flag, NonNegative, Positive, Share, Text, Whole
+from minillm.stage_base import BETTER, BaseStage, KeepConfig
 
-BETTER: dict[str, Literal["min", "max"] | None] = {
-    "loss": "min",
-    "reverse_kl": "min",
-    "reverse_kl_per_token": "min",
-    "rouge_l": "max",
-    "validity": "max",
-    "distinct_4": "max",
-    "repetition_3": "min",
-    "mean_length": None,
-}
-"""Every validation measure and which way is better; ``None`` where neither is."""
 BY_TOKEN = {"per_step", "per_decision", "truncated"}
 """Importance weights made of a token's probabilities: they tell who drew it, so rows that share its coin may not serve
 as its baseline."""
@@ -33,145 +22,9 @@ CHAINED = {"per_decision", "truncated"}
 """Importance weights that are multiplied along the response."""
 _WITHIN_GROUP = {"leave_one_out", "group_mean", "grpo"}
 """Baselines made of the samples of one prompt."""
-_COMPONENT = re.compile(r"[A-Za-z0-9._-]+")
 
 
-class OptimiserConfig(Settings):
-    """The optimiser of one stage and how its learning rate moves."""
-
-    name: Literal["adamw", "muon"] = "adamw"
-    """'muon' takes the hidden matrices and leaves embeddings and norms to AdamW; engine.student zero0 only."""
-    lr: Positive
-    """Highest learning rate (of AdamW), above 0."""
-    muon_lr: Positive | None = None
-    """Highest learning rate of Muon's matrices; as lr where not given. Only with 'name: muon'."""
-    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.95)
-    """AdamW's decay of the two moments, each from 0 to below 1; official."""
-    eps: Positive = 1e-8
-    """AdamW's smallest denominator; official."""
-    weight_decay: NonNegative = 0.0
-    """Decoupled weight decay per step, times the learning rate, from 0; the official code's 1e-6 rounded to none."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Shape of the learning rate after the warm-up."""
-    warmup_steps: Whole = 0
-    """Updates over which the learning rate rises from 0; no more than the stage has."""
-    final_fraction: Share = 0.0
-    """Where 'linear' and 'cosine' end, as a share of lr, 0 to 1."""
-    clip_grad: NonNegative = 1.0
-    """Largest norm of the gradient; 0 never clips. Official."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.muon_lr is not None and self.name != "muon":
-            raise UnsupportedCombination(
-                f"muon_lr {self.muon_lr:g} with name '{self.name}': set name: muon, or leave it out"
-            )
-        return self
-
-
-class KeepConfig(Settings):
-    """Which validation decides on the weights that the stage hands on."""
-
-    metric: Text = "loss"
-    """A validation measure: 'loss' in an sft stage; 'reverse_kl', 'rouge_l', … in a minillm stage."""
-    mode: Literal["min", "max"] = "min"
-    """Whether the smallest or the largest value is best."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.metric not in BETTER:
-            near = did_you_mean(self.metric, BETTER) or f"; wanted one of {', '.join(BETTER)}"
-            raise ConfigError(f"metric {self.metric!r}: no validation measure of this name{near}")
-        better = BETTER[self.metric]
-        if better is not None and self.mode != better:
-            raise UnsupportedCombination(
-                f"metric '{self.metric}' with mode '{self.mode}' would keep the worst weights; set mode: {better}"
-            )
-        return self
-
-
-class _Stage(Settings, ABC):
-    """What every kind of stage has; the first four are narrowed or explained by each kind.
-
-    A new kind is a class here, in ``Stage`` below, and its objective in ``stages``.
-    """
-
-    kind: str
-    """Says which kind of stage this is."""
-    name: Text
-    """Names the stage in folders, logs and random keys; different from the other stages' names."""
-    steps: Count
-    """Optimiser steps, or rollouts."""
-    keep: KeepConfig
-    """Which weights the stage hands on."""
-    micro_batch: Whole = 0
-    """Rows per forward pass and rank; 0 takes all of the rank's rows at once. Changes memory, never the result."""
-    micro_tokens: Whole = 0
-    """Places per forward pass and rank, padding included; 0 sets no limit. A longer row goes alone. Beside micro_batch
-    both limits hold. Changes memory, never the result."""
-    optimiser: OptimiserConfig
-    """Optimiser, learning rate and schedule."""
-    validate_every: Whole = 0
-    """Steps between validations; 0 never validates and hands on the last weights."""
-    patience: Whole = 0
-    """Validations without improvement before an early stop; 0 never stops early."""
-
-    measures: ClassVar[tuple[str, ...]]
-    """What validation measures, and so what ``keep.metric`` may name."""
-    headline: ClassVar[tuple[str, ...]]
-    """Training figures beside the progress bar."""
-    on_policy: ClassVar[bool]
-    """Whether the student learns on its own text: then validation generates too, and nothing is dropped out, since the
-    weights that drew a token must be those that learn from it."""
-    wants_teacher: ClassVar[bool]
-    """Whether the stage distils a teacher."""
-
-    @property
-    @abstractmethod
-    def rows_per_step(self) -> int:
-        """Rows that all ranks together work on in one step."""
-
-    @property
-    @abstractmethod
-    def updates_per_step(self) -> int:
-        """Optimiser steps in one step of the loop."""
-
-    @property
-    @abstractmethod
-    def responses_needed(self) -> Literal["none", "some", "all"]:
-        """Of the rows that the stage draws from, which must have a reference response."""
-
-    @abstractmethod
-    def bias_reasons(self, *, truncated: bool, tempered: bool) -> list[str] | None:
-        """Why the stage's gradient is not that of KL(student || teacher); ``None`` where it is not meant to be.
-
-        ``truncated`` and ``tempered`` say how text is drawn: some ids never; at another temperature than 1.
-        """
-
-    @model_validator(mode="after")
-    def _check_common(self) -> Self:
-        if not is_component(self.name):
-            raise ConfigError(f"name: got {self.name!r}, wanted letters, digits, '.', '_' and '-' only")
-        if self.keep.metric not in self.measures:
-            raise ConfigError(
-                f"keep.metric: validation of a stage of kind {self.kind} does not measure '{self.keep.metric}'; "
-                f"wanted {', '.join(self.measures)}"
-            )
-        if self.patience > 0 and self.validate_every == 0:
-            raise UnsupportedCombination(
-                f"patience {self.patience} with validate_every 0: nothing is validated; "
-                "set validate_every, or patience: 0"
-            )
-        updates = self.steps * self.updates_per_step
-        if self.optimiser.warmup_steps > updates:
-            raise UnsupportedCombination(
-                f"optimiser.warmup_steps {self.optimiser.warmup_steps} with {updates} updates in the stage: "
-                "the learning rate would never arrive; set fewer warm-up steps"
-            )
-        return self
-
-
-class SftStage(_Stage):
+class SftStage(BaseStage):
     """Supervised fine-tuning on the reference responses."""
 
     kind: Literal["sft"] = "sft"
@@ -213,7 +66,7 @@ class SftStage(_Stage):
         return None
 
 
-class MinillmStage(_Stage):
+class MinillmStage(BaseStage):
     """Reverse-KL distillation by policy gradient on the student's own text."""
 
     kind: Literal["minillm"] = "minillm"
@@ -233,8 +86,9 @@ class MinillmStage(_Stage):
     inner_kl: Positive | None = None
     """No further step on a rollout once the student's KL from the one that sampled it exceeds this, in nats per token;
     null never stops."""
-    estimator: Literal["exact"] = "exact"
-    """'exact': single-step KL over the vocabulary, and the return from the next token on for the long horizon."""
+    estimator: Literal["exact", "official"] = "exact"
+    """'exact': single-step KL over the vocabulary, and the return from the next token on for the long horizon.
+    'official': the settings of the published code where this file does not say otherwise, deviations included."""
     teacher_mix: Share = 0.2
     """Chance of a token being drawn from the teacher, 0 to 1; official."""
     coin_groups: Count = 1
@@ -279,6 +133,10 @@ class MinillmStage(_Stage):
     """Weight of a language-model loss on the reference responses, from 0; official 1 (on pre-training text)."""
     lm_batch: Whole = 0
     """Rows of that loss per optimiser step, all ranks together."""
+    lm_teacher_share: Share = 0.0
+    """How much of that loss is the teacher's distribution instead of the reference, 0 to 1; official 0.5."""
+    published: PublishedConfig = PublishedConfig()
+    """Deviations of the published code, each a switch that is off."""
     keep: KeepConfig = KeepConfig(metric="reverse_kl")
     """Which weights the stage hands on; lowest validation reverse KL per response."""
     alarms: AlarmsConfig = AlarmsConfig()
@@ -321,6 +179,7 @@ class MinillmStage(_Stage):
             "whitening": long and self.whiten != "none",
             "length normalisation": long and self.length_norm,
             "repetition reward: another objective": long and self.repetition_weight > 0,
+            **{f"published.{name}": long or name == "token_mean" for name in self.published.named()},
             "several updates on a rollout": self.updates_per_step > 1,
             # Without the single-step term returns hold the present token, which is the plain policy gradient.
             "single-step and long-horizon terms weighted differently": 0 < self.single_weight != self.long_weight,
@@ -331,10 +190,22 @@ class MinillmStage(_Stage):
         }
         return [reason for reason, holds in reasons.items() if holds]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _official(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("estimator") != "official":
+            return values
+        own = values.get("published", {})
+        if isinstance(own, PublishedConfig):  # settings that were resolved before
+            return values
+        published = {**OFFICIAL["published"], **own} if isinstance(own, dict) else own
+        return {**OFFICIAL, **values, "published": published}
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         _check_mixing(self)
         _check_credit(self)
+        _check_published(self)
         _check_alarms(self)
         if self.lm_coefficient > 0 and self.lm_batch == 0:
             raise UnsupportedCombination(
@@ -350,11 +221,6 @@ Stage = Annotated[SftStage | MinillmStage, Field(discriminator="kind")]
 """Any kind of stage, as the run's file names it by ``kind``."""
 
 
-def is_component(name: str) -> bool:
-    """Whether a name is safe as one part of a path: letters, digits, '.', '_' and '-', and not only dots."""
-    return _COMPONENT.fullmatch(name) is not None and set(name) != {"."}
-
-
 def _check_alarms(stage: MinillmStage) -> None:
     """A rollback needs something to roll back to."""
     named = {name: getattr(stage.alarms, name) for name in AlarmsConfig.model_fields}
@@ -363,6 +229,28 @@ def _check_alarms(stage: MinillmStage) -> None:
         raise UnsupportedCombination(
             f"alarms.{back[0]}.action 'rollback' with validate_every 0: no student is known to be better; "
             "set validate_every, or action: stop"
+        )
+
+
+def _check_published(stage: MinillmStage) -> None:
+    """Deviations that would change nothing, or that stand for what is there already."""
+    if stage.published.count_divisor and not stage.length_norm:
+        raise UnsupportedCombination(
+            "published.count_divisor without length_norm: nothing is divided; set length_norm: true, or leave it out"
+        )
+    if stage.published.whiten_padding and stage.whiten != "none":
+        raise UnsupportedCombination(
+            f"published.whiten_padding with whiten '{stage.whiten}': advantages would be scaled twice; leave one out"
+        )
+    if stage.published.present_twice and (stage.single_weight == 0 or stage.baseline == "grpo"):
+        raise UnsupportedCombination(
+            "published.present_twice with single_weight 0 or baseline 'grpo': the present token is there already; "
+            "leave it out"
+        )
+    if stage.lm_teacher_share > 0 and stage.lm_coefficient == 0:
+        raise UnsupportedCombination(
+            f"lm_teacher_share {stage.lm_teacher_share:g} with lm_coefficient 0: there is no such loss; "
+            "set lm_coefficient and lm_batch, or lm_teacher_share: 0"
         )
 
 

@@ -14,12 +14,14 @@ from minillm.config import MinillmStage, RunConfig, SftStage, Stage
 from minillm.engines import Student, Teacher
 from minillm.loop import Keep, Progressed, Validate, run_steps
 from minillm.models import ModelFacts, load
-from minillm.objectives import Minillm, Objective, Sft
+from minillm.objectives import Minillm
 from minillm.preflight import Pair, decoding_record, require_rows
 from minillm.publish import publish_student
 from minillm.ranks import Ranks
+from minillm.references import Sft
 from minillm.store import RunFolder
 from minillm.types import Prompt
+from minillm.updates import Objective
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,8 @@ from minillm.models import CausalLM, inspect
 from minillm.objectives import Minillm
 from minillm.prompts import prepare, read_rows
 from minillm.ranks import Ranks
-from minillm.stage_config import MinillmStage, OptimiserConfig
+from minillm.stage_base import OptimiserConfig
+from minillm.stage_config import MinillmStage
 from minillm.types import Decoding, Ids, Prompt
 from minillm.vocabulary import eos_ids
 

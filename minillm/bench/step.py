@@ -22,7 +22,8 @@ from minillm.cards import load_card
 from minillm.engines import Student, Teacher
 from minillm.objectives import Minillm
 from minillm.ranks import Ranks
-from minillm.stage_config import MinillmStage, OptimiserConfig
+from minillm.stage_base import OptimiserConfig
+from minillm.stage_config import MinillmStage
 from minillm.types import Decoding, Ids
 
 UPDATES = 10**6

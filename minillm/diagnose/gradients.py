@@ -96,7 +96,7 @@ def draw(
             return ranks.sum(total_MJ.index_add_(0, prompt_N, value_NJ.double())) / stage.samples_per_prompt
 
         for each in estimators:
-            targets = targets_of(scored, each.stage, names=names, ranks=ranks)
+            targets = targets_of(scored, each.stage, names=names, ranks=ranks, longest=decoding.max_new_tokens)
             # The loss has minus the credit.
             of_names[each.name].append(summed(-_credit_N(targets)[:, None] * scores.score_NJ))
         single.append(summed(scores.single_NJ))

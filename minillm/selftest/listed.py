@@ -21,7 +21,8 @@ from minillm import advantages, divergences, policy_loss
 from minillm.advantages import RowNames
 from minillm.ranks import Ranks
 from minillm.selftest.check import rough
-from minillm.stage_config import MinillmStage, OptimiserConfig
+from minillm.stage_base import OptimiserConfig
+from minillm.stage_config import MinillmStage
 from minillm.types import PromptBatch, Rollout, Scored, Stop, Targets
 
 IDS, LONGEST, BEGINNINGS = 3, 3, 13
@@ -165,7 +166,9 @@ def targets_of(scored: Scored, chosen: MinillmStage, *, prompt_B: Tensor | None 
     names = RowNames(
         prompt_B=row_B if prompt_B is None else prompt_B, row_B=row_B, coin_group_B=torch.zeros_like(row_B)
     )
-    return advantages.targets_of(scored, chosen, names=names, ranks=cast(Ranks, OneRank()))
+    return advantages.targets_of(
+        scored, chosen, names=names, ranks=cast(Ranks, OneRank()), longest=scored.rollout.mask_BT.shape[1]
+    )
 
 
 def scored_of(of: Listed, pick_B: Tensor, *, drew_BT: Tensor | None = None) -> Scored:

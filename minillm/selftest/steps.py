@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from minillm import engines, objectives
+from minillm import engines, objectives, references
 from minillm.cards import Card
 from minillm.config import MinillmStage, OptimiserConfig
 from minillm.micro_batches import Limits
@@ -93,7 +93,7 @@ def fine_tuning(settings: str, *, rows_at_once: int = 0) -> Found:
     with Trained(settings=settings) as work:
         rows, errors = prompts(work.made.eos), []
         for update in range(UPDATES):
-            losses, _ = objectives.lm_losses(
+            losses, _ = references.lm_losses(
                 rows, student=work.student, ids=work.ids, ranks=work.ranks, limits=Limits(rows=rows_at_once), weight=1.0
             )
             got = work.student.update(losses)

@@ -19,6 +19,7 @@ STEPS, HELD_OUT = 5, 3
 AVERAGED = "-averaged"
 CREDIT: dict[str, dict[str, Any]] = {
     "ridge": {"baseline": "ridge", "importance": "per_decision", "gamma": 0.9, "horizon": 4},
+    "official": {"estimator": "official"},
     "grpo": {"baseline": "grpo", "whiten": "masked", "inner_batches": 3, "inner_kl": 1e-4, "dual_clip": 3.0},
 }
 """Choices of credit that need figures of all ranks."""
@@ -40,7 +41,7 @@ def config(folder: Path, cell: str) -> RunConfig:
         inner_epochs=2,
         coin_groups=2,
         teacher_mix=0.3,
-        lm_coefficient=0.5,
+        **({} if credit == ["official"] else {"lm_coefficient": 0.5}),
         lm_batch=5,
         **(CREDIT[credit[0]] if credit else {}),
         optimiser={"lr": 3e-3, "schedule": "constant"},

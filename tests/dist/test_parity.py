@@ -73,7 +73,8 @@ def test_credit_from_the_rows_of_two_ranks_is_that_of_one_process(runs: Path, ce
 
 def test_ranks_stop_the_passes_over_a_rollout_together(runs: Path) -> None:
     """After as many updates as one process, which are fewer than there could be."""
-    one, two = (tiny.logged(runs / name) for name in (f"alone-{CREDIT[1]}", CREDIT[1]))
+    stopped = "zero2-replicated-grpo"
+    one, two = (tiny.logged(runs / name) for name in (f"alone-{stopped}", stopped))
     assert [line["update"] for line in one] == [line["update"] for line in two]
     assert one[-1]["update"] < 6 * len(one)
 

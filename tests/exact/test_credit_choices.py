@@ -17,7 +17,8 @@ from torch import Tensor
 
 from minillm import credit, ridge
 from minillm.advantages import RowNames, returns_of, targets_of
-from minillm.stage_config import MinillmStage, OptimiserConfig
+from minillm.stage_base import OptimiserConfig
+from minillm.stage_config import MinillmStage
 from minillm.types import PromptBatch, Rollout, Scored, Stop
 from tests.exact.tabular import (
     Enumeration,
@@ -98,7 +99,7 @@ def expected_pair(
         for pick in itertools.product(*[range(len(row.mask_NT)) for row in rows]):
             chance = chance_K[list(coins)].prod() * drawn_KN[0][fall[0], pick[0]] * drawn_KN[1][fall[1], pick[1]]
             scored = scored_rows(list(zip(rows, states, pick, strict=True)), heads_KT[fall])
-            targets = targets_of(scored, chosen, names=names, ranks=OneRank())  # type: ignore[arg-type]
+            targets = targets_of(scored, chosen, names=names, ranks=OneRank(), longest=length)  # type: ignore[arg-type]
             single_RT = targets.single_weight_BT
             for r, n in enumerate(pick):
                 share[r][n] += chance * (1.0 if single_RT is None else single_RT[r])
@@ -270,6 +271,11 @@ BIASED = {
     "length_norm": ({"length_norm": True}, 0.338335),
     "per_step": ({"teacher_mix": 0.2, "importance": "per_step"}, 0.099208),
     "coin": ({"teacher_mix": 0.2, "importance": "coin"}, 0.099208),
+    "present twice": ({"published": {"present_twice": True}}, 0.764793),
+    "divided by a count": ({"length_norm": True, "gamma": 0.9, "published": {"count_divisor": True}}, 0.362257),
+    "whitened over padding": ({"published": {"whiten_padding": True}}, 0.322847),
+    "rewards of half the size": ({"published": {"reward_scale": 2.0}}, 0.277559),
+    "rewards clipped": ({"published": {"reward_clip": 0.5}}, 0.392619),
     "truncated 1": ({"teacher_mix": 0.2, "importance": "truncated", "weight_cap": 1.0}, 0.089852),
 }
 """Relative error of the expected gradient, two rows of up to three tokens, recorded."""
@@ -282,6 +288,23 @@ def test_what_is_biased_says_so_and_by_how_much(name: str) -> None:
     assert chosen.bias_reasons(truncated=False, tempered=False)
     prompts = SIBLINGS if "samples_per_prompt" in settings else STRANGERS
     assert bias(chosen, prompts=prompts, length=2 if chosen.teacher_mix else LENGTH) == pytest.approx(want, abs=2e-6)
+
+
+def test_the_present_reward_counted_twice_adds_the_single_step_gradient() -> None:
+    """What the published code does: the exact gradient plus that of the single-step term once more (enumerated)."""
+    twice_D, want_D = expected_pair(stage(published={"present_twice": True}), prompts=STRANGERS)
+    single_D, _ = expected_pair(stage(gamma=0.0), prompts=STRANGERS)
+    assert_close(twice_D, want_D + single_D)
+    assert float(single_D.norm()) > 0.1 * float(want_D.norm())
+
+
+def test_a_weight_on_the_single_step_term_changes_no_expectation_but_the_numbers() -> None:
+    """Equation 5 against the code: E[w grad KL] = grad KL given the prefix, so only noise is added."""
+    plain = {"teacher_mix": 0.2, "importance": "per_step", "long_weight": 0.0}
+    how = {"prompts": STRANGERS, "length": 2}
+    with_D, _ = expected_pair(stage(**plain, published={"weight_on_single": True}), **how)  # type: ignore[arg-type]
+    without_D, _ = expected_pair(stage(**plain), **how)  # type: ignore[arg-type]
+    assert_close(with_D, without_D)
 
 
 def test_gamma_zero_leaves_the_single_step_term_alone() -> None:

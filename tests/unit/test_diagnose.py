@@ -30,7 +30,8 @@ from minillm.models import CausalLM, load
 from minillm.objectives import Minillm
 from minillm.preflight import check_pair, decoding_record, read_split
 from minillm.ranks import Ranks
-from minillm.stage_config import MinillmStage, OptimiserConfig
+from minillm.stage_base import OptimiserConfig
+from minillm.stage_config import MinillmStage
 from tests import tiny
 
 RANKS = Ranks(threads=1)

@@ -17,9 +17,9 @@ from minillm import distill
 from minillm.config import RunConfig
 from minillm.errors import DataError, RunExists
 from minillm.loop import Keep, Progressed, run_steps
-from minillm.objectives import Update
 from minillm.ranks import Ranks
 from minillm.store import RunFolder
+from minillm.updates import Update
 from tests import tiny
 
 

@@ -17,21 +17,23 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from minillm import objectives
+from minillm import objectives, updates
+from minillm.batches import example_batch
 from minillm.cards import Card
 from minillm.config import MinillmStage, SftStage
 from minillm.engines import Student, Teacher
 from minillm.errors import DataError
 from minillm.micro_batches import Limits
 from minillm.models import inspect, load
-from minillm.objectives import Ids, Minillm, Sft, lm_losses, rollout_inputs
+from minillm.objectives import Minillm, rollout_inputs
 from minillm.order import parts
 from minillm.preflight import require_rows
 from minillm.prompts import prepare
 from minillm.ranks import Ranks
+from minillm.references import Sft, lm_losses
 from minillm.rows import Row
 from minillm.stages import Start, run_stage
-from minillm.types import Decoding, Prompt, Rollout
+from minillm.types import Decoding, Ids, Prompt, Rollout
 from tests import tiny
 
 REAL, EOS = len(tiny.WORDS), tiny.WORDS.index(tiny.EOS)
@@ -259,8 +261,8 @@ def test_empty_micro_batches_that_keep_ranks_in_step_change_nothing(
 ) -> None:
     with minillm(**RICH, micro_batch=3) as plain, minillm(**RICH, micro_batch=3) as padded:
         want = plain.run(2)
-        cut = objectives.cut
-        monkeypatch.setattr(objectives, "cut", lambda *rows, **limits: [*cut(*rows, **limits), [], []])
+        cut = updates.cut
+        monkeypatch.setattr(updates, "cut", lambda *rows, **limits: [*cut(*rows, **limits), [], []])
         assert differences(want, padded.run(2)) == 0.0
 
 
@@ -634,6 +636,59 @@ def test_parts_of_a_pass_add_up_to_the_whole_rollout(pieces: int, minillm: Calla
     for mine, *of_parts in zip(want, *found, strict=True):
         total = sum(size * one for size, one in zip(sizes, of_parts, strict=True)) / 7
         torch.testing.assert_close(total, mine, rtol=1e-4, atol=1e-6)
+
+
+def test_a_mean_over_tokens_is_the_sum_over_sequences_but_for_its_size(minillm: Callable[..., Work]) -> None:
+    """O8: for one rollout the two losses differ by (sequences x constant) / tokens; however it is cut."""
+    with minillm() as plain, minillm(published={"token_mean": True}) as mean:
+        (one, *_), _ = plain.run(1)
+        (other, *_), _ = mean.run(1)
+        with minillm(published={"token_mean": True}, micro_batch=2) as cut:
+            (again, *_), _ = cut.run(1)
+    size = 7 * LONGEST / one["tokens"]
+    for name in ("single_loss", "long_loss", "loss"):
+        assert other[name] == pytest.approx(size * one[name], rel=1e-5, abs=1e-7)
+        assert again[name] == pytest.approx(other[name], rel=1e-5, abs=1e-7)
+    assert abs(size - 1) > 0.05
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_the_teachers_share_of_the_anchor_is_forward_kl(share: float, minillm: Callable[..., Work]) -> None:
+    """O9: beside 1 - share of the cross-entropy; at 1 the references' own ids play no part in the gradient."""
+    zero = {"single_weight": 0.0, "long_weight": 0.0, "lm_batch": 5}
+    with minillm(**zero, lm_coefficient=1.0, lm_teacher_share=share, micro_batch=2) as work:
+        collected, _ = work.objective.collect(0, work.student)
+        with work.objective.learning(collected, work.student) as (update,):
+            got = work.gradients(update.losses)
+        rows, teacher, root = collected.anchor, work.objective._teacher, work.student.root
+        batch = example_batch(rows, pad_id=IDS.pad, device=RANKS.device)
+        before_BL = batch.target_BL.roll(-1, dims=1)
+
+        def logits(of: Any) -> Tensor:
+            states_BLH = of("read", ids_BL=batch.ids_BL, mask_BL=batch.mask_BL)
+            found: Tensor = of("logits", hidden_NH=states_BLH[before_BL])
+            return found
+
+        logq_NV = logits(root).log_softmax(-1)
+        p_NV = logits(teacher.root).softmax(-1).detach()
+        ids_N = batch.ids_BL[batch.target_BL]
+        hard_N = -logq_NV.gather(1, ids_N[:, None])[:, 0]
+        loss = ((1 - share) * hard_N - share * (p_NV * logq_NV).sum(-1)).mean()
+        for mine, want in zip(got, torch.autograd.grad(loss, list(root.parameters())), strict=True):
+            torch.testing.assert_close(mine, want, rtol=1e-4, atol=1e-6)
+
+
+def test_rewards_may_ignore_the_temperature(minillm: Callable[..., Work]) -> None:
+    """O11: only rewards change, and only where the temperature is not 1."""
+    for decoding, same in ((PLAIN, True), (dataclasses.replace(PLAIN, temperature=0.7), False)):
+        found = []
+        for switch in (False, True):
+            changes = {"future": "sampled", "published": {"untempered_reward": switch}, "teacher_mix": 0.0}
+            with minillm(**changes, decoding=decoding) as work:
+                collected, _ = work.objective.collect(0, work.student)
+                found.append(collected.targets)
+        assert torch.equal(found[0].scored.logp_BT, found[1].scored.logp_BT)
+        assert torch.equal(found[0].advantage_BT, found[1].advantage_BT) is same
 
 
 def test_every_pass_deals_the_rows_anew() -> None:

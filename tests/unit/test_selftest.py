@@ -135,7 +135,7 @@ def kept_by_id(plain: Any) -> Any:
 
 
 def own_sequences(plain: Any) -> Any:
-    return lambda self, rows, *a, sequences, **k: plain(self, rows, *a, sequences=len(rows), **k)
+    return lambda self, rows, *a, shared, **k: plain(self, rows, *a, shared=shared * (1 + len(rows)), **k)
 
 
 def other_credit(plain: Any) -> Any:
@@ -234,7 +234,7 @@ CONTROLS: dict[str, tuple[str, Wrap]] = {
     ),
     "decoding: share 1 is the teacher alone": (
         "minillm.decode:_mix",
-        lambda plain: lambda asked, taught, *, decoding: plain(asked, [], decoding=decoding),
+        lambda plain: lambda asked, taught, **how: plain(asked, [], **how),
     ),
     "decoding: responses, chi-square": (
         "minillm.decode:uniforms",

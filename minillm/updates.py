@@ -1,0 +1,74 @@
+"""What an objective hands to the loop: optimiser steps as lists of micro-batch losses, and sums over all ranks.
+
+Legend: B rows, L positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from minillm.engines import Student
+from minillm.micro_batches import Limits, cut
+from minillm.ranks import Ranks
+from minillm.stage_config import MinillmStage, SftStage
+
+Loss = Callable[[], Tensor]
+
+
+@dataclass(slots=True)
+class Sums:
+    """Sums over this rank's tokens or rows, added up over micro-batches and then over ranks."""
+
+    values: dict[str, float] = field(default_factory=dict)
+
+    def add(self, **more: float | Tensor) -> None:
+        """Adds each named value to its sum."""
+        for name, value in more.items():
+            self.values[name] = self.values.get(name, 0.0) + float(value)
+
+    def over_ranks(self, ranks: Ranks) -> dict[str, float]:
+        """The sums of all ranks; each rank must have added the same names."""
+        names = sorted(self.values)
+        return dict(zip(names, ranks.sum([self.values[name] for name in names]).tolist(), strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One optimiser step: its micro-batch losses, and the figures that exist once they have run."""
+
+    losses: Sequence[Loss]
+    figures: Callable[[], dict[str, float]]
+
+
+class Objective(Protocol):
+    """What the loop needs of an objective."""
+
+    def collect(self, step: int, student: Student) -> tuple[Any, dict[str, float]]:
+        """Everything before learning, and figures for the log."""
+
+    def learning(self, collected: Any, student: Student) -> AbstractContextManager[Iterable[Update]]:
+        """The optimiser steps of one loop step, in order, each asked for when the one before is made; what they share
+        (a gathered head) lives as long as the block."""
+
+
+def in_step(lengths: Sequence[int], *, limits: Limits, student: Student, ranks: Ranks) -> list[list[int]]:
+    """This rank's rows, by index, in micro-batches: as many on every rank as the one with the most needs, since each
+    forward and backward pass of a sharded model is made by all of them together; the last ones may be empty."""
+    cuts = cut(lengths, limits=limits, reads=None if student.root.packs == "no" else student.root.reads)
+    return cuts + [[] for _ in range(ranks.most(len(cuts)) - len(cuts))]
+
+
+def limits_of(stage: SftStage | MinillmStage) -> Limits:
+    return Limits(rows=stage.micro_batch, places=stage.micro_tokens)
+
+
+def nobody(device: torch.device) -> dict[str, Tensor]:
+    """Inputs of a forward over a dummy row of which no token is predicted: its loss is a 0 with a gradient of 0."""
+    ids_BL = torch.zeros((1, 2), dtype=torch.long, device=device)
+    return {"ids_BL": ids_BL, "mask_BL": ids_BL == 0, "predict_BL": ids_BL != 0}
