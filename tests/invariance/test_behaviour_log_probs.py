@@ -31,6 +31,7 @@ from minillm.probes import probe_packing
 from minillm.ranks import Ranks
 from minillm.scoring import HeadWeights
 from minillm.types import Decoding, Ids, Prompt, Rollout
+from minillm.updates import in_step, limits_of
 from tests import tiny
 
 REAL = len(tiny.WORDS)
@@ -120,9 +121,9 @@ class Case:
         assert all(loss.requires_grad for loss in losses)
         # Tokens come micro-batch by micro-batch, row by row.
         length_B = self.rollout.prompts.mask_BP.sum(dim=1) + self.rollout.length_B
-        cuts = objectives.in_step(
+        cuts = in_step(
             length_B.tolist(),
-            limits=objectives._limits(self.objective._stage),
+            limits=limits_of(self.objective._stage),
             student=self.student,
             ranks=RANKS,  # type: ignore[arg-type]
         )
