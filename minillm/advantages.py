@@ -59,6 +59,7 @@ def targets_of(
     """
     if stage.published.half_log_probs:
         scored = _halved(scored)
+        reward_logp_BT = None if reward_logp_BT is None else reward_logp_BT.half().to(reward_logp_BT.dtype)
     mask_BT = scored.rollout.mask_BT
     weight_BT = importance_weights(
         stage.importance,

@@ -30,8 +30,8 @@ class AlarmsConfig(Settings):
     """Mean length below this multiple of the start's."""
     long: AlarmConfig | None = AlarmConfig(limit=3.0)
     """Mean length above this multiple of the start's."""
-    repetition: AlarmConfig | None = AlarmConfig(limit=0.3)
-    """Share of responses with a repeated 3-gram above the start's by more than this."""
+    repetition: AlarmConfig | None = AlarmConfig(limit=0.2)
+    """Share of tokens that complete a 3-gram which stands earlier in the response: more than this above the start's."""
     cut_share: AlarmConfig | None = AlarmConfig(limit=0.95)
     """Share of responses that reach the limit above this."""
     teacher_mass: AlarmConfig | None = AlarmConfig(limit=0.01)

@@ -50,7 +50,7 @@ WATCHES: dict[str, Watch] = {
         "responses grow, often by repetition; raise teacher_mix, lower long_weight, or see samples of the validation",
     ),
     "repetition": Watch(
-        "repetition_3", "above_start_by",
+        "repeated_tokens", "above_start_by",
         "responses repeat themselves; raise teacher_mix, lower long_weight, or set repetition_weight",
     ),
     "cut_share": Watch(

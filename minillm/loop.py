@@ -116,11 +116,14 @@ def run_steps(
 
 
 def _ends(raised: Sequence[Raised], done: Progressed, *, stage: str) -> bool:
-    """Whether an alarm ends the stage with the best student so far; raises ``Alarmed`` where one ends the run."""
+    """Whether an alarm ends the stage with the best student so far; raises ``Alarmed`` where one ends the run, as a
+    rollback does while no validation has found a student to go back to."""
     actions = {one.action for one in raised}
     if "stop" in actions:
         raise Alarmed(f"stage {stage} stopped at step {done.step}: an alarm rang whose action is stop")
-    return "rollback" in actions and done.best is not None
+    if "rollback" in actions and done.best is None:
+        raise Alarmed(f"stage {stage} stopped at step {done.step}: an alarm rang, and no student is known to be better")
+    return "rollback" in actions
 
 
 def _place(stage: str, done: Progressed, student: Student) -> dict[str, Any]:

@@ -250,6 +250,7 @@ class Minillm:
     def _rollout_figures(self, targets: Targets, sequences: int) -> dict[str, float]:
         scored = targets.scored
         rollout, mask_BT = scored.rollout, scored.rollout.mask_BT
+        again_BT = repetition_rewards(rollout.response_BT, mask_BT, ngram=_SHOWN_NGRAM)
         sums = Sums()
         sums.add(
             tokens=mask_BT.sum(),
@@ -259,7 +260,8 @@ class Minillm:
             mass=torch.where(mask_BT, scored.logp_BT.exp(), 0.0).sum(),
             leak=_leaks(targets),
             cut=sum(stop is Stop.LENGTH for stop in rollout.stop_B),
-            repeating=repetition_rewards(rollout.response_BT, mask_BT, ngram=_SHOWN_NGRAM).any(dim=1).sum(),
+            repeating=again_BT.any(dim=1).sum(),
+            again=again_BT.sum(),
             weight=targets.importance_BT.sum(),
             weight_square=targets.importance_BT.square().sum(),
             teacher_forwards=rollout.teacher_forwards,
@@ -276,6 +278,7 @@ class Minillm:
             "cut_share": total["cut"] / sequences,
             "teacher_mass": total["mass"] / tokens,
             "padding_leak": total["leak"],
+            "repeated_tokens": total["again"] / tokens,
             f"repetition_{_SHOWN_NGRAM}": total["repeating"] / sequences,
             "advantage_std": (total["square"] / tokens) ** 0.5,
             "importance_ess": total["weight"] ** 2 / max(tokens * total["weight_square"], 1e-30),

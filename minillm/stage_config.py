@@ -20,6 +20,8 @@ BY_TOKEN = {"per_step", "per_decision", "truncated"}
 as its baseline."""
 CHAINED = {"per_decision", "truncated"}
 """Importance weights that are multiplied along the response."""
+_PLENTY = 20.0
+"""Nats within which products of weights are held: what is cut beyond the default could not be averaged anyway."""
 _WITHIN_GROUP = {"leave_one_out", "group_mean", "grpo"}
 """Baselines made of the samples of one prompt."""
 
@@ -173,13 +175,20 @@ class MinillmStage(BaseStage):
             "per_step weights": mixed and self.importance == "per_step",
             "truncated weights": mixed and self.importance == "truncated",
             "teacher mixing weighs the token only, not the prefix": mixed and self.importance not in CHAINED,
+            f"products of weights held within e^{self.max_log_ratio:g}": (
+                mixed and self.importance in CHAINED and self.max_log_ratio < _PLENTY
+            ),
             f"discount {self.gamma:g}": long and self.gamma < 1,
             f"horizon of {self.horizon} tokens": long and self.horizon is not None,
             f"baseline {self.baseline}, which holds the row itself": long and self.baseline in {"group_mean", "grpo"},
             "whitening": long and self.whiten != "none",
             "length normalisation": long and self.length_norm,
             "repetition reward: another objective": long and self.repetition_weight > 0,
-            **{f"published.{name}": long or name == "token_mean" for name in self.published.named()},
+            **{
+                f"published.{name}": long or name == "token_mean"
+                for name in self.published.named()
+                if name != "weight_on_single"  # noise, and no bias (enumerated)
+            },
             "several updates on a rollout": self.updates_per_step > 1,
             # Without the single-step term returns hold the present token, which is the plain policy gradient.
             "single-step and long-horizon terms weighted differently": 0 < self.single_weight != self.long_weight,
@@ -196,8 +205,8 @@ class MinillmStage(BaseStage):
         if not isinstance(values, dict) or values.get("estimator") != "official":
             return values
         own = values.get("published", {})
-        if isinstance(own, PublishedConfig):  # settings that were resolved before
-            return values
+        if isinstance(own, PublishedConfig):
+            own = own.model_dump(exclude_unset=True)
         published = {**OFFICIAL["published"], **own} if isinstance(own, dict) else own
         return {**OFFICIAL, **values, "published": published}
 
@@ -246,6 +255,12 @@ def _check_published(stage: MinillmStage) -> None:
         raise UnsupportedCombination(
             "published.present_twice with single_weight 0 or baseline 'grpo': the present token is there already; "
             "leave it out"
+        )
+    sampled = stage.future == "sampled" or stage.single_weight == 0 or stage.published.present_twice
+    if not sampled and (stage.published.reward_clip is not None or stage.published.untempered_reward):
+        raise UnsupportedCombination(
+            "published.reward_clip or untempered_reward with future 'expected': both are of sampled rewards, and "
+            "there are none; set future: sampled, or leave them out"
         )
     if stage.lm_teacher_share > 0 and stage.lm_coefficient == 0:
         raise UnsupportedCombination(

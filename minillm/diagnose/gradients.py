@@ -19,6 +19,7 @@ from minillm.diagnose.names import Estimator
 from minillm.diagnose.scores import token_scores
 from minillm.engines import Teacher
 from minillm.objectives import Minillm
+from minillm.published import PublishedConfig
 from minillm.ranks import Ranks
 from minillm.stage_config import MinillmStage
 from minillm.types import Decoding, Ids, Prompt, Targets
@@ -49,7 +50,9 @@ def stage_of_draws(stage: MinillmStage, *, prompts: int, samples: int) -> Minill
     """The stage whose rollouts are measured: each is one half, and no two prompts share coins."""
     changes = {
         "prompts": prompts, "samples_per_prompt": samples, "coin_groups": _groups(stage, prompts), "baseline": "none",
-        "lm_coefficient": 0.0, "lm_batch": 0, "inner_epochs": 1, "inner_batches": 1, "inner_kl": None,
+        "estimator": "exact", "published": PublishedConfig(), "repetition_weight": 0.0,
+        "lm_coefficient": 0.0, "lm_batch": 0, "lm_teacher_share": 0.0, "inner_epochs": 1, "inner_batches": 1,
+        "inner_kl": None,
         "dual_clip": None,
     }  # fmt: skip
     return MinillmStage(**{**stage.model_dump(), **changes})
@@ -99,7 +102,9 @@ def draw(
             targets = targets_of(scored, each.stage, names=names, ranks=ranks, longest=decoding.max_new_tokens)
             # The loss has minus the credit.
             of_names[each.name].append(summed(-_credit_N(targets)[:, None] * scores.score_NJ))
-        single.append(summed(scores.single_NJ))
+        weight_BT = collected.targets.single_weight_BT  # every choice here has the stage's importance weights
+        weight_N = None if weight_BT is None else weight_BT[scored.rollout.mask_BT]
+        single.append(summed(scores.single_NJ if weight_N is None else weight_N[:, None] * scores.single_NJ))
         sums += _sums(collected.targets, clip=stage.clip or 0.0, tokens=figures["tokens"], ranks=ranks)
         told(half)
     weight, square, outside, tokens, kl = sums.tolist()

@@ -46,15 +46,40 @@ def mean_product(one: Lots, other: Lots) -> float:
     return float((all_pairs_J - (x_MJ * y_MJ).sum(dim=0)).mean()) / (prompts * (prompts - 1))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What one update averages over."""
+
+    prompts: float
+    samples: int
+    """Of each prompt."""
+
+    @property
+    def responses(self) -> float:
+        """In all."""
+        return self.prompts * self.samples
+
+    def noise(self, one: Lots, other: Lots) -> float:
+        """Covariance of two gradients averaged over so much: prompts differ, and samples of a prompt do."""
+        between, within = spread(one, other)
+        return between / self.prompts + within / self.responses
+
+
 def covariance(one: Lots, other: Lots) -> float:
     """Covariance of one sample's gradients, of a prompt drawn at random, summed over parameters."""
+    between, within = spread(one, other)
+    return between + within
+
+
+def spread(one: Lots, other: Lots) -> tuple[float, float]:
+    """That covariance in two parts: of prompts' expected gradients, and of one sample's around its prompt's."""
     x_MJ, y_MJ = one.mean_MJ, other.mean_MJ
     prompts = len(x_MJ)
-    between = float(((x_MJ - x_MJ.mean(dim=0)) * (y_MJ - y_MJ.mean(dim=0))).sum(dim=0).mean()) / (prompts - 1)
+    of_means = float(((x_MJ - x_MJ.mean(dim=0)) * (y_MJ - y_MJ.mean(dim=0))).sum(dim=0).mean()) / (prompts - 1)
     apart_x_MJ, apart_y_MJ = (of.value_HMJ[0] - of.value_HMJ[1] for of in (one, other))
     # Of the mean of a lot's samples; the means of both lots hold half of it, one sample all of it ``samples`` times.
     within = float((apart_x_MJ * apart_y_MJ).mean()) / 2.0
-    return between - within / 2.0 + one.samples * within
+    return of_means - within / 2.0, one.samples * within
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,20 +142,20 @@ def figures_of(
     reference: str,
     twins: Mapping[str, str],
     keeps: Mapping[str, bool],
-    budget: int,
+    budget: Budget,
     tokens_per_sample: float,
     seed: int,
 ) -> Whole:
-    """Figures of every choice; ``budget`` samples make one update."""
+    """Figures of every choice; ``budget`` is one update's."""
     first = lots[reference]
     target = lots[min((name for name in lots if keeps[name]), key=lambda name: covariance(lots[name], lots[name]))]
     scale = _whole_scale(single, target, budget=budget)
     resample_RM = _resamples(len(first.mean_MJ), seed=seed)
-    signal, noise = mean_product(first, first), covariance(first, first)
-    single_signal = mean_product(single, single)
+    signal, noise = _told(first), covariance(first, first)
+    single_signal = _told(single)
     choices = {}
     for name, of in lots.items():
-        mine, total = mean_product(of, of), covariance(of, of)
+        mine, told, total = mean_product(of, of), _told(of), covariance(of, of)
         apart = Lots(value_HMJ=of.value_HMJ - first.value_HMJ, samples=of.samples)
         weight = _best_weight(of, single, target, budget=budget)
         error, at_one = (
@@ -143,18 +168,18 @@ def figures_of(
             total=total / noise,
             snr=mine / total,
             snr_error=_length_error(of) / total,
-            bias_squared=None if signal <= 0 else mean_product(apart, apart) / signal,
-            bias_squared_error=None if signal <= 0 else _length_error(apart) / signal,
-            cosine=None if min(signal, mine) <= 0 else _clamped(mean_product(of, first) / math.sqrt(signal * mine)),
-            tokens_for_half=None if mine <= 0 else 4.0 * total / mine * tokens_per_sample,
+            bias_squared=None if signal is None else mean_product(apart, apart) / signal,
+            bias_squared_error=None if signal is None else _length_error(apart) / signal,
+            cosine=None if signal is None or told is None else _cosine(of, first),
+            tokens_for_half=None if told is None else 4.0 * total / told * tokens_per_sample,
             keeps_expectation=keeps[name],
             weight=weight,
             error=error,
             error_at_one=at_one,
         )
     return Whole(
-        single_length=math.sqrt(single_signal) if single_signal > 0 else None,
-        long_over_single=math.sqrt(signal / single_signal) if min(signal, single_signal) > 0 else None,
+        single_length=None if single_signal is None else math.sqrt(single_signal),
+        long_over_single=None if signal is None or single_signal is None else math.sqrt(signal / single_signal),
         single_variance=covariance(single, single) / noise,
         heaviest_share=_heaviest(first.within_M()),
         error_single_alone=_squared_error(target, single, target, weight=0.0, budget=budget) / scale,
@@ -185,30 +210,37 @@ def _length_error(of: Lots) -> float:
     return float(((prompts - 1) / prompts * (without_M - without_M.mean()).square().sum()).sqrt())
 
 
-def _squared_error(of: Lots, single: Lots, target: Lots, *, weight: float, budget: int) -> float:
+def _squared_error(of: Lots, single: Lots, target: Lots, *, weight: float, budget: Budget) -> float:
     """Mean squared error of ``single + weight * of`` from ``budget`` samples, for ``single + target`` expected."""
     made = Lots(value_HMJ=single.value_HMJ + weight * of.value_HMJ, samples=of.samples)
     off = Lots(value_HMJ=weight * of.value_HMJ - target.value_HMJ, samples=of.samples)
-    return max(0.0, mean_product(off, off)) + covariance(made, made) / budget
+    return max(0.0, mean_product(off, off)) + budget.noise(made, made)
 
 
-def _best_weight(of: Lots, single: Lots, target: Lots, *, budget: int) -> float:
+def _best_weight(of: Lots, single: Lots, target: Lots, *, budget: Budget) -> float:
     """The weight at which that error, a parabola, is least."""
-    curve = max(0.0, mean_product(of, of)) + covariance(of, of) / budget
-    slope = mean_product(of, target) - covariance(single, of) / budget
+    curve = max(0.0, mean_product(of, of)) + budget.noise(of, of)
+    slope = mean_product(of, target) - budget.noise(single, of)
     return min(MOST_WEIGHT, max(0.0, slope / curve)) if curve > 0 else 0.0
 
 
-def _whole_scale(single: Lots, target: Lots, *, budget: int) -> float:
+def _whole_scale(single: Lots, target: Lots, *, budget: Budget) -> float:
     whole = Lots(value_HMJ=single.value_HMJ + target.value_HMJ, samples=single.samples)
     length = mean_product(whole, whole)
-    return length if length > 0 else covariance(whole, whole) / budget
+    return length if length > 0 else budget.noise(whole, whole)
 
 
-def _clamped(cosine: float) -> float:
-    return max(-1.0, min(1.0, cosine))
+def _told(of: Lots) -> float | None:
+    """The squared length of the expected gradient, where it is more than two standard errors from 0."""
+    square = mean_product(of, of)
+    return square if square > 2.0 * _length_error(of) else None
+
+
+def _cosine(one: Lots, other: Lots) -> float:
+    lengths = math.sqrt(mean_product(one, one) * mean_product(other, other))
+    return max(-1.0, min(1.0, mean_product(one, other) / lengths))
 
 
 def _heaviest(within_M: Tensor) -> float:
-    most = max(1, len(within_M) // 20)
+    most = len(within_M) // 20  # of fewer than 20 prompts nothing is said
     return float(within_M.sort(descending=True).values[:most].sum() / within_M.sum())

@@ -77,6 +77,9 @@ def chosen(names: Sequence[str], stage: MinillmStage) -> tuple[list[Estimator], 
     refused: list[str] = []
     for name in [REFERENCE, *names]:
         changes = changes_of(name)
+        if changes["gamma"] == 0.0:
+            refused.append(f"left out: {name}: with a discount of 0 there is no long-horizon term to measure")
+            continue
         try:
             made = Estimator(name=name, stage=MinillmStage(**{**stage.model_dump(), **changes}))
         except ConfigError as error:

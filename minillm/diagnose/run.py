@@ -10,7 +10,7 @@ import torch
 from minillm.bare_student import BareStudent
 from minillm.config import RunConfig
 from minillm.diagnose.gradients import HALVES, Drawn, draw, stage_of_draws
-from minillm.diagnose.measure import Whole, figures_of
+from minillm.diagnose.measure import Budget, Whole, figures_of
 from minillm.diagnose.names import REFERENCE, Estimator, chosen, name_of
 from minillm.errors import ConfigError, DataError
 from minillm.models import CausalLM, load
@@ -42,8 +42,8 @@ class Diagnosis:
 
     stage: MinillmStage
     sizes: Sizes
-    budget: int
-    """Responses of one update of the run."""
+    budget: Budget
+    """Of one update of the run."""
     left_out: tuple[str, ...]
     drawn: Drawn
     whole: Whole
@@ -60,6 +60,8 @@ def diagnose(
     """
     stage = _first_minillm(config)
     _check_sizes(sizes)
+    if config.decoding.max_new_tokens < 2:
+        raise ConfigError("decoding.max_new_tokens 1: a response of one token has nothing ahead of it to measure")
     drawing = stage_of_draws(stage, prompts=sizes.prompts, samples=sizes.samples // HALVES)
     estimators, left_out = chosen([*names, name_of(stage)], drawing)
     pair = check_pair(config)
@@ -69,8 +71,11 @@ def diagnose(
         raise DataError(
             f"{split.source}: {len(split.prompts)} prompts, and --prompts wants {sizes.prompts}; give it fewer"
         )
+    budget = Budget(prompts=stage.prompts / stage.inner_batches, samples=stage.samples_per_prompt)
     ranks = Ranks(threads=config.threads)
     tell = say if ranks.first else lambda line: None
+    if stage.published.named() or stage.repetition_weight > 0 or stage.lm_coefficient > 0:
+        left_out.append("left out of this: published.*, the cost of repetition, the language-model loss")
     for line in (*split.words, *left_out):
         tell(line)
     order = GlobalOrder(len(split.prompts), sizes.seed, "diagnose")
@@ -86,12 +91,12 @@ def diagnose(
     finally:
         teacher.close()
     return Diagnosis(
-        stage=stage, sizes=sizes, budget=stage.rows_per_step, left_out=tuple(left_out), drawn=drawn,
-        whole=_whole(drawn, estimators, budget=stage.rows_per_step, seed=sizes.seed),
+        stage=stage, sizes=sizes, budget=budget, left_out=tuple(left_out), drawn=drawn,
+        whole=_whole(drawn, estimators, budget=budget, seed=sizes.seed),
     )  # fmt: skip
 
 
-def _whole(drawn: Drawn, estimators: Sequence[Estimator], *, budget: int, seed: int) -> Whole:
+def _whole(drawn: Drawn, estimators: Sequence[Estimator], *, budget: Budget, seed: int) -> Whole:
     reference = next(each.stage for each in estimators if each.name == REFERENCE)
     return figures_of(
         drawn.lots,

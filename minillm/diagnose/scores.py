@@ -49,14 +49,15 @@ def token_scores(
     """Derivatives along ``directions`` random directions, the same for a seed on every rank and at every call."""
     numbers = _Numbers(root)
     params = {name: parameter.detach() for name, parameter in numbers.named_parameters()}
-    batches = [
-        _inputs(rollout, rows, teacher_head=teacher_head, temperature=temperature)
-        for rows in _row_batches(rollout, vocabulary=root.head.real_ids)
-    ]
+    heads = int(getattr(root.backbone.config, "num_attention_heads", None) or 1)
+    batches = list(_row_batches(rollout, vocabulary=root.head.real_ids, heads=heads))
     columns: list[tuple[list[Tensor], list[Tensor]]] = []
     for number in range(directions):
         tangent = direction(params, seed=seed, number=number)
-        parts = [_derivatives(numbers, params, tangent, inputs) for inputs in batches]
+        parts = []
+        for rows in batches:  # the teacher's logits of one batch at a time
+            inputs = _inputs(rollout, rows, teacher_head=teacher_head, temperature=temperature)
+            parts.append(_derivatives(numbers, params, tangent, inputs))
         columns.append(([score for score, _ in parts], [single for _, single in parts]))
     empty_N = next(iter(params.values())).new_zeros(0)
     score, single = (
@@ -119,16 +120,18 @@ def _inputs(rollout: Rollout, rows: Sequence[int], *, teacher_head: HeadWeights,
     return {**rollout_inputs(rollout, rows), "logp_NV": logp_NV, "support_NV": support_NV, "temperature": temperature}
 
 
-def _row_batches(rollout: Rollout, *, vocabulary: int) -> Iterator[list[int]]:
-    """Rows in their order, as many at once as memory allows."""
-    most = max(1, WORKING_BYTES // (4 * _TENSORS * vocabulary))
+def _row_batches(rollout: Rollout, *, vocabulary: int, heads: int) -> Iterator[list[int]]:
+    """Rows in their order, as many at once as memory allows: logits of response tokens, and whole attention weights."""
+    most = WORKING_BYTES // (4 * _TENSORS)
+    prompt_B = rollout.prompts.mask_BP.sum(dim=1).tolist()
     rows: list[int] = []
-    tokens = 0
-    for row, length in enumerate(rollout.length_B.tolist()):
-        if rows and tokens + length > most:
+    numbers = 0
+    for row, (prompt, length) in enumerate(zip(prompt_B, rollout.length_B.tolist(), strict=True)):
+        wanted = length * vocabulary + heads * (prompt + length) ** 2
+        if rows and numbers + wanted > most:
             yield rows
-            rows, tokens = [], 0
+            rows, numbers = [], 0
         rows.append(row)
-        tokens += length
+        numbers += wanted
     if rows:
         yield rows

@@ -51,7 +51,8 @@ def as_json(diagnosis: Diagnosis) -> dict[str, Any]:
             "outside_clip": drawn.outside_clip, "reverse_kl": drawn.reverse_kl,
             "heaviest_twentieth": whole.heaviest_share,
         },
-        "budget": diagnosis.budget, "left_out": list(diagnosis.left_out), "sizes": dataclasses.asdict(diagnosis.sizes),
+        "budget": diagnosis.budget.responses, "left_out": list(diagnosis.left_out),
+        "sizes": dataclasses.asdict(diagnosis.sizes),
         "stage": diagnosis.stage.model_dump(mode="json"),
     }  # fmt: skip
 
@@ -85,7 +86,7 @@ error: least mean squared error of the whole gradient at your number of
 
 def advice(diagnosis: Diagnosis) -> list[str]:
     """What the figures say, a sentence each."""
-    whole, drawn, budget = diagnosis.whole, diagnosis.drawn, diagnosis.budget
+    whole, drawn, budget = diagnosis.whole, diagnosis.drawn, diagnosis.budget.responses
     name, figures = best(diagnosis)
     low, high = figures.interval
     kept = f"{figures.variance:.2f} ({low:.2f}–{high:.2f})"
@@ -97,14 +98,14 @@ def advice(diagnosis: Diagnosis) -> list[str]:
     if reference.snr > 2 * reference.snr_error:
         noise = math.sqrt(1.0 / (reference.snr * budget))
         lines.append(
-            f"With {budget} responses an update the standard error of the paper's long-horizon gradient is {noise:.1f} "
-            "times its length."
+            f"With {budget:g} responses an update the standard error of the paper's long-horizon gradient is "
+            f"{noise:.1f} times its length."
         )
     else:
         lines.append("The expected long-horizon gradient cannot be told from 0 with this many prompts.")
     wise, of = least_error(diagnosis)
     lines.append(
-        f"Least squared error at {budget} responses an update: {wise} with long_weight about {of.weight:.2g} "
+        f"Least squared error at {budget:g} responses an update: {wise} with long_weight about {of.weight:.2g} "
         f"({of.error:.2f}; at weight 1 {of.error_at_one:.2f}, the single-step term alone "
         f"{whole.error_single_alone:.2f})."
     )

@@ -72,7 +72,7 @@ def published_credit(of: Scored, *, alpha: float, reward_logp_BT: Tensor) -> tup
         reward = []
         for t in range(length):
             q, p = half(float(of.logq_BT[b, t])), half(float(of.logp_BT[b, t]))
-            reward.append(max(-100.0, min(100.0, (float(reward_logp_BT[b, t]) - q) / 0.5)))
+            reward.append(max(-100.0, min(100.0, (half(float(reward_logp_BT[b, t])) - q) / 0.5)))
             weight_BT[b, t] = math.exp(q) / ((1 - alpha) * math.exp(q) + alpha * math.exp(p))
         later = 0.0
         for t in reversed(range(length)):
@@ -159,6 +159,8 @@ def test_official_fills_in_what_the_file_does_not_say() -> None:
     )
     assert (chosen.gamma, chosen.future, chosen.importance, chosen.inner_epochs) == (1.0, "sampled", "per_step", 4)
     assert chosen.published.whiten_padding and not chosen.published.token_mean and chosen.lm_coefficient == 0.0
+    object_too = stage(estimator="official", published=PublishedConfig(token_mean=False))
+    assert object_too.gamma == 0.95 and object_too.published == chosen.published
     again = MinillmStage(**chosen.model_dump())
     assert again == chosen and MinillmStage(**dict(chosen)) == chosen
     assert stage().published == PublishedConfig() and stage().published.named() == []
@@ -182,6 +184,7 @@ def test_every_deviation_is_named_as_a_bias() -> None:
         ({"published": {"whiten_padding": True}, "whiten": "masked"}, "scaled twice"),
         ({"published": {"present_twice": True}, "single_weight": 0.0}, "is there already"),
         ({"lm_teacher_share": 0.5}, "there is no such loss"),
+        ({"published": {"reward_clip": 1.0}}, "sampled rewards"),
     ],
 )
 def test_what_would_change_nothing_is_refused(changes: dict[str, Any], words: str) -> None:

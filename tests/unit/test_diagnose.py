@@ -20,7 +20,7 @@ from minillm.config import RunConfig, dump_config
 from minillm.diagnose import gradients, scores, words
 from minillm.diagnose.command import run
 from minillm.diagnose.gradients import Drawn, draw, stage_of_draws
-from minillm.diagnose.measure import Lots, covariance, figures_of, mean_product
+from minillm.diagnose.measure import Budget, Lots, covariance, figures_of, mean_product, spread
 from minillm.diagnose.names import DEFAULTS, REFERENCE, changes_of, chosen, name_of
 from minillm.diagnose.run import Diagnosis, Sizes, diagnose
 from minillm.diagnose.scores import direction, token_scores
@@ -216,7 +216,11 @@ def test_estimates_have_the_right_means() -> None:
     length = torch.tensor([mean_product(one, one) for one in lots])
     total = torch.tensor([covariance(one, one) for one in lots])
     within = torch.tensor([float(one.within_M().mean()) for one in lots])
-    for found, want in ((length, (0.5**2 + 0.25**2) / 2), (total, 0.7**2 + 9.0), (within, 9.0)):
+    parts = torch.tensor([spread(one, one) for one in lots])
+    for found, want in (
+        (length, (0.5**2 + 0.25**2) / 2), (total, 0.7**2 + 9.0), (within, 9.0),
+        (parts[:, 0], 0.7**2), (parts[:, 1], 9.0),
+    ):  # fmt: skip
         error = float(found.std() / len(found) ** 0.5)
         assert abs(float(found.mean()) - want) < 4 * error and error < 0.1
     # Negative control: the square of the mean counts noise as length.
@@ -236,7 +240,8 @@ def test_figures_of_scaled_and_shifted_lots() -> None:
     }
     whole = figures_of(
         lots, single, reference="sampled", twins=dict.fromkeys(lots, "sampled"),
-        keeps={"sampled": True, "twice": False, "shifted": False}, budget=50, tokens_per_sample=3.0, seed=0,
+        keeps={"sampled": True, "twice": False, "shifted": False},
+        budget=Budget(prompts=25.0, samples=2), tokens_per_sample=3.0, seed=0,
     )  # fmt: skip
     same, twice, shifted = (whole.choices[name] for name in lots)
     assert (same.variance, same.bias_squared, same.interval) == (1.0, 0.0, (1.0, 1.0))
@@ -252,10 +257,10 @@ def test_the_best_weight_is_the_best_of_many() -> None:
     from minillm.diagnose.measure import _best_weight, _squared_error
 
     (one,), (other,), (single,) = (random_lots(seed, prompts=2000) for seed in (3, 4, 5))
-    weight = _best_weight(one, single, other, budget=20)
+    weight = _best_weight(one, single, other, budget=Budget(prompts=20.0, samples=1))
 
     def error(at: float) -> float:
-        return _squared_error(one, single, other, weight=at, budget=20)
+        return _squared_error(one, single, other, weight=at, budget=Budget(prompts=20.0, samples=1))
 
     assert all(error(weight) <= error(weight + off) + 1e-12 for off in (-0.2, -0.01, 0.01, 0.2) if weight + off >= 0)
 
@@ -302,6 +307,27 @@ def test_which_choices_keep_the_expectation() -> None:
     assert keeping(every, teacher_mix=0.2, importance="coin") == {"sampled", "sampled+ridge"}
     exact = {"teacher_mix": 0.2, "importance": "per_decision", "coin_groups": 2}
     assert keeping(every, **exact) == {"sampled", "sampled+ridge", "expected+ridge"}
+
+
+def test_the_noise_of_an_update_falls_with_prompts_and_with_samples() -> None:
+    """Between prompts only with prompts; around them with all responses."""
+    (one,) = random_lots(6, prompts=400)
+    between, within = spread(one, one)
+    assert Budget(prompts=8.0, samples=4).noise(one, one) == pytest.approx(between / 8 + within / 32)
+    assert covariance(one, one) == pytest.approx(between + within)
+
+
+def test_what_a_stage_has_besides_credit_is_left_out_and_said(folder: Path) -> None:
+    """The published code's switches would bend the reference itself; a discount of 0 leaves nothing to measure."""
+    said: list[str] = []
+    sizes = Sizes(prompts=8, samples=2, directions=2)
+    whole = diagnose(
+        config(folder, estimator="official", lm_batch=2), names=["sampled+g0"], sizes=sizes, say=said.append
+    )
+    assert {"sampled", "sampled+norm+g0.95"} <= set(whole.whole.choices)
+    assert any("published" in line for line in said) and any("discount of 0" in line for line in said)
+    with pytest.raises(ConfigError, match="max_new_tokens 1"):
+        diagnose(config(folder, run_decoding={"max_new_tokens": 1}), names=["sampled"], sizes=sizes)
 
 
 def found(folder: Path, **changes: Any) -> Diagnosis:
