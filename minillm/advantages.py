@@ -38,8 +38,8 @@ class RowNames:
     def of(cls, rollout: Rollout, *, prompt: Sequence[int], row: Sequence[int], coin_groups: int) -> Self:
         """``prompt`` is the number of each row's prompt, ``row`` its own among the rows of all ranks."""
         groups = [coin_group(uid, coin_groups) for uid in rollout.prompts.uid_B]
-        columns = (torch.tensor(of, dtype=torch.long, device=rollout.mask_BT.device) for of in (prompt, row, groups))
-        return cls(**dict(zip(("prompt_B", "row_B", "coin_group_B"), columns, strict=True)))
+        prompt_B, row_B, group_B = torch.tensor([prompt, row, groups], dtype=torch.long, device=rollout.mask_BT.device)
+        return cls(prompt_B=prompt_B, row_B=row_B, coin_group_B=group_B)
 
 
 @torch.no_grad()

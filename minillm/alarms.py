@@ -22,7 +22,7 @@ Kind = Literal["above", "below", "above_start", "below_start", "above_start_by"]
 
 
 class Watch(NamedTuple):
-    """What an alarm looks at. ``limit`` of its settings is a value, or a multiple of the start's."""
+    """What an alarm looks at. ``limit`` of its settings is a value, a multiple of the start's, or how far above it."""
 
     figure: str
     kind: Kind

@@ -197,7 +197,7 @@ class Minillm:
         head: HeadWeights,
         sums: Sums,
     ) -> Tensor:
-        """One micro-batch: (single-step KL + long-horizon surrogate) / (sequences x expected length)."""
+        """One micro-batch: (single-step KL + long-horizon surrogate) / ``shared``."""
         stage, targets = self._stage, collected.targets
         rollout = targets.scored.rollout
         keep_BT = _kept_rows(rollout.mask_BT, rows)

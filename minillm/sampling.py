@@ -27,6 +27,9 @@ _BITS = 64
 _MANTISSA = 53
 _BYTE = 8
 
+INDEPENDENT = 16
+"""Coin groups for each row where coins are to be independent: about one row in 16 then shares its coin with another."""
+
 
 def row_keys(key: DrawKey, uids: Sequence[str], samples: Sequence[int], *, device: torch.device | str) -> Tensor:
     """One 64-bit key a row [B], as int64: BLAKE2b of everything that names the row's random numbers but the position.

@@ -163,6 +163,18 @@ def make_folder(path: Path, *, setting: str) -> None:
         ) from error
 
 
+def require_writable(file: Path) -> None:
+    """Raise ``DataError`` unless a file of this name can be written, or replaced, where it is to stand."""
+    try:
+        if file.is_dir():
+            raise DataError(f"{file} is a folder, wanted a file\n  name a file in it")
+        if not file.parent.is_dir():
+            raise DataError(f"{file}: there is no folder {file.parent}\n  make it, or name another file")
+        tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.").close()
+    except OSError as error:
+        raise DataError(f"{file} cannot be written: {error.strerror}\n  name another file") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")

@@ -65,6 +65,7 @@ def in_step(lengths: Sequence[int], *, limits: Limits, student: Student, ranks: 
 
 
 def limits_of(stage: SftStage | MinillmStage) -> Limits:
+    """How large a stage lets a micro-batch be."""
     return Limits(rows=stage.micro_batch, places=stage.micro_tokens)
 
 

@@ -26,13 +26,12 @@ from minillm.models import CausalLM, inspect
 from minillm.objectives import Minillm
 from minillm.prompts import prepare, read_rows
 from minillm.ranks import Ranks
+from minillm.sampling import INDEPENDENT
 from minillm.stage_base import OptimiserConfig
 from minillm.stage_config import MinillmStage
 from minillm.types import Decoding, Ids, Prompt
 from minillm.vocabulary import eos_ids
 
-INDEPENDENT = 16
-"""Groups for each row where coins are to be independent: about one row in 32 then shares its coin with another."""
 SHARPNESS = 2.0
 """Standard deviation of the logits of random models, nats: they then disagree about as trained ones do."""
 MOST_TOKENS = 4096

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from minillm.errors import DataError
 from minillm.results import versions
-from minillm.store import write_text
+from minillm.store import require_writable, write_text
 
 SCHEMA = 1
 
@@ -32,11 +31,8 @@ def sections(file: Path) -> dict[str, Any]:
 
     Raises ``DataError`` where the file is there and holds something else, and where it could not be written.
     """
+    require_writable(file)
     if not file.exists():
-        if not file.parent.is_dir():
-            raise DataError(f"{file}: there is no folder {file.parent}\n  make it, or name another file")
-        if not os.access(file.parent, os.W_OK):
-            raise DataError(f"{file}: nothing can be written into {file.parent}\n  name another file")
         return {"schema": SCHEMA}
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

@@ -13,7 +13,7 @@ from minillm.diagnose.run import Diagnosis, Sizes, diagnose
 from minillm.errors import ConfigError
 from minillm.ranks import Ranks
 from minillm.results import versions
-from minillm.store import make_folder, write_text
+from minillm.store import require_writable, write_text
 from minillm.terminal import print_table
 
 PLOTS = (".png", ".svg", ".pdf")
@@ -33,9 +33,9 @@ def run(
     """Prints the table and the advice; writes the files that are named. ``names`` None are the usual choices."""
     if plot is not None and plot.suffix not in PLOTS:
         raise ConfigError(f"--plot {plot}: wanted a file ending in {', '.join(PLOTS)}")
-    for option, file in (("--json", json_file), ("--plot", plot)):
+    for file in (json_file, plot):
         if file is not None:
-            make_folder(file.parent, setting=option)
+            require_writable(file)
     sizes = Sizes(prompts=prompts, samples=samples, directions=directions, seed=seed)
     found = diagnose(
         config, names=DEFAULTS if names is None else names, sizes=sizes, say=lambda line: print(line, flush=True)

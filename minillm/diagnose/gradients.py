@@ -21,6 +21,7 @@ from minillm.engines import Teacher
 from minillm.objectives import Minillm
 from minillm.published import PublishedConfig
 from minillm.ranks import Ranks
+from minillm.sampling import INDEPENDENT
 from minillm.stage_config import MinillmStage
 from minillm.types import Decoding, Ids, Prompt, Targets
 
@@ -47,13 +48,12 @@ class Drawn:
 
 
 def stage_of_draws(stage: MinillmStage, *, prompts: int, samples: int) -> MinillmStage:
-    """The stage whose rollouts are measured: each is one half, and no two prompts share coins."""
+    """The stage whose rollouts are measured: each is one half, and hardly two prompts share coins."""
     changes = {
         "prompts": prompts, "samples_per_prompt": samples, "coin_groups": _groups(stage, prompts), "baseline": "none",
         "estimator": "exact", "published": PublishedConfig(), "repetition_weight": 0.0,
         "lm_coefficient": 0.0, "lm_batch": 0, "lm_teacher_share": 0.0, "inner_epochs": 1, "inner_batches": 1,
-        "inner_kl": None,
-        "dual_clip": None,
+        "inner_kl": None, "dual_clip": None,
     }  # fmt: skip
     return MinillmStage(**{**stage.model_dump(), **changes})
 
@@ -126,7 +126,7 @@ def draw(
 
 def _groups(stage: MinillmStage, prompts: int) -> int:
     """Coin groups of prompts: many more than prompts, so that hardly two share one."""
-    return 16 * prompts if stage.teacher_mix > 0 else 1
+    return INDEPENDENT * prompts if stage.teacher_mix > 0 else 1
 
 
 def _credit_N(targets: Targets) -> Tensor:

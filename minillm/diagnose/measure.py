@@ -113,8 +113,8 @@ class Figures:
     weight: float
     """What to multiply the long-horizon term by for the least mean squared error of the gradient at the budget."""
     error: float
-    """That error, relative to the squared length of the whole gradient, or of its variance where that cannot be told
-    from 0."""
+    """That error, relative to the squared length of the whole gradient, or to an update's variance where the estimate
+    of that length is not above 0."""
     error_at_one: float
     """The same at weight 1."""
 

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from minillm.errors import DataError
-from minillm.store import write_text
+from minillm.store import require_writable, write_text
 
 FIELDS = ("passed", "failed", "versions", "checks")
 
 
 def require_usable(file: Path) -> None:
     """Raise ``DataError`` unless this file can be written, and is new or holds an earlier outcome."""
-    try:
-        if file.is_dir():
-            raise DataError(f"{file} is a folder, wanted a file\n  name a file in it")
-        if not file.parent.is_dir():
-            raise DataError(f"{file}: there is no folder {file.parent}\n  make it, or name another file")
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}."):
-            pass
-    except OSError as error:
-        raise DataError(f"{file} cannot be written: {error.strerror}\n  name another file") from error
+    require_writable(file)
     if file.exists() and not _is_an_outcome(file):
         raise DataError(f"{file} is there, and not the outcome of a self-test\n  name another file, or remove this one")
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minillm import credit, ridge
 from minillm.advantages import RowNames, returns_of, targets_of
+from minillm.selftest.listed import OneRank
 from minillm.stage_base import OptimiserConfig
 from minillm.stage_config import MinillmStage
 from minillm.types import PromptBatch, Rollout, Scored, Stop
@@ -34,18 +35,6 @@ from tests.exact.tabular import (
 
 LENGTH = 3
 SIBLINGS, STRANGERS = (0, 0), (0, 1)
-
-
-class OneRank:
-    """As much of ``Ranks`` as credit asks for, with one process."""
-
-    @staticmethod
-    def sum(values: Tensor) -> Tensor:
-        return values
-
-    @staticmethod
-    def gather_rows(rows: Tensor) -> Tensor:
-        return rows
 
 
 def stage(**settings: Any) -> MinillmStage:

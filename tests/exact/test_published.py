@@ -17,11 +17,11 @@ from minillm.credit import whitened_with_padding
 from minillm.errors import ConfigError, UnsupportedCombination
 from minillm.policy_loss import clipped_surrogate
 from minillm.published import OFFICIAL, PublishedConfig
+from minillm.selftest.listed import OneRank
 from minillm.stage_base import OptimiserConfig
 from minillm.stage_config import MinillmStage
 from minillm.types import PromptBatch, Rollout, Scored, Stop
 from tests.exact.tabular import assert_close
-from tests.exact.test_credit_choices import OneRank
 
 LONGEST = 8
 
