@@ -38,6 +38,7 @@ Examples:
   minillm world --out world
   minillm diagnose --config recipes/quickstart/minillm.yaml \\
     student=runs/mine/student --prompts 128
+  minillm study --config recipes/studies/long-horizon.yaml --show
   minillm selftest --json selftest.json
   minillm bench loss --json bench.json
 
@@ -238,6 +239,37 @@ def diagnose(  # noqa: PLR0917 (typer reads options from parameters)
     run(
         settings, names=names, prompts=prompts, samples=samples, directions=directions, seed=seed,
         json_file=json_file, plot=plot,
+    )  # fmt: skip
+
+
+@app.command()
+def study(  # noqa: PLR0917 (typer reads options from parameters)
+    config: Annotated[Path, typer.Option("--config", help="The study's YAML file, as in recipes/studies/.")],
+    arms: Annotated[str, typer.Option("--arms", metavar="A,B,…", help="Make the cells of these arms only.")] = "",
+    seeds: Annotated[str, typer.Option("--seeds", metavar="1,2,…", help="Make those of these seeds only.")] = "",
+    show: Annotated[bool, typer.Option("--show", help="Make nothing; print what is there.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Make cells anew that are there already.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write all figures into this file.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Also draw them: .png, .svg or .pdf.")] = None,
+) -> None:
+    """Compare ways to train over several training seeds.
+
+    Each arm and seed is a cell: a run, its evaluation, and one small file that is kept. Cells that are there
+    are not made again, so a table grows over several runs; seed by seed, so that it is balanced.
+
+    \b
+    Example:
+      minillm study --config recipes/studies/long-horizon.yaml --show
+    """
+    from minillm.study.command import run
+
+    if any(not each.strip().isdecimal() for each in seeds.split(",") if seeds):
+        raise ConfigError(f"--seeds {seeds!r}: wanted whole numbers with commas between them, such as 1,2")
+    run(
+        config,
+        arms=[arm.strip() for arm in arms.split(",")] if arms else None,
+        seeds=[int(seed) for seed in seeds.split(",")] if seeds else None,
+        show=show, again=again, json_file=json_file, plot=plot,
     )  # fmt: skip
 
 

@@ -32,6 +32,10 @@ MAIN_TEMPERATURE = 1.0
 """The temperature of the headline figures, where it was evaluated."""
 
 
+LENGTH_BUCKETS = {"0-5": (0, 5), "6-10": (6, 10), "11+": (11, 10**9)}
+"""The paper's three kinds of prompt: by the words of the first reference, both ends included."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measure:
     """How a measure is named and read."""
@@ -171,6 +175,15 @@ def summarise(
     found = {key: measure_rows(rows, resamples=resamples, seed=seed) for key, rows in wanted.items()}
     main = temperature_key(MAIN_TEMPERATURE)
     return found.get(main, found[next(iter(found))]), found
+
+
+def reference_bucket(row: dict[str, Any]) -> str | None:
+    """Which of ``LENGTH_BUCKETS`` a row of ``samples.jsonl`` belongs to; None without a reference."""
+    references = row.get("references")
+    if not references:
+        return None
+    words = len(references[0].split())
+    return next(name for name, (least, most) in LENGTH_BUCKETS.items() if least <= words <= most)
 
 
 def _pair(row: dict[str, Any], name: str) -> tuple[float, float]:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = 8
+FILE_ENDINGS = (".png", ".svg", ".pdf")
+"""What a plot can be written as, where a file is asked for."""
 INK, GRID = "#010a0b", "#010a0c"
 STAND_IN = tuple(f"#010b0{n}" for n in range(COLOURS))
 MARKERS = "os^Dv<P*"

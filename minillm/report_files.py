@@ -62,7 +62,8 @@ def read_course(path: Path) -> Course:
     rows, unfinished = _read_jsonl(path)
     notes = [f"{unfinished}; it is left out"] if unfinished else []
     # A run that was taken up again writes the steps since its last checkpoint twice: the later lines count.
-    kept = {(row.get("kind"), row.get("stage"), row.get("step"), row.get("update")): row for row in rows}
+    place = ("kind", "stage", "step", "update", "name")  # several alarms ring in one step, each with its name
+    kept = {tuple(row.get(part) for part in place): row for row in rows}
     if len(kept) < len(rows):
         notes.append(f"{path.name}: {len(rows) - len(kept)} steps were written twice, the later ones are shown")
     ordered = sorted(kept.values(), key=lambda row: (float(row.get("step", 0)), float(row.get("update", 0))))

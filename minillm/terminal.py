@@ -13,7 +13,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
 
     table = Table(box=SIMPLE_HEAD)
     for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place else "left")
+        table.add_column(column, justify="right" if place else "left", no_wrap=place == 0, overflow="fold")
     for row in rows:
         table.add_row(*row)
     Console().print(title, table, sep="\n", highlight=False)

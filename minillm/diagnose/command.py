@@ -11,12 +11,11 @@ from minillm.diagnose import words
 from minillm.diagnose.names import DEFAULTS
 from minillm.diagnose.run import Diagnosis, Sizes, diagnose
 from minillm.errors import ConfigError
+from minillm.plots import FILE_ENDINGS
 from minillm.ranks import Ranks
 from minillm.results import versions
 from minillm.store import require_writable, write_text
 from minillm.terminal import print_table
-
-PLOTS = (".png", ".svg", ".pdf")
 
 
 def run(
@@ -31,8 +30,8 @@ def run(
     plot: Path | None,
 ) -> Diagnosis:
     """Prints the table and the advice; writes the files that are named. ``names`` None are the usual choices."""
-    if plot is not None and plot.suffix not in PLOTS:
-        raise ConfigError(f"--plot {plot}: wanted a file ending in {', '.join(PLOTS)}")
+    if plot is not None and plot.suffix not in FILE_ENDINGS:
+        raise ConfigError(f"--plot {plot}: wanted a file ending in {', '.join(FILE_ENDINGS)}")
     for file in (json_file, plot):
         if file is not None:
             require_writable(file)

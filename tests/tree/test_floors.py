@@ -45,7 +45,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         *("measures", "evaluation", "results", "statistics", "plots", "diagnose"),
         *("report", "report_files", "report_html", "report_style", "report_text", "report_words"),
     ),
-    8: ("bench", "selftest", "cli", "api", "__main__", "__init__"),
+    8: ("bench", "selftest", "study", "cli", "api", "__main__", "__init__"),
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 MATHEMATICS = 2

@@ -1,0 +1,89 @@
+"""What the command ``study`` does: makes the cells that are lacking, prints the tables, writes the files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from minillm.errors import ConfigError, did_you_mean
+from minillm.plots import FILE_ENDINGS
+from minillm.ranks import Ranks
+from minillm.store import require_writable, write_text
+from minillm.study.config import StudyConfig, load_study
+from minillm.study.run import run_study
+from minillm.study.table import difference_rows, draw_plot, headline_rows, read_cells, summary, words
+from minillm.terminal import print_table
+
+T = TypeVar("T", str, int)
+MEASURES = ("validity", "rouge_l", "reverse_kl", "mean_length", "repetition_3")
+DIFFERENCES = ("validity", "rouge_l", "reverse_kl")
+LABELS = {"validity": "validity", "rouge_l": "ROUGE-L", "reverse_kl": "rev. KL", "mean_length": "length",
+          "repetition_3": "rep. 3"}  # fmt: skip
+
+
+def run(
+    config: Path,
+    *,
+    arms: Sequence[str] | None,
+    seeds: Sequence[int] | None,
+    show: bool,
+    again: bool,
+    json_file: Path | None,
+    plot: Path | None,
+) -> None:
+    """``arms`` and ``seeds`` None are all of the study's; with ``show`` nothing is made."""
+    if plot is not None and plot.suffix not in FILE_ENDINGS:
+        raise ConfigError(f"--plot {plot}: wanted a file ending in {', '.join(FILE_ENDINGS)}")
+    for file in (json_file, plot):
+        if file is not None:
+            require_writable(file)
+    study = load_study(config)
+    wanted_arms = _some_of("--arms", arms, list(study.arms))
+    wanted_seeds = _some_of("--seeds", seeds, list(study.seeds))
+    if not show:
+        run_study(study, arms=wanted_arms, seeds=wanted_seeds, again=again, say=lambda line: print(line, flush=True))
+    if Ranks().first:
+        _tell(study, json_file=json_file, plot=plot)
+
+
+def _some_of(option: str, asked: Sequence[T] | None, known: Sequence[T]) -> list[T]:
+    """The asked ones in the study's own order."""
+    unknown = [each for each in asked or () if each not in known]
+    if unknown:
+        near = did_you_mean(str(unknown[0]), [str(each) for each in known])
+        raise ConfigError(f"{option}: {unknown[0]!r} is none of the study's ({', '.join(map(str, known))}){near}")
+    return [each for each in known if asked is None or each in asked]
+
+
+def _tell(study: StudyConfig, *, json_file: Path | None, plot: Path | None) -> None:
+    cells, notes = read_cells(study)
+    for note in notes:
+        print(f"note: {note}")
+    found = summary(study, cells)
+    temperatures = list(dict.fromkeys(key for of in found["arms"].values() for key in of["temperatures"]))
+    if not temperatures:
+        print(f"study {study.name}: no finished cell in {study.results}")
+    else:
+        at = "1.0" if "1.0" in temperatures else temperatures[0]
+        have = [
+            name for name in MEASURES if any(name in of["temperatures"].get(at, {}) for of in found["arms"].values())
+        ]
+        print_table(
+            f"{study.name}: temperature {at}, mean ± standard deviation over training seeds; CPU seconds of training",
+            ("", "seeds", *(LABELS[name] for name in have), "CPU s"),
+            headline_rows(found, at, have),
+        )
+        for name in (name for name in DIFFERENCES if name in have):
+            print_table(
+                f"{LABELS[name]} less that of {study.compare_with}, by seed, 95 % over seeds (*: excludes zero)",
+                ("", *(f"T {key}" for key in temperatures)),
+                difference_rows(found, name),
+            )
+        for line in words(found):
+            print(line)
+        if plot is not None:
+            draw_plot(found, plot, measures=[name for name in DIFFERENCES if name in have], temperature=at)
+    if json_file is not None:
+        write_text(json_file, json.dumps(found, indent=2) + "\n")

@@ -1,0 +1,123 @@
+"""A study as one frozen record, read from strict YAML: arms × training seeds of one recipe."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from minillm.config import RunConfig, load_config
+from minillm.errors import ConfigError, did_you_mean
+from minillm.settings import Seed, Settings, Text, headed
+from minillm.stage_base import is_component
+from minillm.yaml_reader import read_yaml_file
+
+STUDENTS, TEACHER = "student", "teacher"
+"""Names below the study's that no arm may have: the models that the study makes for itself stand there."""
+OF_THE_CELL = ("name", "seed")
+"""Settings that a study gives to each cell itself."""
+
+
+class StudyConfig(Settings):
+    """What is compared with what, and where its cells are kept."""
+
+    name: Text
+    """Names the study, and its runs below ``runs/studies/``: letters, digits, '.', '_' and '-'."""
+    recipe: Text
+    """The run file that every cell starts from."""
+    teacher: Text | None = None
+    """A run file that makes the teacher first, once; null takes the one that the recipe names."""
+    student: Text | None = None
+    """A run file that makes each training seed a student of its own first; null starts all from the recipe's."""
+    seeds: tuple[Seed, ...]
+    """Training seeds: of rollouts, order and, with 'student', of the student's own start."""
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the recipe that all cells replace, by path: {stages.0.steps: 100}."""
+    arms: dict[str, dict[str, Any]]
+    """What is compared: a name, and the settings that this arm replaces, by path."""
+    compare_with: Text
+    """The arm that the others are compared with, seed by seed."""
+    results: Text
+    """Folder of the cells: one small JSON an arm and seed, made to be committed."""
+
+    @field_validator("name")
+    @classmethod
+    def _safe(cls, name: str) -> str:
+        if not is_component(name):
+            raise ConfigError(f"got {name!r}, wanted letters, digits, '.', '_' and '-' only")
+        return name
+
+    @field_validator("seeds")
+    @classmethod
+    def _different(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if not seeds or len(set(seeds)) < len(seeds):
+            raise ConfigError(f"got {list(seeds)}, wanted at least one seed, each once")
+        return seeds
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for arm, replaced in self.arms.items():
+            if not is_component(arm) or arm in {STUDENTS, TEACHER}:
+                raise ConfigError(
+                    f"arms: got the name {arm!r}, wanted letters, digits, '.', '_' and '-', "
+                    f"and neither '{STUDENTS}' nor '{TEACHER}'"
+                )
+            own = [path for path in (*self.settings, *replaced) if path in OF_THE_CELL]
+            if own:
+                raise ConfigError(f"arms.{arm}: '{own[0]}' is set by the study itself; leave it out")
+        if self.compare_with not in self.arms:
+            raise ConfigError(
+                f"compare_with: no arm {self.compare_with!r} among {', '.join(self.arms) or 'none'}"
+                f"{did_you_mean(self.compare_with, self.arms)}"
+            )
+        return self
+
+    def run_name(self, *parts: str | int) -> str:
+        """Name of one of the study's runs."""
+        return "/".join(("studies", self.name, *map(str, parts)))
+
+    def cell_file(self, arm: str, seed: int) -> Path:
+        """Where a cell is kept."""
+        return Path(self.results) / f"{arm}.{seed}.json"
+
+    def teacher_config(self) -> RunConfig | None:
+        """The run that makes the teacher; None where the study makes none."""
+        return None if self.teacher is None else load_config(self.teacher, [f"name={self.run_name(TEACHER)}"])
+
+    def student_config(self, seed: int) -> RunConfig | None:
+        """The run that makes the student that a training seed starts from; None where the study makes none."""
+        if self.student is None:
+            return None
+        return load_config(self.student, [f"name={self.run_name(STUDENTS, seed)}", f"seed={seed}"])
+
+    def cell_config(self, arm: str, seed: int) -> RunConfig:
+        """The run of one cell."""
+        replaced = {**self.settings, **self.arms[arm], "name": self.run_name(arm, seed), "seed": seed}
+        made = {"student": self.student_config(seed), "teacher": self.teacher_config()}
+        replaced.update({role: f"{run.out}/{run.name}/student" for role, run in made.items() if run is not None})
+        return load_config(self.recipe, [f"{path}={json.dumps(value)}" for path, value in replaced.items()])
+
+
+def load_study(path: Path) -> StudyConfig:
+    """The study that a YAML file describes, every cell's configuration checked.
+
+    Raises ``ConfigError``, or its child ``UnsupportedCombination``, naming the file, the arm and the problem.
+    """
+    values = read_yaml_file(path)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds {'nothing' if values is None else 'no mapping'}; wanted 'name: value' lines")
+    try:
+        study = StudyConfig(**values)
+    except ConfigError as error:
+        raise type(error)(headed(str(error).split("\n"), source=str(path))) from None
+    study.teacher_config()
+    for arm in study.arms:
+        try:
+            config = study.cell_config(arm, study.seeds[0])
+        except ConfigError as error:
+            raise type(error)(f"{path}: arm {arm}: {error}") from None
+        if config.data.test is None:
+            raise ConfigError(f"{path}: {study.recipe} has no data.test; a study needs prompts to evaluate on")
+    return study

@@ -1,0 +1,207 @@
+"""A study's cells as tables, a plot and JSON: means over training seeds, and differences paired by seed.
+
+Intervals here are over *training seeds* (Student's t), not over prompts: they say how far a figure moves when the same
+run is made again with other random numbers. With few seeds they are wide, as they should be.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minillm.measures import MEASURES
+from minillm.study.cells import asked, code_digest, differs, read_cell
+from minillm.study.config import StudyConfig
+
+T_975 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
+"""The 97.5 % point of Student's t by degrees of freedom, from 0."""
+T_BEYOND = 2.145
+"""The same for more of them: a little too wide."""
+Cells = Mapping[str, Mapping[int, dict[str, Any]]]
+"""Arm -> seed -> finished cell."""
+
+
+def read_cells(study: StudyConfig) -> tuple[dict[str, dict[int, dict[str, Any]]], list[str]]:
+    """The cells that are what the study asks for now, and notes on the others."""
+    found: dict[str, dict[int, dict[str, Any]]] = {arm: {} for arm in study.arms}
+    notes, older = [], 0
+    for arm in study.arms:
+        for seed in study.seeds:
+            wanted = asked(study, arm, seed)
+            stored = read_cell(wanted.file)
+            if stored is None:
+                continue
+            if changed := differs(stored, wanted):
+                notes.append(f"{wanted.file}: left out, since it differs in {', '.join(changed)}")
+                continue
+            older += stored["code"] != code_digest()
+            found[arm][seed] = stored
+    if older:
+        notes.append(f"{older} cells were made by another version of the code")
+    return found, notes
+
+
+def summary(study: StudyConfig, cells: Cells) -> dict[str, Any]:
+    """Every arm's figures over its seeds, and its differences from ``compare_with`` on the seeds that both have."""
+    return {
+        "study": study.name,
+        "compare_with": study.compare_with,
+        "arms": {
+            arm: {
+                "settings": study.arms[arm],
+                "done": sorted(done := _done(cells[arm])),
+                "failed": {seed: cell["reason"] for seed, cell in cells[arm].items() if cell["state"] == "failed"},
+                "cpu_seconds": _spread([cells[arm][seed]["training"]["cpu_seconds"] for seed in done]),
+                "tokens": _spread([cells[arm][seed]["training"]["tokens"] for seed in done]),
+                "alarms": _alarms(cells[arm]),
+                "temperatures": _temperatures(cells[arm], cells[study.compare_with]),
+            }
+            for arm in study.arms
+        },
+    }
+
+
+def headline_rows(found: Mapping[str, Any], temperature: str, measures: Sequence[str]) -> list[list[str]]:
+    """One row an arm: seeds, mean and standard deviation of each measure, what it cost."""
+    rows = []
+    for arm, of in found["arms"].items():
+        at = of["temperatures"].get(temperature, {})
+        cells = [_plus_minus(at.get(name, {}).get("mean"), at.get(name, {}).get("sd"), name) for name in measures]
+        seeds = f"{len(of['done'])}" + (f"\n{len(of['failed'])} failed" if of["failed"] else "")
+        cost = of["cpu_seconds"]["mean"]
+        rows.append([arm, seeds, *cells, "–" if cost is None else f"{cost:.0f}"])
+    return rows
+
+
+def words(found: Mapping[str, Any]) -> list[str]:
+    """Which alarms rang in how many seeds, and what failed: a line each."""
+    lines = []
+    for arm, of in found["arms"].items():
+        seeds = len(of["done"]) + len(of["failed"])
+        if of["alarms"]:
+            rang = ", ".join(f"{name} ({count} of {seeds} seeds)" for name, count in of["alarms"].items())
+            lines.append(f"alarms rang in {arm}: {rang}")
+        lines += [f"failed: {arm}, seed {seed}: {reason}" for seed, reason in of["failed"].items()]
+    return lines
+
+
+def difference_rows(found: Mapping[str, Any], measure: str) -> list[list[str]]:
+    """One row an arm: its difference from the arm that all are compared with, at each temperature."""
+    rows = []
+    for arm, of in found["arms"].items():
+        if arm != found["compare_with"]:
+            changes = [at.get(measure, {}).get("difference") for at in of["temperatures"].values()]
+            rows.append([arm, *(_change(change, measure) for change in changes)])
+    return rows
+
+
+def draw_plot(found: Mapping[str, Any], path: Path, *, measures: Sequence[str], temperature: str) -> None:
+    """Each arm's seeds as points with their mean, one panel a measure."""
+    from matplotlib.figure import Figure
+
+    arms = list(found["arms"])
+    figure = Figure(figsize=(4.2 * len(measures), 1.0 + 0.34 * len(arms)), layout="constrained")
+    panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    for axes, measure in zip(panels, measures, strict=True):
+        for place, arm in enumerate(arms):
+            at = found["arms"][arm]["temperatures"].get(temperature, {}).get(measure)
+            if at is None:
+                continue
+            axes.plot(at["per_seed"], [place] * len(at["per_seed"]), "o", color="#9db4c9", markersize=4)
+            axes.plot([at["mean"]], [place], "|", color="#1f4e79", markersize=14, markeredgewidth=2)
+        axes.set(title=f"{MEASURES[measure].label}, temperature {temperature}")
+        axes.set_yticks(range(len(arms)), arms, fontsize=8)
+        axes.grid(axis="x", linewidth=0.4)
+    panels[0].invert_yaxis()
+    figure.savefig(path, dpi=150)
+
+
+def _done(of_arm: Mapping[int, dict[str, Any]]) -> list[int]:
+    return [seed for seed, cell in of_arm.items() if cell["state"] == "done"]
+
+
+def _alarms(of_arm: Mapping[int, dict[str, Any]]) -> dict[str, int]:
+    """How many seeds each alarm rang in."""
+    counts: dict[str, int] = {}
+    for cell in of_arm.values():
+        for name in cell["training"].get("alarms", {}):
+            counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def _temperatures(own: Mapping[int, dict[str, Any]], other: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+    done = _done(own)
+    keys = dict.fromkeys(key for seed in done for key in own[seed]["temperatures"])
+    both = [seed for seed in done if seed in _done(other)]
+    return {
+        key: {
+            **_figures([own[seed]["temperatures"][key] for seed in done],
+                       [(own[seed]["temperatures"][key], other[seed]["temperatures"][key]) for seed in both]),
+            "by_length": _by_length(own, other, key=key, done=done, both=both),
+        }
+        for key in keys
+    }  # fmt: skip
+
+
+def _by_length(
+    own: Mapping[int, dict[str, Any]], other: Mapping[int, dict[str, Any]],
+    *, key: str, done: Sequence[int], both: Sequence[int],
+) -> dict[str, Any]:  # fmt: skip
+    def of(cells: Mapping[int, dict[str, Any]], seed: int) -> dict[str, Any]:
+        return dict(cells[seed]["temperatures"][key]["by_length"])
+
+    names = dict.fromkeys(name for seed in done for name in of(own, seed))
+    return {
+        name: _figures([of(own, seed)[name] for seed in done],
+                       [(of(own, seed)[name], of(other, seed)[name]) for seed in both])
+        for name in names
+    }  # fmt: skip
+
+
+def _figures(own: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
+    """Of each measure: mean and spread over seeds, and the difference paired by seed."""
+    found = {}
+    for name in (name for name in MEASURES if all(name in each for each in own)):
+        found[name] = {
+            **_spread([each[name] for each in own]), "per_seed": [each[name] for each in own],
+            "difference": paired([one[name] - two[name] for one, two in pairs]),
+        }  # fmt: skip
+    return found
+
+
+def _spread(values: Sequence[float]) -> dict[str, float | None]:
+    if not values:
+        return {"mean": None, "sd": None}
+    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
+
+
+def paired(differences: Sequence[float]) -> dict[str, Any]:
+    """Mean difference over seeds and its 95 % interval by Student's t; no interval from fewer than two seeds."""
+    spread = _spread(differences)
+    mean, deviation = spread["mean"], spread["sd"]
+    if mean is None or deviation is None:
+        return {"mean": mean, "ci95": None, "seeds": len(differences)}
+    freedom = len(differences) - 1
+    reach = (T_975[freedom] if freedom < len(T_975) else T_BEYOND) * deviation / math.sqrt(len(differences))
+    return {"mean": mean, "ci95": [mean - reach, mean + reach], "seeds": len(differences)}
+
+
+def _plus_minus(mean: float | None, deviation: float | None, name: str) -> str:
+    if mean is None:
+        return "–"
+    digits = MEASURES[name].digits
+    return f"{mean:.{digits}f}" + ("" if deviation is None else f"\n± {deviation:.{digits}f}")
+
+
+def _change(change: Mapping[str, Any] | None, name: str) -> str:
+    """A difference with its interval; a star where that excludes zero."""
+    if change is None or change["mean"] is None:
+        return "–"
+    digits, ends = MEASURES[name].digits, change["ci95"]
+    if ends is None:
+        return f"{change['mean']:+.{digits}f}"
+    star = "*" if ends[0] > 0 or ends[1] < 0 else ""
+    return f"{change['mean']:+.{digits}f}{star}\n{ends[0]:+.{digits}f} {ends[1]:+.{digits}f}"

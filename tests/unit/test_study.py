@@ -1,0 +1,253 @@
+"""Promises: a study's cells are made once, seed by seed, made again where what they are made from changed, and its
+table says what the cells hold."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minillm import cli
+from minillm.config import RunConfig, dump_config
+from minillm.errors import ConfigError, DataError
+from minillm.measures import reference_bucket
+from minillm.study.cells import asked, differs, read_cell
+from minillm.study.config import StudyConfig, load_study
+from minillm.study.run import run_study
+from minillm.study.table import paired, read_cells, summary
+from minillm.yaml_reader import write_yaml
+from tests import tiny
+
+ARMS: dict[str, dict[str, Any]] = {"plain": {}, "short": {"stages.0.gamma": 0}}
+WRECKED = {"stages.0.optimiser": {"lr": 1e4, "clip_grad": 0}, "stages.0.steps": 20}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher, a student, prompts, and the recipes of short runs over them."""
+    made = tmp_path_factory.mktemp("study")
+    tiny.save_model(made / "teacher", "gpt2", seed=1)
+    tiny.save_model(made / "student", "gpt2", seed=2)
+    prompts = str(tiny.save_prompts(made / "prompts.jsonl"))
+    common: dict[str, Any] = {
+        "name": "recipe", "out": str(made / "runs"), "student": str(made / "student"),
+        "decoding": {"max_new_tokens": 6}, "engine": {"student": "zero0"},
+    }  # fmt: skip
+    data = {"train": prompts, "test": prompts, "max_prompt_tokens": 8, "test_limit": 4}
+    distil = RunConfig(
+        **common, teacher=str(made / "teacher"), data=data,
+        evaluation={"seeds": (1,), "bootstrap": 1, "temperatures": (1.0, 0.5)},
+        stages=({"kind": "minillm", "steps": 2, "prompts": 8, "optimiser": {"lr": 1e-2}},),
+    )  # fmt: skip
+    tune = RunConfig(
+        **common, data={"train": prompts, "max_prompt_tokens": 8},
+        stages=({"kind": "sft", "steps": 2, "batch": 8, "optimiser": {"lr": 1e-2}},),
+    )  # fmt: skip
+    (made / "distil.yaml").write_text(dump_config(distil), encoding="utf-8")
+    (made / "tune.yaml").write_text(dump_config(tune), encoding="utf-8")
+    return made
+
+
+def study_file(place: Path, *, name: str = "two", **changes: Any) -> Path:
+    """A study of two arms and two seeds below ``place``."""
+    values = {
+        "name": name, "recipe": str(place / "distil.yaml"), "student": str(place / "tune.yaml"), "seeds": [1, 2],
+        "arms": ARMS, "compare_with": "short", "results": str(place / name), **changes,
+    }  # fmt: skip
+    file = place / f"{name}.yaml"
+    file.write_text(write_yaml(values), encoding="utf-8")
+    return file
+
+
+def make(study: StudyConfig, *, seeds: list[int] | None = None, again: bool = False) -> list[str]:
+    """Makes what is lacking; what was said."""
+    said: list[str] = []
+    run_study(study, arms=list(study.arms), seeds=seeds or list(study.seeds), again=again, say=said.append)
+    return said
+
+
+@pytest.fixture(scope="module")
+def finished(place: Path) -> StudyConfig:
+    study = load_study(study_file(place))
+    first = make(study, seeds=[1])
+    assert first[0] == "study two: 2 cells to make, 0 there already"
+    second = make(study)
+    assert second[0] == "study two: 2 cells to make, 2 there already"
+    assert [line.split(":")[0] for line in second[1:]] == ["1/2  plain seed 2", "2/2  short seed 2"]
+    return study
+
+
+def test_a_cell_is_small_and_says_what_was_run(finished: StudyConfig) -> None:
+    file = finished.cell_file("short", 2)
+    cell = read_cell(file)
+    assert cell is not None and file.stat().st_size < 20_000
+    assert cell["state"] == "done" and cell["config"]["stages"][0]["gamma"] == 0
+    assert set(cell["made_from"]) == {"train data", "test data", "student", "teacher"}
+    assert cell["training"]["steps"] == 2 and cell["training"]["tokens"] > 0 and cell["training"]["cpu_seconds"] > 0
+    assert list(cell["temperatures"]) == ["1.0", "0.5"]
+    by_length = cell["temperatures"]["1.0"]["by_length"]
+    assert sum(bucket["prompts"] for bucket in by_length.values()) == 4
+
+
+def test_each_seed_has_a_student_of_its_own_that_all_arms_start_from(finished: StudyConfig) -> None:
+    cells = {(arm, seed): read_cell(finished.cell_file(arm, seed)) for arm in ARMS for seed in (1, 2)}
+    digest = {key: cell["made_from"]["student"] for key, cell in cells.items() if cell is not None}
+    assert digest["plain", 1] == digest["short", 1] != digest["plain", 2] == digest["short", 2]
+    assert finished.cell_config("plain", 2).student.endswith("studies/two/student/2/student")
+
+
+def test_what_is_there_is_not_made_again(finished: StudyConfig) -> None:
+    stamps = [finished.cell_file(arm, seed).stat().st_mtime_ns for arm in ARMS for seed in (1, 2)]
+    assert make(finished) == ["study two: 0 cells to make, 4 there already"]
+    assert stamps == [finished.cell_file(arm, seed).stat().st_mtime_ns for arm in ARMS for seed in (1, 2)]
+
+
+def test_what_changed_is_named(place: Path, finished: StudyConfig) -> None:
+    """A setting, data, a model's recipe; and not where cells or runs are kept, nor a setting that is new."""
+    cell = read_cell(finished.cell_file("plain", 1))
+    assert cell is not None
+
+    def now(name: str, **changes: Any) -> list[str]:
+        other = load_study(study_file(place, name=name, **changes))
+        return differs(cell, asked(other, "plain", 1))
+
+    assert now("elsewhere") == []
+    assert now("longer", settings={"stages.0.steps": 3}) == ["stages.0.steps"]
+    assert now("listed", settings={"evaluation.temperatures": [1.0]}) == ["evaluation.temperatures.1"]
+    more = str(tiny.save_prompts(place / "more.jsonl", rows=25))
+    assert now("data", settings={"data.train": more}) == ["data.train", "train data"]
+    text = (place / "tune.yaml").read_text(encoding="utf-8").replace("steps: 2", "steps: 3")
+    (place / "tune3.yaml").write_text(text, encoding="utf-8")
+    assert now("start", student=str(place / "tune3.yaml")) == ["student"]
+    assert now("given", student=None) == ["student"]
+    older = {**cell, "config": {**cell["config"], "stages": [dict(cell["config"]["stages"][0])]}}
+    del older["config"]["stages"][0]["dual_clip"]  # made before there was such a setting
+    assert differs(older, asked(finished, "plain", 1)) == []
+    older["config"]["stages"][0]["gone"] = 1
+    assert differs(older, asked(finished, "plain", 1)) == ["settings that no longer exist"]
+
+
+def test_other_code_is_told_and_a_changed_cell_made_again(place: Path, finished: StudyConfig) -> None:
+    copy = place / "copied"
+    shutil.copytree(finished.results, copy)
+    study = load_study(study_file(place, name="copied"))
+    file = study.cell_file("plain", 1)
+    file.write_text(file.read_text(encoding="utf-8").replace('"code": "', '"code": "0'), encoding="utf-8")
+    said = make(study)
+    assert said[-1].startswith("note: 1 of them were made by another version of the code")
+    assert "1 cells were made by another version of the code" in read_cells(study)[1]
+    altered = load_study(study_file(place, name="copied", arms={**ARMS, "plain": {"stages.0.gamma": 0.5}}))
+    found, notes = read_cells(altered)
+    assert found["plain"] == {} and any("differs in stages.0.gamma" in note for note in notes)
+    said = make(altered, seeds=[1])
+    assert "made again, since it differs in stages.0.gamma" in said[0] and said[1].endswith("1 there already")
+
+
+def test_a_failed_cell_is_kept_and_told(place: Path) -> None:
+    study = load_study(study_file(place, name="wrecked", arms={"wrecked": WRECKED, "short": {}}, seeds=[1]))
+    said = make(study)
+    assert "failed: NonFinite" in said[1] or "failed: Alarmed" in said[1], said
+    assert make(study)[0].endswith("2 there already")
+    found = summary(study, read_cells(study)[0])
+    assert list(found["arms"]["wrecked"]["failed"]) == [1] and found["arms"]["wrecked"]["done"] == []
+    assert found["arms"]["wrecked"]["temperatures"] == {}
+
+
+def test_the_summary_is_the_cells(finished: StudyConfig) -> None:
+    cells, notes = read_cells(finished)
+    assert notes == []
+    found = summary(finished, cells)["arms"]
+    kl = [cells["plain"][seed]["temperatures"]["1.0"]["reverse_kl"] for seed in (1, 2)]
+    base = [cells["short"][seed]["temperatures"]["1.0"]["reverse_kl"] for seed in (1, 2)]
+    at = found["plain"]["temperatures"]["1.0"]["reverse_kl"]
+    assert at["per_seed"] == kl and at["mean"] == pytest.approx(sum(kl) / 2)
+    assert at["difference"]["mean"] == pytest.approx((kl[0] - base[0] + kl[1] - base[1]) / 2)
+    assert found["short"]["temperatures"]["1.0"]["reverse_kl"]["difference"]["mean"] == 0
+    # Of two seeds, the interval reaches 12.706 halves of the distance between the two differences.
+    ends = at["difference"]["ci95"]
+    assert ends[1] - ends[0] == pytest.approx(12.706 * abs((kl[0] - base[0]) - (kl[1] - base[1])), rel=1e-6)
+
+
+def test_intervals_over_seeds() -> None:
+    """Golden numbers: 1, 2, 3, 4, 5 has mean 3 and reaches 2.776 · sqrt(2.5 / 5) to each side."""
+    found = paired([1.0, 2.0, 3.0, 4.0, 5.0])
+    reach = 2.776 * math.sqrt(0.5)
+    assert found["mean"] == 3 and found["ci95"] == pytest.approx([3 - reach, 3 + reach])
+    assert paired([1.0])["ci95"] is None and paired([]) == {"mean": None, "ci95": None, "seeds": 0}
+
+
+@pytest.mark.parametrize(
+    ("words", "bucket"), [(1, "0-5"), (5, "0-5"), (6, "6-10"), (10, "6-10"), (11, "11+"), (400, "11+")]
+)
+def test_buckets_of_the_reference(words: int, bucket: str) -> None:
+    assert reference_bucket({"references": ["word " * words, "another"]}) == bucket
+    assert reference_bucket({"references": []}) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"compare_with": "shrt"}, "did you mean 'short'"),
+        ({"seeds": [1, 1]}, "each once"),
+        ({"seeds": []}, "at least one seed"),
+        ({"name": "../up"}, "letters, digits"),
+        ({"arms": {"student": {}, "short": {}}}, "neither 'student' nor 'teacher'"),
+        ({"arms": {"a/b": {}, "short": {}}}, "a/b"),
+        ({"arms": {"plain": {"seed": 3}, "short": {}}}, "set by the study itself"),
+        ({"arms": {"plain": {"stages.0.gama": 0}, "short": {}}}, "did you mean 'gamma'"),
+        ({"arms": {"plain": {"stages.0.gamma": 2}, "short": {}}}, "at most 1"),
+        ({"recipe": "none.yaml"}, "none.yaml"),
+        ({"student": "none.yaml"}, "none.yaml"),
+        ({"armz": {}}, "armz"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(place: Path, changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told.replace(".", r"\.")):
+        load_study(study_file(place, name="bad") if not changes else _bad(place, changes))
+
+
+def _bad(place: Path, changes: dict[str, Any]) -> Path:
+    file = study_file(place, name="bad")
+    values = {
+        "name": "bad", "recipe": str(place / "distil.yaml"), "seeds": [1], "arms": ARMS, "compare_with": "short",
+        "results": str(place / "bad"), **changes,
+    }  # fmt: skip
+    file.write_text(write_yaml(values), encoding="utf-8")
+    return file
+
+
+def test_a_file_that_is_no_cell_is_told(place: Path) -> None:
+    for text in ("{", "[]", json.dumps({"schema": 1})):
+        (place / "odd.json").write_text(text, encoding="utf-8")
+        with pytest.raises(DataError, match="move it away"):
+            read_cell(place / "odd.json")
+
+
+def test_the_command_prints_the_table(
+    place: Path, finished: StudyConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    file = place / "two.yaml"
+
+    def run(*options: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["minillm", "study", "--config", str(file), *options])
+        code = cli._guarded(cli.app)
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    code, out, _ = run("--show", "--json", str(place / "found.json"), "--plot", str(place / "found.png"))
+    assert code == 0 and "…" not in out and "rev. KL less that of short" in out, out
+    assert json.loads((place / "found.json").read_text(encoding="utf-8"))["arms"]["plain"]["done"] == [1, 2]
+    assert (place / "found.png").stat().st_size > 1000
+    code, _, err = run("--arms", "plian")
+    assert code == 2 and "did you mean 'plain'" in err
+    code, _, err = run("--seeds", "1,x")
+    assert code == 2 and "--seeds" in err
+    code, _, err = run("--seeds", "7")
+    assert code == 2 and "none of the study's (1, 2)" in err
+    code, _, err = run("--plot", str(place / "found.txt"))
+    assert code == 2 and "--plot" in err
