@@ -58,6 +58,34 @@ def skew_reverse_kl(logq_NV: Tensor, logp_NV: Tensor, *, skew: float) -> Tensor:
     return _kl(logq_NV, _mixture(logq_NV, logp_NV, teachers=1.0 - skew))
 
 
+def top_k_and_rest(logq_NV: Tensor, logp_NV: Tensor, *, k: int) -> tuple[Tensor, Tensor]:
+    """Both distributions over the teacher's ``k`` likeliest ids and one bucket for all others, [N, k + 1] each.
+
+    What is left of a teacher where only its top is stored. Any divergence of the two is at most that of the whole
+    distributions (data processing), and equal at k = V; without the bucket it could be negative, or 0 where the two
+    differ. Of equals the smaller ids are kept. Raises ``ValueError`` for a k that is not 1 to V.
+    """
+    if logq_NV.shape != logp_NV.shape:
+        raise ShapeMismatch("log-probabilities of the two models", tuple(logq_NV.shape), tuple(logp_NV.shape))
+    if not 1 <= k <= logp_NV.shape[-1]:
+        raise ValueError(f"top_k_and_rest: k must lie between 1 and {logp_NV.shape[-1]}, got {k}")
+    order_NV = logp_NV.sort(dim=-1, descending=True, stable=True).indices
+    kept_NK, rest_NR = order_NV[..., :k], order_NV[..., k:]
+
+    def of(log_NV: Tensor) -> Tensor:
+        rest_N = _log_sum(log_NV.gather(-1, rest_NR))
+        return torch.cat([log_NV.gather(-1, kept_NK), rest_N[..., None]], dim=-1)
+
+    return of(logq_NV), of(logp_NV)
+
+
+def _log_sum(log_NR: Tensor) -> Tensor:
+    """log of the sum of exponentials; -inf, with a gradient of 0, where there is nothing to add."""
+    nothing_N = (log_NR == -math.inf).all(dim=-1)
+    summed_N = torch.where(nothing_N[..., None], 0.0, log_NR).logsumexp(dim=-1)
+    return torch.where(nothing_N, -math.inf, summed_N)
+
+
 def _mixture(logq_NV: Tensor, logp_NV: Tensor, *, teachers: float) -> Tensor:
     """log(teachers p + (1 - teachers) q)."""
     if teachers in {0.0, 1.0}:

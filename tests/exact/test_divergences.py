@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -9,7 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from minillm.divergences import entropy, forward_kl, jensen_shannon, reverse_kl
+from minillm.divergences import (
+    entropy,
+    forward_kl,
+    jensen_shannon,
+    reverse_kl,
+    skew_forward_kl,
+    skew_reverse_kl,
+    top_k_and_rest,
+)
 from minillm.errors import ShapeMismatch
 from tests.exact.tabular import assert_close
 
@@ -23,6 +32,11 @@ def middle(logq_NV: Tensor, logp_NV: Tensor) -> Tensor:
 def entropy_of_student(logq_NV: Tensor, logp_NV: Tensor) -> Tensor:
     del logp_NV
     return entropy(logq_NV)
+
+
+def coarse(divergence: Divergence, k: int) -> Divergence:
+    """The divergence of the teacher's top k and the rest."""
+    return lambda logq_NV, logp_NV: divergence(*top_k_and_rest(logq_NV, logp_NV, k=k))
 
 
 FAMILY: list[Divergence] = [reverse_kl, forward_kl, middle]
@@ -109,6 +123,68 @@ def test_estimators_have_the_value_but_not_the_gradient() -> None:
     assert_close(slope_k3_NV, value_and_slope(forward_kl, student_NV, teacher_NV)[1])
     for slope_NV in (slope_k1_NV, slope_k3_NV):  # the library's reverse KL is neither
         assert float((value_and_slope(reverse_kl, student_NV, teacher_NV)[1] - slope_NV).norm()) > 0.1
+
+
+def test_estimators_whose_gradient_is_the_reverse_kl() -> None:
+    """k2 = (log q/p)² / 2 as a loss, k3 weighted by q / q_old, and k1 as a detached reward on the score."""
+    student_NV, teacher_NV = logits()
+    logq_NV, logp_NV = student_NV.log_softmax(-1), teacher_NV.log_softmax(-1)
+    chance_NV, k1_NV = logq_NV.detach().exp(), logq_NV - logp_NV
+    k3_NV = (-k1_NV).exp() - 1.0 + k1_NV
+    ratio_NV = (logq_NV - logq_NV.detach()).exp()
+    want_NV = value_and_slope(reverse_kl, *logits())[1]
+    for loss_NV in (k1_NV.square() / 2, ratio_NV * k3_NV, k1_NV.detach() * logq_NV):
+        (slope_NV,) = torch.autograd.grad((chance_NV * loss_NV).sum(), student_NV, retain_graph=True)
+        assert_close(slope_NV, want_NV)
+    assert float(((chance_NV * k1_NV.square() / 2).sum(-1) - reverse_kl(logq_NV, logp_NV)).detach().abs().min()) > 1e-2
+
+
+def test_skewed_divergences_of_the_golden_pair() -> None:
+    logq_NV, logp_NV = Q.log()[None], P.log()[None]
+    assert float(skew_forward_kl(logq_NV, logp_NV, skew=0.1)) == pytest.approx(0.075543, abs=1e-6)
+    assert float(skew_reverse_kl(logq_NV, logp_NV, skew=0.1)) == pytest.approx(0.081716, abs=1e-6)
+    for skewed, plain in ((skew_forward_kl, forward_kl), (skew_reverse_kl, reverse_kl)):
+        assert float(skewed(logq_NV, logp_NV, skew=0.0)) == float(plain(logq_NV, logp_NV))
+        assert float(skewed(logq_NV, logp_NV, skew=1.0)) == pytest.approx(0.0, abs=1e-15)
+    apart_NV = torch.tensor([[1.0, 1e-30]]).double().log(), torch.tensor([[1e-30, 1.0]]).double().log()
+    assert 0 < float(skew_forward_kl(*apart_NV, skew=0.1)) <= -math.log(0.1) < float(forward_kl(*apart_NV))
+
+
+def test_top_k_and_rest_of_the_golden_pair() -> None:
+    """Without the bucket the truncated reverse KL is negative."""
+    teacher_NV = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64).log()
+    student_NV = torch.tensor([[0.1, 0.1, 0.1, 0.7]], dtype=torch.float64).log()
+    logq_NK, logp_NK = top_k_and_rest(student_NV, teacher_NV, k=2)
+    assert float((logq_NK.exp() * (logq_NK - logp_NK))[:, :2].sum()) == pytest.approx(-0.2708, abs=5e-5)
+    assert float(reverse_kl(logq_NK, logp_NK)) == pytest.approx(0.8382, abs=5e-5)
+    assert float(reverse_kl(student_NV, teacher_NV)) == pytest.approx(1.5360, abs=5e-5)
+
+
+@pytest.mark.parametrize("divergence", FAMILY)
+def test_top_k_and_rest_never_exceeds_the_whole_and_reaches_it(divergence: Divergence) -> None:
+    student_NV, teacher_NV = logits()
+    whole_N, whole_slope_NV = value_and_slope(divergence, student_NV, teacher_NV)
+    values = [value_and_slope(coarse(divergence, k), student_NV, teacher_NV)[0] for k in range(1, 7)]
+    for smaller, larger in itertools.pairwise([*values, whole_N + 1e-12]):
+        assert bool((smaller <= larger + 1e-12).all()) and bool((smaller >= 0).all())
+    assert_close(values[-1], whole_N)
+    assert_close(value_and_slope(coarse(divergence, 6), student_NV, teacher_NV)[1], whole_slope_NV)
+    assert float((whole_N - values[1]).min()) > 1e-3  # two ids and the rest do say less
+
+
+def test_a_rest_without_mass_adds_nothing() -> None:
+    student_NV, teacher_NV = logits()
+    beyond_V = torch.arange(6) >= 3
+    student_NV = student_NV.detach().masked_fill(beyond_V, -math.inf).requires_grad_()
+    teacher_NV = teacher_NV.masked_fill(beyond_V, -math.inf)
+    for divergence in FAMILY:
+        want_N, want_slope_NV = value_and_slope(divergence, student_NV, teacher_NV)
+        got_N, slope_NV = value_and_slope(coarse(divergence, 3), student_NV, teacher_NV)
+        assert_close(got_N, want_N)
+        assert_close(slope_NV, want_slope_NV)
+    for k in (0, 7):
+        with pytest.raises(ValueError, match="between 1 and 6"):
+            top_k_and_rest(student_NV, teacher_NV, k=k)
 
 
 def test_jensen_shannon_of_the_golden_pair() -> None:
