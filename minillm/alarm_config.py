@@ -31,7 +31,8 @@ class AlarmsConfig(Settings):
     long: AlarmConfig | None = AlarmConfig(limit=3.0)
     """Mean length above this multiple of the start's."""
     repetition: AlarmConfig | None = AlarmConfig(limit=0.2)
-    """Share of tokens that complete a 3-gram which stands earlier in the response: more than this above the start's."""
+    """Share of tokens that complete a 3-gram which stands earlier in the response: more than this above the teacher's
+    own."""
     cut_share: AlarmConfig | None = AlarmConfig(limit=0.95)
     """Share of responses that reach the limit above this."""
     teacher_mass: AlarmConfig | None = AlarmConfig(limit=0.01)

@@ -2,7 +2,8 @@
 
 A falling reverse KL is no proof of health: it falls in runs whose text collapses too (Gu et al. 2024, ablations). So
 what is watched besides is what collapses: length, entropy, weights, ratios. An alarm looks at the mean of the last
-``WINDOW`` rollouts, against a fixed limit or against the stage's first rollout, which no update has touched.
+``WINDOW`` rollouts, against a fixed limit, against the stage's first rollout, which no update has touched, or against
+the teacher's own text.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from minillm.alarm_config import Action, AlarmsConfig
 WINDOW = 5
 """Rollouts in a mean; fewer are no trend."""
 
-Kind = Literal["above", "below", "above_start", "below_start", "above_start_by"]
+Kind = Literal["above", "below", "above_start", "below_start", "above_teacher_by"]
 
 
 class Watch(NamedTuple):
@@ -50,8 +51,9 @@ WATCHES: dict[str, Watch] = {
         "responses grow, often by repetition; raise teacher_mix, lower long_weight, or see samples of the validation",
     ),
     "repetition": Watch(
-        "repeated_tokens", "above_start_by",
-        "responses repeat themselves; raise teacher_mix, lower long_weight, or set repetition_weight",
+        "repeated_tokens", "above_teacher_by",
+        "responses repeat themselves more than the teacher's; raise teacher_mix, lower long_weight, or set "
+        "repetition_weight",
     ),
     "cut_share": Watch(
         "cut_share", "above",
@@ -103,6 +105,9 @@ class Alarms:
     def hear(self, figures: Mapping[str, float]) -> list[Raised]:
         """The alarms that ring from now on; one that goes on ringing is not told again until it has been silent."""
         raised = []
+        for figure, value in figures.items():
+            if figure.startswith("teacher_"):
+                self.first.setdefault(figure, value)
         for figure in {watch.figure for watch in WATCHES.values()} & figures.keys():
             last = self.last.setdefault(figure, [])
             last.append(figures[figure])
@@ -128,8 +133,9 @@ class Alarms:
         against, of_start = limit, ""
         if watch.kind.endswith("start"):
             against, of_start = limit * began, f" ({limit:g} times the {began:.4g} it began with)"
-        elif watch.kind == "above_start_by":
-            against, of_start = limit + began, f" ({limit:g} more than the {began:.4g} it began with)"
+        elif watch.kind == "above_teacher_by":
+            level = self.first.get(f"teacher_{watch.figure}", began)
+            against, of_start = limit + level, f" ({limit:g} more than the teacher's {level:.4g})"
         above = watch.kind.startswith("above")
         if math.isfinite(now) and not (now > against if above else now < against):
             return None

@@ -30,11 +30,13 @@ from minillm.ranks import Ranks
 from minillm.references import SoftLabels, lm_losses
 from minillm.repetition import repetition_rewards
 from minillm.scoring import HeadWeights, TeacherView, score
-from minillm.types import Decoding, DrawKey, Ids, Prompt, Purpose, Rollout, Stop, Targets
+from minillm.types import Decoding, DrawKey, Ids, Prompt, PromptBatch, Purpose, Rollout, Stop, Targets
 from minillm.updates import Loss, Sums, Update, in_step, limits_of, nobody
 
 _SHOWN_NGRAM = 3
 """Length of the n-grams, in tokens, whose return the log counts, whatever is rewarded."""
+_TEACHER_ROWS = 128
+"""Responses of all ranks, at most, from which the teacher's own level of repetition and length is told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +90,7 @@ class Minillm:
             scored = self._ranks.together(
                 lambda: score(rollout, student=reader, teacher_head=head, temperature=self._decoding.temperature)
             )
+            level = self._teacher_level(own, of_all=len(rows)) if step == 0 else {}
             untempered = None
             if stage.published.untempered_reward and self._decoding.temperature != 1.0:
                 untempered = self._ranks.together(
@@ -104,7 +107,7 @@ class Minillm:
             taken = self._anchor_order.take(step * wanted, wanted)
             anchor = [self._prompts[self._anchored[i]] for i in taken]
         collected = Collected(targets=targets, anchor=anchor, step=step, mine=mine, sequences=len(rows))
-        return collected, self._rollout_figures(targets, len(rows))
+        return collected, {**self._rollout_figures(targets, len(rows)), **level}
 
     @contextmanager
     def learning(self, collected: Collected, student: Student) -> Iterator[Iterator[Update]]:
@@ -162,17 +165,37 @@ class Minillm:
         """The teacher's part in the language-model loss."""
         return SoftLabels(read=self._teacher.reader.read, head=head, share=self._stage.lm_teacher_share)
 
-    def _roll_out(
-        self, reader: ModelReader, rows: Sequence[tuple[int, int]], *, step: int, policy_step: int
-    ) -> Rollout:
-        batch = prompt_batch(
+    def _teacher_level(self, own: Sequence[tuple[int, int]], *, of_all: int) -> dict[str, float]:
+        """How long the teacher's own responses to the first prompts are, and how much they repeat: grammar repeats
+        itself too, so the student's repetition says something beside the teacher's only."""
+        share_of = -(-min(_TEACHER_ROWS, of_all) // self._ranks.size)
+        batch = self._prompt_batch(own[:share_of])
+        text = self._ranks.together(
+            lambda: roll_out(
+                batch, student=self._teacher.reader, decoding=self._decoding,
+                key=DrawKey(seed=self._seed, stage=self._stage.name, purpose=Purpose.VALIDATION, rollout=0),
+                eos_ids=self._ids.eos, pad_id=self._ids.pad,
+                anyone=self._ranks.anyone if self._teacher.reader.lockstep else bool,
+            )
+        )  # fmt: skip
+        sums = _text_sums(text)
+        sums.add(rows=len(text.stop_B))
+        figures = _text_figures(sums.over_ranks(self._ranks))
+        return {f"teacher_{name}": value for name, value in figures.items()}
+
+    def _prompt_batch(self, rows: Sequence[tuple[int, int]]) -> PromptBatch:
+        return prompt_batch(
             [self._prompts[index] for index, _ in rows],
             [sample for _, sample in rows],
             pad_id=self._ids.pad,
             device=self._ranks.device,
         )
+
+    def _roll_out(
+        self, reader: ModelReader, rows: Sequence[tuple[int, int]], *, step: int, policy_step: int
+    ) -> Rollout:
         return roll_out(
-            batch,
+            self._prompt_batch(rows),
             student=reader,
             teacher=self._teacher.reader,
             decoding=self._decoding,
@@ -250,40 +273,54 @@ class Minillm:
     def _rollout_figures(self, targets: Targets, sequences: int) -> dict[str, float]:
         scored = targets.scored
         rollout, mask_BT = scored.rollout, scored.rollout.mask_BT
-        again_BT = repetition_rewards(rollout.response_BT, mask_BT, ngram=_SHOWN_NGRAM)
-        sums = Sums()
+        sums = _text_sums(rollout)
         sums.add(
-            tokens=mask_BT.sum(),
+            rows=len(rollout.stop_B),
             kl=scored.reverse_kl_BT.sum(),
             entropy=scored.entropy_BT.sum(),
             square=targets.advantage_BT.square().sum(),
             mass=torch.where(mask_BT, scored.logp_BT.exp(), 0.0).sum(),
             leak=_leaks(targets),
-            cut=sum(stop is Stop.LENGTH for stop in rollout.stop_B),
-            repeating=again_BT.any(dim=1).sum(),
-            again=again_BT.sum(),
             weight=targets.importance_BT.sum(),
             weight_square=targets.importance_BT.square().sum(),
             teacher_forwards=rollout.teacher_forwards,
         )
         total = sums.over_ranks(self._ranks)
         tokens = max(total["tokens"], 1.0)
-        text_tokens = total["tokens"] - (sequences - total["cut"])
         return {
             "tokens": total["tokens"],
             "reverse_kl": total["kl"] / sequences,
             "reverse_kl_per_token": total["kl"] / tokens,
             "entropy": total["entropy"] / tokens,
-            "mean_length": text_tokens / sequences,
-            "cut_share": total["cut"] / sequences,
+            **_text_figures(total),
             "teacher_mass": total["mass"] / tokens,
             "padding_leak": total["leak"],
-            "repeated_tokens": total["again"] / tokens,
-            f"repetition_{_SHOWN_NGRAM}": total["repeating"] / sequences,
             "advantage_std": (total["square"] / tokens) ** 0.5,
             "importance_ess": total["weight"] ** 2 / max(tokens * total["weight_square"], 1e-30),
             "teacher_forwards": total["teacher_forwards"] / self._ranks.size,
         }
+
+
+def _text_sums(rollout: Rollout) -> Sums:
+    """What this rank's responses are as text, before the models' numbers."""
+    again_BT = repetition_rewards(rollout.response_BT, rollout.mask_BT, ngram=_SHOWN_NGRAM)
+    sums = Sums()
+    sums.add(
+        tokens=rollout.mask_BT.sum(), cut=sum(stop is Stop.LENGTH for stop in rollout.stop_B),
+        repeating=again_BT.any(dim=1).sum(), again=again_BT.sum(),
+    )  # fmt: skip
+    return sums
+
+
+def _text_figures(total: Mapping[str, float]) -> dict[str, float]:
+    """Lengths without the end token, shares of responses and of tokens, from the sums of all ranks."""
+    rows = max(total["rows"], 1.0)
+    return {
+        "mean_length": (total["tokens"] - (rows - total["cut"])) / rows,
+        "cut_share": total["cut"] / rows,
+        "repeated_tokens": total["again"] / max(total["tokens"], 1.0),
+        f"repetition_{_SHOWN_NGRAM}": total["repeating"] / rows,
+    }
 
 
 def _leaks(targets: Targets) -> Tensor:

@@ -50,6 +50,15 @@ def test_each_alarm_rings_past_its_limit_and_alone(name: str) -> None:
         assert hear(alarms, **{watch.figure: figure}) == want
 
 
+def test_repetition_is_held_against_the_teachers_own() -> None:
+    """A teacher that repeats itself more, or less, than the student at its start moves the limit; later lines, which
+    do not tell of the teacher, do not."""
+    for level, rings in ((0.3, []), (0.05, ["repetition"])):
+        alarms = Alarms(AlarmsConfig())
+        hear(alarms, times=1, teacher_repeated_tokens=level)
+        assert hear(alarms, times=2 * WINDOW, repeated_tokens=0.41 if level == 0.3 else 0.3) == rings
+
+
 def test_one_bad_rollout_is_no_trend() -> None:
     alarms = Alarms(AlarmsConfig())
     hear(alarms)

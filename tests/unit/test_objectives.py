@@ -468,6 +468,22 @@ def test_the_log_counts_responses_that_repeat_three_tokens(minillm: Callable[...
     assert len({repeating(rollout, ngram) for ngram in (2, 3, 4)}) == 3 and 0 < figures["repetition_3"] < 1
 
 
+def test_the_first_line_tells_the_teachers_own_level(minillm: Callable[..., Work], stuck: Path) -> None:
+    """Its own responses to the rollout's prompts: a teacher with the repeating student's weights repeats itself, one
+    that is another does so by its own measure, and what the student does is the same with or without being compared."""
+    with minillm(student=stuck, **MANY) as work, minillm(student=stuck, guide=make_teacher(stuck), **MANY) as mirror:
+        _, figures = work.objective.collect(0, work.student)
+        _, later = work.objective.collect(1, work.student)
+        collected, same = mirror.objective.collect(0, mirror.student)
+    names = {"mean_length", "cut_share", "repeated_tokens", "repetition_3"}
+    assert {f"teacher_{name}" for name in names} <= figures.keys() and not any(f"teacher_{n}" in later for n in names)
+    assert figures["repetition_3"] == same["repetition_3"] == repeating(collected.targets.scored.rollout, 3) / 36
+    assert same["teacher_repetition_3"] > figures["teacher_repetition_3"]
+    # The same model and prompts, other random numbers: near, and not the student's own figure copied.
+    assert abs(same["teacher_mean_length"] - same["mean_length"]) < 1.5
+    assert same["teacher_repeated_tokens"] != same["repeated_tokens"]
+
+
 def test_a_weight_of_zero_is_bitwise_a_run_without_the_cost_of_repetition(minillm: Callable[..., Work]) -> None:
     with minillm() as without, minillm(repetition_weight=0.0, repetition_ngram=1) as zero:
         one, other = without.run(2), zero.run(2)
