@@ -22,7 +22,7 @@ class AlarmConfig(Settings):
 class AlarmsConfig(Settings):
     """When a stage that samples is told to be going wrong; null turns one off."""
 
-    reverse_kl: AlarmConfig | None = AlarmConfig(limit=3.0)
+    reverse_kl: AlarmConfig | None = AlarmConfig(limit=2.5)
     """Mean reverse KL above this multiple of the start's."""
     entropy: AlarmConfig | None = AlarmConfig(limit=0.2)
     """Entropy a token below this multiple of the start's."""
