@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minillm.types import Prompt, PromptBatch, require_shape
+from minillm.types import Example, Prompt, PromptBatch, require_shape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,16 +53,16 @@ def prompt_batch(
     )
 
 
-def example_batch(prompts: Sequence[Prompt], *, pad_id: int, device: torch.device | str) -> ExampleBatch:
-    """Prompt and first response of each row in one right-padded tensor; every row must have ``response_ids``."""
-    assert len(prompts) > 0, "a batch needs at least one prompt"
-    bare = [prompt.uid for prompt in prompts if not prompt.response_ids]
+def example_batch(rows: Sequence[Example], *, pad_id: int, device: torch.device | str) -> ExampleBatch:
+    """What is read and what is learnt of each row in one right-padded tensor; every row must have ``response_ids``."""
+    assert len(rows) > 0, "a batch needs at least one row"
+    bare = [row.uid for row in rows if not row.response_ids]
     assert not bare, f"rows without response ids cannot be learnt from: {bare[:3]}"
-    ids_BL, mask_BL = _padded([prompt.ids + prompt.response_ids for prompt in prompts], pad_id=pad_id, left=False)
-    prompt_length_B1 = torch.tensor([[len(prompt.ids)] for prompt in prompts])
+    ids_BL, mask_BL = _padded([row.ids + row.response_ids for row in rows], pad_id=pad_id, left=False)
+    prompt_length_B1 = torch.tensor([[len(row.ids)] for row in rows])
     target_BL = mask_BL & (torch.arange(ids_BL.shape[1]) >= prompt_length_B1)
     return ExampleBatch(
-        uid_B=tuple(prompt.uid for prompt in prompts),
+        uid_B=tuple(row.uid for row in rows),
         ids_BL=ids_BL.to(device),
         mask_BL=mask_BL.to(device),
         target_BL=target_BL.to(device),

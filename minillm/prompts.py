@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Literal
@@ -13,7 +13,7 @@ from minillm.errors import DataError
 from minillm.records import Row, plain_name, shown
 from minillm.rows import ReadReport, counted, listed, read_rows
 from minillm.templates import Template, is_blank, render
-from minillm.types import Prompt
+from minillm.types import Example, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +34,8 @@ class Fate(StrEnum):
     BLANK_RESPONSE = "blank response"
     LONG_RESPONSE = "over-long response"
     EARLY_EOS = "response with the end-of-text token inside"
+    BLANK_DOCUMENT = "blank document"
+    ENDED_DOCUMENT = "document with an end token inside"
 
 
 _SETTING = {Fate.LONG_PROMPT: "data.max_prompt_tokens", Fate.LONG_RESPONSE: "decoding.max_new_tokens"}
@@ -53,6 +55,8 @@ _REMEDY = {
     Fate.BLANK_RESPONSE: "this stage learns from reference responses: fill the rows' response field",
     Fate.LONG_RESPONSE: "raise decoding.max_new_tokens",
     Fate.EARLY_EOS: "take the end-of-text token out of the responses; it is added by itself",
+    Fate.BLANK_DOCUMENT: "write something into the rows' 'text'",
+    Fate.ENDED_DOCUMENT: "take the end tokens out of the text and make a document of each part; they are added then",
 }
 _NO_ROWS = "give at least one row"
 
@@ -85,9 +89,10 @@ class PrepareReport:
     dropped: tuple[Group, ...] = ()
     changed: tuple[Group, ...] = ()
     """Rows used, but not whole: a prompt cut at its left, a response kept as text and not as ids."""
+    noun: str = "row"
 
     def __str__(self) -> str:
-        parts = [f"{self.name}: {counted(self.rows, 'row')} read, {self.used:,} used"]
+        parts = [f"{self.name}: {counted(self.rows, self.noun)} read, {self.used:,} used"]
         parts += [f"dropped {group}" for group in self.dropped]
         parts += [f"{_CHANGE[group.fate]} {group}" for group in self.changed]
         return "; ".join(parts)
@@ -160,7 +165,11 @@ def prepare(
                 changed.setdefault(fate, []).append(item.row.uid)
         prompts.append(_prompt(item, tokenizer, cut_to=limits.prompt, keep_response=response_fate is None))
     report = PrepareReport(
-        name=name, rows=len(rows), used=len(prompts), dropped=_groups(dropped, limits), changed=_groups(changed, limits)
+        name=name,
+        rows=len(rows),
+        used=len(prompts),
+        dropped=groups(dropped, limits.detail),
+        changed=groups(changed, limits.detail),
     )
     _enforce(report, limits, longest)
     return prompts, report
@@ -207,12 +216,12 @@ def _unreadable(texts: Sequence[str], uids: Sequence[str], tokenizer: PreTrained
     raise AssertionError("a batch failed to encode and each of its texts alone did not")
 
 
-def data_hash(prompts: Sequence[Prompt]) -> str:
-    """SHA-256 in hex over uid, ids and response ids of every prompt, in order: what a resumed run compares."""
+def data_hash(rows: Iterable[Example]) -> str:
+    """SHA-256 in hex over uid, ids and response ids of every row, in order: what a resumed run compares."""
     digest = hashlib.sha256()
-    for prompt in prompts:
-        # JSON closes every list, so no two different sequences of prompts give the same bytes.
-        digest.update(json.dumps([prompt.uid, prompt.ids, prompt.response_ids]).encode() + b"\n")
+    for row in rows:
+        # JSON closes every list, so no two different sequences of rows give the same bytes.
+        digest.update(json.dumps([row.uid, row.ids, row.response_ids]).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -269,10 +278,9 @@ def _prompt(item: _Encoded, tokenizer: PreTrainedTokenizerBase, *, cut_to: int, 
     )
 
 
-def _groups(fates: dict[Fate, list[str]], limits: _Limits) -> tuple[Group, ...]:
-    return tuple(
-        Group(fate=fate, detail=limits.detail(fate), uids=tuple(fates[fate])) for fate in Fate if fate in fates
-    )
+def groups(fates: Mapping[Fate, Sequence[str]], detail: Callable[[Fate], str] = lambda fate: "") -> tuple[Group, ...]:
+    """The rows of each fate, those of one fate together; ``detail`` is a limit in brackets, or ''."""
+    return tuple(Group(fate=fate, detail=detail(fate), uids=tuple(fates[fate])) for fate in Fate if fate in fates)
 
 
 def _enforce(report: PrepareReport, limits: _Limits, longest: dict[Fate, int]) -> None:
@@ -284,7 +292,11 @@ def _enforce(report: PrepareReport, limits: _Limits, longest: dict[Fate, int]) -
                 f"{report.name}: {group}\n  the longest has {longest[group.fate]:,} tokens; raise {setting}, "
                 f"or choose {_CHOICE[group.fate]}"
             )
+    require_used(report, what="prompt")
+
+
+def require_used(report: PrepareReport, *, what: str) -> None:
+    """Raise ``DataError`` where no row is left."""
     if not report.used:
-        raise DataError(
-            f"{report}\n  no prompt is left; {_REMEDY[report.dropped[0].fate] if report.dropped else _NO_ROWS}"
-        )
+        remedy = _REMEDY[report.dropped[0].fate] if report.dropped else _NO_ROWS
+        raise DataError(f"{report}\n  no {what} is left; {remedy}")

@@ -1,11 +1,11 @@
-"""One row of a prompt file: from a line to a record, from a record to a checked ``Row``."""
+"""One row of a file: from a line to a record, from a record to a checked ``Row``, or ``Document`` of a corpus."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from minillm.errors import did_you_mean
@@ -13,6 +13,8 @@ from minillm.errors import did_you_mean
 RESPONSE_FIELDS = ("response", "output", "responses")
 PROMPT_FIELDS = ("prompt", "instruction", "messages")
 KNOWN_FIELDS = (*PROMPT_FIELDS, "input", *RESPONSE_FIELDS, "id", "uid")
+TEXT_FIELD = "text"
+"""Holds a document, in a row of a corpus that has no prompt."""
 BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 LONGEST_NAME = 60
 """Characters of a name from a file that a message repeats."""
@@ -36,6 +38,14 @@ class Row:
     """(role, content) pairs; a last turn of the assistant has been moved to ``responses``."""
     responses: tuple[str, ...] = ()
     extra: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """One text of a corpus as its file has it."""
+
+    uid: str
+    text: str
 
 
 class RowFault(Exception):
@@ -62,6 +72,20 @@ def parse_line(line: bytes | None, *, first: bool) -> dict[str, object]:
 
     Raises ``RowFault``, with the column (in characters, from 1) wherever the fault has one.
     """
+    text = decode_line(line, first=first)
+    if not text.strip():
+        raise RowFault("the line is blank")
+    record = _decode(text)
+    if not isinstance(record, dict):
+        raise RowFault(f"got {_kind(record)}, wanted a JSON object in braces", column=1)
+    return record
+
+
+def decode_line(line: bytes | None, *, first: bool) -> str:
+    """The text that ``line`` holds, newline included; ``None`` stands for an over-long line.
+
+    Raises ``RowFault``, with the column, for what is not plain UTF-8.
+    """
     if line is None:
         raise RowFault("the line is longer than 16 MiB")
     if first and line.startswith(BYTE_ORDER_MARKS):
@@ -69,16 +93,10 @@ def parse_line(line: bytes | None, *, first: bool) -> dict[str, object]:
     if b"\x00" in line:
         raise RowFault("a NUL byte, as an interrupted write leaves it", column=line.index(b"\x00") + 1)
     try:
-        text = line.decode("utf-8")
+        return line.decode("utf-8")
     except UnicodeDecodeError as error:
         column = len(line[: error.start].decode("utf-8")) + 1
         raise RowFault(f"not UTF-8: byte 0x{line[error.start]:02x} ({error.reason})", column=column) from error
-    if not text.strip():
-        raise RowFault("the line is blank")
-    record = _decode(text)
-    if not isinstance(record, dict):
-        raise RowFault(f"got {_kind(record)}, wanted a JSON object in braces", column=1)
-    return record
 
 
 def _decode(text: str) -> object:
@@ -158,6 +176,19 @@ def parse_record(record: Mapping[str, object], *, default_uid: str) -> tuple[Row
     return row, _left_out(fields, row)
 
 
+def parse_entry(record: Mapping[str, object], *, default_uid: str) -> tuple[Row | Document, list[str]]:
+    """A row of a corpus, and the names of fields that were left out: with a prompt it is the row that ``parse_record``
+    gives, without one the document of its text. Raises ``RowFault`` for one that is neither."""
+    fields = {name: value for name, value in record.items() if value is not None}
+    if any(name in fields for name in PROMPT_FIELDS):
+        return parse_record(record, default_uid=default_uid)
+    if TEXT_FIELD not in fields:
+        wanted = f"wanted '{TEXT_FIELD}', or a prompt ('prompt', 'instruction' or 'messages') with its response"
+        raise RowFault(f"neither text nor prompt: {_named(list(record), wanted, (TEXT_FIELD, *PROMPT_FIELDS))}")
+    document = Document(uid=_uid(fields, default_uid), text=_text(fields[TEXT_FIELD], TEXT_FIELD))
+    return document, [name for name in fields if name not in (TEXT_FIELD, "id", "uid")]
+
+
 def _left_out(fields: Mapping[str, object], row: Row) -> list[str]:
     beside_messages = ("prompt", "instruction", "input") if row.messages else ()
     unread = [name for name in fields if name not in KNOWN_FIELDS and name not in row.extra]
@@ -166,9 +197,14 @@ def _left_out(fields: Mapping[str, object], row: Row) -> list[str]:
 
 def _no_prompt(names: list[str]) -> str:
     wanted = "wanted 'prompt', or 'instruction' (with or without 'input'), or 'messages'"
+    return f"no prompt: {_named(names, wanted, PROMPT_FIELDS)}"
+
+
+def _named(names: list[str], wanted: str, known: Sequence[str]) -> str:
+    """The fields that a row has, what was wanted, and the nearest to it."""
     got = f"the fields are {', '.join(shown(name) for name in names[:8])}" if names else "the object is empty"
-    hints = (did_you_mean(name, PROMPT_FIELDS) for name in names if name not in KNOWN_FIELDS)
-    return f"no prompt: {got}; {wanted}{next((hint for hint in hints if hint), '')}"
+    hints = (did_you_mean(name, known) for name in names if name not in KNOWN_FIELDS)
+    return f"{got}; {wanted}{next((hint for hint in hints if hint), '')}"
 
 
 def _uid(fields: Mapping[str, object], default: str) -> str:

@@ -1,29 +1,44 @@
-"""Rows of a prompt file, read strictly: a broken row is an error with its line, or it is counted.
+"""Rows of a prompt file or a corpus, read strictly: a broken row is an error with its line, or it is counted.
 
 One record per row, from JSON Lines (``.jsonl``, ``.jsonl.gz``), Parquet, a hub data set
-(``hub:NAME@SPLIT``, ``hub:NAME:CONFIG@SPLIT``) or the embedded world (``world:SPLIT``).
+(``hub:NAME@SPLIT``, ``hub:NAME:CONFIG@SPLIT``) or the embedded world (``world:SPLIT``); of a corpus also from text
+(``.txt``), where lines up to a blank one are a document.
 """
 
 from __future__ import annotations
 
 import gzip
+import itertools
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, TypeVar
 
 from minillm.errors import DataError, did_you_mean
 from minillm.hub import asked_once
-from minillm.records import Row, RowFault, parse_line, parse_record, shown
+from minillm.records import (
+    TEXT_FIELD,
+    Document,
+    Row,
+    RowFault,
+    decode_line,
+    parse_entry,
+    parse_line,
+    parse_record,
+    shown,
+)
 
 Broken = Literal["error", "skip"]
 Record = Mapping[str, object]
 Numbered = Iterator[tuple[int, Record | RowFault]]
+Entry = TypeVar("Entry", bound=Row | Document)
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+TEXT_SUFFIX = ".txt"
 WORLD_SPLITS = ("train", "validation", "test")
 MAX_LINE_BYTES = 16 * 2**20
-"""A longer line is broken: it is never a prompt, and it must not fill the memory of every rank."""
+"""A longer line is broken: it is never a prompt, and it must not fill the memory of every rank. So is a longer document
+of a text file."""
 SHOWN = 3
 """How many rows a message lists before it says '…'."""
 SKIP_REMEDY = "mend the row, or leave broken rows out, counted: data.broken: skip and data.max_broken: N (the most)"
@@ -76,6 +91,24 @@ class _Source:
     records: Callable[[], Numbered]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kind:
+    """A kind of file, as messages speak of it."""
+
+    name: str
+    suffixes: tuple[str, ...]
+    row: str
+    """What a file of it has to hold at least one of."""
+
+
+_PROMPTS = _Kind(name="prompt file", suffixes=SUFFIXES, row="one JSON object a line (or a Parquet row) for each prompt")
+_CORPUS = _Kind(
+    name="corpus",
+    suffixes=(*SUFFIXES, TEXT_SUFFIX),
+    row=f"one JSON object a line (or a Parquet row) for each document, or in a {TEXT_SUFFIX} file lines of text",
+)
+
+
 def read_rows(source: str, *, broken: Broken = "error", max_broken: int = 0) -> tuple[list[Row], ReadReport]:
     """Every row of ``source`` in its order, and the report of what was left out.
 
@@ -83,18 +116,44 @@ def read_rows(source: str, *, broken: Broken = "error", max_broken: int = 0) -> 
     ``broken='skip'`` counts broken rows and raises once there are more than ``max_broken``. A source
     that cannot be read at all, or holds no usable row, is a ``DataError`` in both modes.
     """
-    origin = _locate(source)
+    return _read(source, kind=_PROMPTS, parse=parse_record, broken=broken, max_broken=max_broken)
+
+
+def read_corpus(
+    source: str, *, broken: Broken = "error", max_broken: int = 0
+) -> tuple[list[Row] | list[Document], ReadReport]:
+    """The same of a corpus: all its documents, or its prompts with their responses. One that holds both is a
+    ``DataError``."""
+    found, report = _read(source, kind=_CORPUS, parse=parse_entry, broken=broken, max_broken=max_broken)
+    rows = [entry for entry in found if isinstance(entry, Row)]
+    documents = [entry for entry in found if isinstance(entry, Document)]
+    if rows and documents:
+        raise DataError(
+            f"{report.source} holds {counted(len(documents), 'document')} ({shown(documents[0].uid)} is the first) and "
+            f"{counted(len(rows), 'row')} with a prompt ({shown(rows[0].uid)})\n"
+            "  a corpus is of one kind: put the two into files of their own, and choose one"
+        )
+    return rows or documents, report
+
+
+def _read(
+    source: str, *, kind: _Kind, parse: Callable[..., tuple[Entry, list[str]]], broken: Broken, max_broken: int
+) -> tuple[list[Entry], ReadReport]:
+    origin = _locate(source, kind)
     allowed = max_broken if broken == "skip" else 0
-    rows: list[Row] = []
+    entries: list[Entry] = []
     skipped: list[Skipped] = []
     ignored: dict[str, int] = {}
     first_seen: dict[str, int] = {}
-    number = 0
     for number, record in origin.records():
         try:
-            row, left_out = _parse(record, default_uid=f"{origin.stem}-{number}")
-            if row.uid in first_seen:
-                raise RowFault(f"id {shown(row.uid)} already names {origin.unit} {first_seen[row.uid]}; ids are unique")
+            if isinstance(record, RowFault):
+                raise record
+            entry, left_out = parse(record, default_uid=f"{origin.stem}-{number}")
+            if entry.uid in first_seen:
+                raise RowFault(
+                    f"id {shown(entry.uid)} already names {origin.unit} {first_seen[entry.uid]}; ids are unique"
+                )
         except RowFault as fault:
             skipped.append(Skipped(where=f"{origin.unit} {number}", reason=fault.reason))
             if len(skipped) > allowed:
@@ -103,15 +162,16 @@ def read_rows(source: str, *, broken: Broken = "error", max_broken: int = 0) -> 
                 message = _too_broken(where, skipped=skipped, broken=broken, max_broken=max_broken)
                 raise DataError(message) from fault
             continue
-        first_seen[row.uid] = number
-        rows.append(row)
+        first_seen[entry.uid] = number
+        entries.append(entry)
         for name in left_out:
             ignored[name] = ignored.get(name, 0) + 1
-    report = ReadReport(source=origin.name, rows=number, skipped=tuple(skipped), ignored=ignored)
-    if not rows:
+    met = len(entries) + len(skipped)
+    report = ReadReport(source=origin.name, rows=met, skipped=tuple(skipped), ignored=ignored)
+    if not entries:
         what = f"{report}; no row is left" if skipped else f"{origin.name} is empty: it holds no rows"
-        raise DataError(f"{what}\n  wanted one JSON object a line (or a Parquet row) for each prompt")
-    return rows, report
+        raise DataError(f"{what}\n  wanted {kind.row}")
+    return entries, report
 
 
 def counted(count: int, noun: str) -> str:
@@ -122,12 +182,6 @@ def counted(count: int, noun: str) -> str:
 def listed(names: list[str]) -> str:
     """The first few names, then an ellipsis where there are more."""
     return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
-
-
-def _parse(record: Record | RowFault, *, default_uid: str) -> tuple[Row, list[str]]:
-    if isinstance(record, RowFault):
-        raise record
-    return parse_record(record, default_uid=default_uid)
 
 
 def _too_broken(where: str, *, skipped: list[Skipped], broken: Broken, max_broken: int) -> str:
@@ -141,52 +195,83 @@ def _too_broken(where: str, *, skipped: list[Skipped], broken: Broken, max_broke
     )
 
 
-def _locate(source: str) -> _Source:
+def _locate(source: str, kind: _Kind) -> _Source:
     scheme, _, rest = source.partition(":")
     if scheme == "world":
         return _world(rest)
     if scheme == "hub":
         return _hub(source, rest)
-    return _file(source)
+    return _file(source, kind)
 
 
-def _file(source: str) -> _Source:
+def _file(source: str, kind: _Kind) -> _Source:
     path = Path(source).expanduser()
     if path.is_dir():
         raise DataError(
-            f"{source} is a folder, wanted a file{_files_in(path)}\n  name one {' or '.join(SUFFIXES)} file"
+            f"{source} is a folder, wanted a file{_files_in(path, kind)}\n  name one {' or '.join(kind.suffixes)} file"
         )
     if not path.exists():
-        raise DataError(f"{source} does not exist{_near_files(path)}")
-    suffix = next((end for end in SUFFIXES if path.name.endswith(end)), None)
+        raise DataError(f"{source} does not exist{_near_files(path, kind)}")
+    suffix = next((end for end in kind.suffixes if path.name.endswith(end)), None)
     if suffix is None or not path.is_file():
         raise DataError(
-            f"{source} is not a kind of prompt file known here\n  wanted a {', '.join(SUFFIXES)} file, "
+            f"{source} is not a kind of {kind.name} known here\n  wanted a {', '.join(kind.suffixes)} file, "
             "'world:SPLIT' or 'hub:NAME@SPLIT'; JSON Lines holds one JSON object a line"
         )
     stem = path.name.removesuffix(suffix)
     if suffix == ".parquet":
         return _Source(name=source, stem=stem, unit="row", records=lambda: _parquet(path, source))
-    return _Source(name=source, stem=stem, unit="line", records=lambda: _jsonl(path, source))
+    records = _text if suffix == TEXT_SUFFIX else _jsonl
+    return _Source(name=source, stem=stem, unit="line", records=lambda: records(path, source))
 
 
-def _data_files(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(SUFFIXES))
+def _data_files(folder: Path, kind: _Kind) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(kind.suffixes))
 
 
-def _files_in(folder: Path) -> str:
-    names = _data_files(folder)
-    return f"; it holds {listed(names)}" if names else f"; no {' or '.join(SUFFIXES)} file lies in it"
+def _files_in(folder: Path, kind: _Kind) -> str:
+    names = _data_files(folder, kind)
+    return f"; it holds {listed(names)}" if names else f"; no {' or '.join(kind.suffixes)} file lies in it"
 
 
-def _near_files(path: Path) -> str:
+def _near_files(path: Path, kind: _Kind) -> str:
     if not path.parent.is_dir():
         return (
             f"; neither does its folder {path.parent}\n"
             f"  paths start at the working folder {Path.cwd()}; a hub data set is written 'hub:NAME@SPLIT'"
         )
-    names = _data_files(path.parent)
-    return did_you_mean(path.name, names) or f"; its folder {path.parent} is there{_files_in(path.parent)}"
+    names = _data_files(path.parent, kind)
+    return did_you_mean(path.name, names) or f"; its folder {path.parent} is there{_files_in(path.parent, kind)}"
+
+
+def _text(path: Path, name: str) -> Numbered:
+    """Documents of a text file: runs of lines between blank ones, each under the number of its first line."""
+    try:
+        with path.open("rb") as stream:
+            for blank, lines in itertools.groupby(
+                _lines(stream), key=lambda of: of[1] is not None and not of[1].strip()
+            ):
+                if not blank:
+                    yield _document(lines)
+    except OSError as error:
+        raise DataError(f"{name} cannot be read: {error}\n  the file is damaged; fetch or write it again") from error
+
+
+def _document(lines: Iterator[tuple[int, bytes | None]]) -> tuple[int, Record | RowFault]:
+    """All of these lines; a fault stands under the number of its own line."""
+    begun, size, texts = 0, 0, list[str]()
+    fault: tuple[int, RowFault] | None = None
+    for number, line in lines:
+        begun = begun or number
+        size += len(line or b"")
+        try:
+            if size > MAX_LINE_BYTES:
+                raise RowFault("a document longer than 16 MiB begins there; a blank line parts documents")
+            texts.append(decode_line(line, first=number == 1).replace("\r\n", "\n"))
+        except RowFault as found:
+            fault = fault or (begun if size > MAX_LINE_BYTES else number, found)
+            texts, size = [], 0
+    return fault or (begun, {TEXT_FIELD: "".join(texts).rstrip("\n")})
 
 
 def _jsonl(path: Path, name: str) -> Numbered:

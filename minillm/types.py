@@ -10,9 +10,10 @@ V real vocabulary ids, C bytes of packed vocabulary (V / 8, rounded up). ``logq`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Protocol
 
 from torch import Tensor
 
@@ -56,6 +57,32 @@ class Prompt:
     """Token ids of the first reference with the closing EOS, or () where there is none."""
     extra: Mapping[str, str] = field(default_factory=dict)
     """Other string fields of the row (family, topic, answer), passed through to samples.jsonl."""
+
+
+class Example(Protocol):
+    """What a language-model loss needs of a row: a ``Prompt`` with a response, or a ``corpus.Block``."""
+
+    @property
+    def uid(self) -> str:
+        """Names the row."""
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """What is read only; never empty."""
+
+    @property
+    def response_ids(self) -> tuple[int, ...]:
+        """What is learnt."""
+
+
+class Examples(Protocol):
+    """Rows in an order, each made when it is asked for if need be."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
+
+    def __iter__(self) -> Iterator[Example]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
