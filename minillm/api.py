@@ -13,7 +13,7 @@ from minillm.errors import DataError, RunExists
 from minillm.evaluation import Record, validator
 from minillm.model_card import CardFacts, render
 from minillm.models import fingerprint, inspect
-from minillm.preflight import Pair, Split, check_pair, read_split
+from minillm.preflight import Anchor, Pair, Split, check_pair, read_anchor, read_split
 from minillm.ranks import Ranks
 from minillm.report import build_report, combine, write_report
 from minillm.results import asked_of, evaluate_into, judge_of, stored_results, versions
@@ -31,11 +31,12 @@ def distill(config: RunConfig, *, fresh: bool = False) -> Path:
     """
     pair = check_pair(config)
     splits = _read_splits(config, pair)
+    anchor = read_anchor(config, pair=pair)
     ranks = Ranks(threads=config.threads)
     for stage in config.stages:
         check_rows(stage, splits["train"].prompts, ranks=ranks)
     folder = RunFolder(Path(config.out) / config.name, writes=ranks.first)
-    made_from = _made_from(pair, splits)
+    made_from = _made_from(pair, splits, anchor)
     interrupted = not fresh and folder.status().get("state") == "running"
     done = folder.open(config_text=dump_config(config), fresh=fresh, wait=ranks.barrier)
     ranks.barrier()
@@ -46,12 +47,14 @@ def distill(config: RunConfig, *, fresh: bool = False) -> Path:
     if interrupted:
         _say(ranks, f"{folder.path}: an earlier run did not end; this one starts again from its beginning")
     folder.set_status(state="running", made_from=made_from, seconds={}, ranks=ranks.size, versions=versions())
-    _introduce(config, pair, splits, ranks)
+    _introduce(config, pair, splits, anchor, ranks)
     teacher = None
     if _needs_teacher(config, splits):
         teacher = load_teacher(pair, ranks=ranks, say=lambda line: _say(ranks, line))
     try:
-        seconds = _train_and_evaluate(config, pair=pair, splits=splits, teacher=teacher, ranks=ranks, folder=folder)
+        seconds = _train_and_evaluate(
+            config, pair=pair, splits=splits, anchor=anchor, teacher=teacher, ranks=ranks, folder=folder
+        )
     finally:
         if teacher is not None:
             teacher.close()
@@ -63,15 +66,16 @@ def distill(config: RunConfig, *, fresh: bool = False) -> Path:
     return folder.path
 
 
-def _made_from(pair: Pair, splits: Mapping[str, Split]) -> dict[str, str]:
-    """Names what a run is made from beside its configuration: the weights and the prompts."""
+def _made_from(pair: Pair, splits: Mapping[str, Split], anchor: Anchor | None) -> dict[str, str]:
+    """Names what a run is made from beside its configuration: the weights, the prompts and the corpus."""
     cards = {"student": pair.student_card, "teacher": pair.teacher_card}
     weights = {name: fingerprint(card) for name, card in cards.items() if card is not None}
-    return {**weights, **{f"{name} prompts": split.sha256 for name, split in splits.items()}}
+    corpus = {} if anchor is None else {"corpus": anchor.sha256}
+    return {**weights, **{f"{name} prompts": split.sha256 for name, split in splits.items()}, **corpus}
 
 
 def _require_made_from(folder: RunFolder, made_from: Mapping[str, str]) -> None:
-    """Raise ``RunExists`` where a run that is done was made from other weights or prompts than it would be now."""
+    """Raise ``RunExists`` where a run that is done was made from other weights or data than it would be now."""
     before = folder.status().get("made_from", {})
     differs = [name for name in made_from if before.get(name) != made_from[name]]
     if differs or not folder.student.is_dir():
@@ -87,6 +91,7 @@ def _train_and_evaluate(
     *,
     pair: Pair,
     splits: Mapping[str, Split],
+    anchor: Anchor | None,
     teacher: Teacher | None,
     ranks: Ranks,
     folder: RunFolder,
@@ -110,10 +115,13 @@ def _train_and_evaluate(
             folder=folder,
             into=into,
             model_card=lambda student, scores, stage=stage, card=start.card: render(  # type: ignore[misc]
-                _card_facts(config, stage, pair, splits["train"], start=card.name, student=student, teacher=teacher),
+                _card_facts(
+                    config, stage, pair, splits["train"], anchor, start=card.name, student=student, teacher=teacher
+                ),
                 scores,
                 step=student.updates_done,
             ),
+            corpus=None if anchor is None else anchor.rows,
         )
         seconds[stage.name] = round(done.seconds, 2)
         stages[stage.name] = dataclasses.asdict(done)
@@ -175,8 +183,9 @@ def evaluate(model: str | Path, config: RunConfig, *, out: str | Path, fresh: bo
 def _read_splits(config: RunConfig, pair: Pair) -> dict[str, Split]:
     data = config.data
     assert data.train is not None, "the configuration refuses a run without training rows"
-    learners = [stage.name for stage in config.stages if stage.responses_needed != "none"]
-    always = all(stage.responses_needed == "all" for stage in config.stages)
+    needed = {stage.name: config.responses_needed(stage) for stage in config.stages}
+    learners = [name for name, which in needed.items() if which != "none"]
+    always = all(which == "all" for which in needed.values())
     train = read_split(config, data.train, pair=pair, name="train", need_response=always)
     answered = sum(bool(prompt.response_ids) for prompt in train.prompts)
     if learners and not answered:
@@ -253,12 +262,14 @@ def _card_facts(
     stage: Stage,
     pair: Pair,
     split: Split,
+    anchor: Anchor | None,
     *,
     start: str,
     student: Student,
     teacher: Teacher | None,
 ) -> CardFacts:
     cards = [pair.student_card] + ([pair.teacher_card] if pair.teacher_card is not None else [])
+    learnt = anchor if stage in config.anchored else None
     return CardFacts(
         name=config.name,
         stage=stage.name,
@@ -273,14 +284,19 @@ def _card_facts(
         config_text=dump_config(config),
         versions=versions(),
         licence_notes="; ".join(f"{card.name}: {card.licence}" for card in cards if card.licence),
+        corpus="" if learnt is None else f"`{learnt.source}`, {learnt.size}, sha256 `{learnt.sha256}`",
     )
 
 
-def _introduce(config: RunConfig, pair: Pair, splits: Mapping[str, Split], ranks: Ranks) -> None:
+def _introduce(config: RunConfig, pair: Pair, splits: Mapping[str, Split], anchor: Anchor | None, ranks: Ranks) -> None:
     _say(ranks, f"{config.name}: {ranks.size} process{'es' if ranks.size > 1 else ''} on {ranks.device.type}")
     for split in splits.values():
         for line in split.words:
             _say(ranks, line)
+    for line in anchor.words if anchor is not None else ():
+        _say(ranks, line)
+    if anchor is None and config.data.corpus is not None:
+        _say(ranks, f"corpus: {config.data.corpus} is not read; no stage has an lm_coefficient above 0")
     for stage in config.stages:
         if words := unbiased_words(config, stage):
             _say(ranks, f"stage {stage.name}: gradient unbiased: {words}")

@@ -36,6 +36,9 @@ __all__ = [
 
 WORLD_SPLITS = ("train", "validation", "test")
 FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
+CORPUS_ENDINGS = (*FILE_ENDINGS, ".txt")
+LEAST_BLOCK = 2
+"""Tokens of a block of a corpus: its first is not learnt."""
 
 
 class DecodingConfig(Settings):
@@ -70,7 +73,7 @@ class DecodingConfig(Settings):
 class DataConfig(Settings):
     """Where rows come from and how they are read.
 
-    A source is 'world:SPLIT', a .jsonl, .jsonl.gz or .parquet file, or 'hub:NAME@SPLIT'.
+    A source is 'world:SPLIT', a .jsonl, .jsonl.gz or .parquet file, or 'hub:NAME@SPLIT'; a corpus may be a .txt file.
     """
 
     train: Text | None = None
@@ -79,6 +82,12 @@ class DataConfig(Settings):
     """Rows for choosing the best step; needed where a stage has validate_every above 0."""
     test: Text | None = None
     """Rows for the final evaluation only."""
+    corpus: Text | None = None
+    """What the language-model loss of minillm stages learns from: rows with a 'text', plain text (blank lines part
+    documents), or prompts with responses. The responses of train where not given."""
+    corpus_length: Count | None = None
+    """Tokens of the blocks that the corpus's text is cut into, from 2; 512 where not given, or the models' positions if
+    they have fewer. 512 is official."""
     template: Literal["plain", "alpaca", "chat"] = "plain"
     """How a row becomes a prompt: its text as it is, the Alpaca frame, or the tokenizer's chat template."""
     max_prompt_tokens: Count
@@ -98,7 +107,14 @@ class DataConfig(Settings):
     @classmethod
     def _known_source(cls, source: str | None) -> str | None:
         if source is not None:
-            _check_source(source)
+            _check_source(source, FILE_ENDINGS)
+        return source
+
+    @field_validator("corpus")
+    @classmethod
+    def _known_corpus(cls, source: str | None) -> str | None:
+        if source is not None:
+            _check_source(source, CORPUS_ENDINGS)
         return source
 
     @model_validator(mode="after")
@@ -107,6 +123,15 @@ class DataConfig(Settings):
             raise UnsupportedCombination(
                 f"broken '{self.broken}' with max_broken {self.max_broken}: "
                 "give 'broken: skip' and the most rows it may leave out, or neither"
+            )
+        if self.corpus_length is not None and self.corpus is None:
+            raise UnsupportedCombination(
+                f"corpus_length {self.corpus_length} without a corpus: nothing is cut; add corpus, or leave it out"
+            )
+        if self.corpus_length is not None and self.corpus_length < LEAST_BLOCK:
+            raise ConfigError(
+                f"corpus_length {self.corpus_length}: wanted at least {LEAST_BLOCK}, since the first token "
+                "of a block is not learnt"
             )
         return self
 
@@ -167,6 +192,16 @@ class RunConfig(Settings):
     """DeepSpeed settings of the student."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """How the result is measured."""
+
+    @property
+    def anchored(self) -> tuple[MinillmStage, ...]:
+        """The stages with a language-model loss."""
+        return tuple(stage for stage in self.stages if isinstance(stage, MinillmStage) and stage.lm_coefficient > 0)
+
+    def responses_needed(self, stage: Stage) -> Literal["none", "some", "all"]:
+        """Of the rows in data.train that the stage draws from, which must have a reference response."""
+        anchored_elsewhere = self.data.corpus is not None and isinstance(stage, MinillmStage)
+        return "none" if anchored_elsewhere else stage.responses_needed
 
     @field_validator("name")
     @classmethod
@@ -237,7 +272,7 @@ def _check_repetition(stage: MinillmStage, decoding: DecodingConfig, *, at: str)
         )
 
 
-def _check_source(source: str) -> None:
+def _check_source(source: str, endings: tuple[str, ...]) -> None:
     scheme, _, rest = source.partition(":")
     if scheme == "world":
         if rest not in WORLD_SPLITS:
@@ -250,9 +285,9 @@ def _check_source(source: str) -> None:
             raise ConfigError(
                 f"got {source!r}, wanted 'hub:NAME@SPLIT' such as 'hub:databricks/databricks-dolly-15k@train'"
             )
-    elif not source.endswith(FILE_ENDINGS):
+    elif not source.endswith(endings):
         raise ConfigError(
-            f"got {source!r}, wanted 'world:SPLIT', 'hub:NAME@SPLIT' or a file ending in {', '.join(FILE_ENDINGS)}"
+            f"got {source!r}, wanted 'world:SPLIT', 'hub:NAME@SPLIT' or a file ending in {', '.join(endings)}"
         )
 
 

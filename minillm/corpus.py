@@ -11,15 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from minillm.config import LEAST_BLOCK
 from minillm.prompts import ENCODE_ROWS, Fate, PrepareReport, encode, groups, require_used
 from minillm.records import Document
 from minillm.rows import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-LEAST = 2
-"""Tokens of a block: the first is read only, so a block of one teaches nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,12 +35,12 @@ class Blocks:
     """All blocks of a corpus in its order. What is kept is four bytes a token; a block is made when it is asked for."""
 
     def __init__(self, tokens: array[int], *, length: int, name: str) -> None:
-        assert length >= LEAST, f"blocks of {length} tokens"
+        assert length >= LEAST_BLOCK, f"blocks of {length} tokens"
         self._tokens, self._length, self._name = tokens, length, name
 
     def __len__(self) -> int:
         whole, rest = divmod(len(self._tokens), self._length)
-        return whole + (rest >= LEAST)
+        return whole + (rest >= LEAST_BLOCK)
 
     def __getitem__(self, index: int, /) -> Block:
         assert 0 <= index < len(self), f"block {index} of {len(self)}"
@@ -54,9 +52,9 @@ class Blocks:
 
     def __str__(self) -> str:
         rest = len(self._tokens) % self._length
-        if len(self) == 1 and rest >= LEAST:
+        if len(self) == 1 and rest >= LEAST_BLOCK:
             return f"1 block of {rest:,} tokens"
-        last = f", the last of {rest:,}" if rest >= LEAST else ""
+        last = f", the last of {rest:,}" if rest >= LEAST_BLOCK else ""
         left = "; left out 1 token at the end" if rest == 1 else ""
         return f"{counted(len(self), 'block')} of {self._length:,} tokens{last}{left}"
 

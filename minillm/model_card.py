@@ -23,6 +23,8 @@ class CardFacts:
     config_text: str
     versions: Mapping[str, str]
     licence_notes: str
+    corpus: str = ""
+    """Source, size and hash of what the language-model loss learnt from, if it has a corpus of its own."""
 
 
 def render(facts: CardFacts, scores: Mapping[str, float], *, step: int) -> str:
@@ -49,8 +51,10 @@ def render(facts: CardFacts, scores: Mapping[str, float], *, step: int) -> str:
         "|---|---|",
         f"| started from | `{facts.start}` |",
         f"| training data | `{facts.data_source}`, {facts.data_rows:,} rows used, sha256 `{facts.data_sha256}` |",
-        f"| weights of step | {step:,} |",
     ]
+    if facts.corpus:
+        lines.append(f"| language-model loss on | {facts.corpus} |")
+    lines.append(f"| weights of step | {step:,} |")
     if facts.unbiased:
         lines.append(f"| gradient unbiased | {facts.unbiased} |")
     if facts.licence_notes:

@@ -174,12 +174,17 @@ class ModelFacts:
     """Longest sequence it has positions for; None where the architecture sets no limit."""
 
     def require_positions(
-        self, wanted: int, *, what: str, lower: str = "data.max_prompt_tokens or decoding.max_new_tokens"
+        self,
+        wanted: int,
+        *,
+        what: str,
+        of: str = "prompt + response",
+        lower: str = "data.max_prompt_tokens or decoding.max_new_tokens",
     ) -> None:
         """Raise ``PositionsExceeded`` if a sequence of ``wanted`` tokens does not fit."""
         if self.positions is not None and wanted > self.positions:
             raise PositionsExceeded(
-                f"{what} {self.name} has {self.positions} positions; prompt + response may be {wanted} tokens.\n"
+                f"{what} {self.name} has {self.positions} positions; {of} may be {wanted} tokens.\n"
                 f"  lower {lower} by {wanted - self.positions} in all"
             )
 

@@ -30,7 +30,19 @@ from minillm.ranks import Ranks
 from minillm.references import SoftLabels, lm_losses
 from minillm.repetition import repetition_rewards
 from minillm.scoring import HeadWeights, TeacherView, score
-from minillm.types import Decoding, DrawKey, Ids, Prompt, PromptBatch, Purpose, Rollout, Stop, Targets
+from minillm.types import (
+    Decoding,
+    DrawKey,
+    Example,
+    Examples,
+    Ids,
+    Prompt,
+    PromptBatch,
+    Purpose,
+    Rollout,
+    Stop,
+    Targets,
+)
 from minillm.updates import Loss, Sums, Update, in_step, limits_of, nobody
 
 _SHOWN_NGRAM = 3
@@ -44,7 +56,8 @@ class Collected:
     """What one MiniLLM rollout left behind: the targets, and rows for the language-model anchor if there is one."""
 
     targets: Targets
-    anchor: list[Prompt]
+    anchor: list[Example]
+    """Those of all updates, one after the other; where there are fewer, each pass takes the same again."""
     step: int
     mine: list[int]
     """This rank's rows among those of all ranks."""
@@ -58,8 +71,9 @@ class Minillm:
 
     def __init__(
         self, stage: MinillmStage, *, prompts: Sequence[Prompt], decoding: Decoding, teacher: Teacher,
-        ids: Ids, ranks: Ranks, seed: int,
+        ids: Ids, ranks: Ranks, seed: int, corpus: Examples | None = None,
     ) -> None:  # fmt: skip
+        """``corpus`` is what the language-model loss learns from: the prompts' own responses where it is None."""
         assert decoding.repetition_penalty == 1.0, "the run's check refuses it"
         self._stage, self._prompts, self._decoding = stage, prompts, decoding
         self._teacher, self._ids, self._ranks, self._seed = teacher, ids, ranks, seed
@@ -67,8 +81,14 @@ class Minillm:
         self._constant = stage.expected_length or float(decoding.max_new_tokens)
         self._anchor_order = None
         if stage.lm_coefficient > 0.0:
-            self._anchored = [index for index, prompt in enumerate(prompts) if prompt.response_ids]
-            self._anchor_order = GlobalOrder(len(self._anchored), seed, f"{stage.name}/anchor")
+            answered = [prompt for prompt in prompts if prompt.response_ids]
+            self._anchored: Examples = answered if corpus is None else corpus
+            self._anchor_order = GlobalOrder(
+                len(self._anchored), seed, f"{stage.name}/{'anchor' if corpus is None else 'corpus'}"
+            )
+            # Of a corpus every update takes other text; the run's own rows stay those of a rollout.
+            updates = stage.inner_batches if corpus is None else stage.updates_per_step
+            self._anchor_rows = stage.lm_batch * updates
 
     def collect(self, step: int, student: Student) -> tuple[Collected, dict[str, float]]:
         """Prompts -> rollout -> scored -> targets, without gradient."""
@@ -103,9 +123,8 @@ class Minillm:
         )  # fmt: skip
         anchor = []
         if self._anchor_order is not None:
-            wanted = stage.lm_batch * stage.inner_batches
-            taken = self._anchor_order.take(step * wanted, wanted)
-            anchor = [self._prompts[self._anchored[i]] for i in taken]
+            taken = self._anchor_order.take(step * self._anchor_rows, self._anchor_rows)
+            anchor = [self._anchored[index] for index in taken]
         collected = Collected(targets=targets, anchor=anchor, step=step, mine=mine, sequences=len(rows))
         return collected, {**self._rollout_figures(targets, len(rows)), **level}
 
@@ -127,7 +146,7 @@ class Minillm:
             for number, part in enumerate(map(set, dealt)):
                 rows = [at for at, row in enumerate(collected.mine) if row in part]
                 cuts = in_step(length_B[rows].tolist(), limits=limits_of(stage), student=student, ranks=self._ranks)
-                anchor = collected.anchor[number * stage.lm_batch : (number + 1) * stage.lm_batch]
+                anchor = _in_turn(collected.anchor, epoch * stage.inner_batches + number, size=stage.lm_batch)
                 batches = [[rows[at] for at in cut] for cut in cuts]
                 shared = float(len(part)) * self._constant
                 if stage.published.token_mean:
@@ -140,7 +159,7 @@ class Minillm:
                         return
 
     def _update(
-        self, collected: Collected, batches: Sequence[Sequence[int]], anchor: Sequence[Prompt], *, shared: float,
+        self, collected: Collected, batches: Sequence[Sequence[int]], anchor: Sequence[Example], *, shared: float,
         student: Student, head: HeadWeights, sums: Sums,
     ) -> Update:  # fmt: skip
         """One step on these micro-batches of the rollout, and on these rows of the anchor.
@@ -321,6 +340,12 @@ def _text_figures(total: Mapping[str, float]) -> dict[str, float]:
         "repeated_tokens": total["again"] / max(total["tokens"], 1.0),
         f"repetition_{_SHOWN_NGRAM}": total["repeating"] / rows,
     }
+
+
+def _in_turn(rows: Sequence[Example], update: int, *, size: int) -> Sequence[Example]:
+    """The ``size`` rows of an update, counted from 0; from the first again where they have all been taken."""
+    first = update * size % max(len(rows), 1)
+    return rows[first : first + size]
 
 
 def _leaks(targets: Targets) -> Tensor:

@@ -10,13 +10,18 @@ from transformers import PreTrainedTokenizerBase
 
 from minillm.cards import Card, load_card
 from minillm.config import DecodingConfig, RunConfig
+from minillm.corpus import blocks_of
 from minillm.engine_settings import read_engine_settings, zero_stage
 from minillm.errors import DataError, ModelError, UnsupportedCombination
 from minillm.models import ModelFacts, inspect
-from minillm.prompts import data_hash, prepare
-from minillm.rows import read_rows
-from minillm.types import Decoding, Ids, Prompt
+from minillm.prompts import PrepareReport, data_hash, prepare
+from minillm.records import Document, Row
+from minillm.rows import counted, read_corpus, read_rows
+from minillm.types import Decoding, Examples, Ids, Prompt
 from minillm.vocabulary import agree, check_heads, eos_ids, real_ids
+
+BLOCK_TOKENS = 512
+"""Of a corpus's text, where the run says nothing else."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +51,19 @@ class Split:
     sha256: str
     words: tuple[str, ...]
     """Counted sentences for the terminal: what was read, dropped, cut or left out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Anchor:
+    """What the language-model loss learns from, where it is not the run's own rows."""
+
+    source: str
+    rows: Examples
+    size: str
+    """How many rows or blocks it has, in words."""
+    sha256: str
+    words: tuple[str, ...]
+    """Counted sentences for the terminal."""
 
 
 def check_pair(config: RunConfig, *, student: str | None = None) -> Pair:
@@ -145,7 +163,16 @@ def read_split(
     if limit is not None and limit < len(rows):
         words.append(f"{name}: the first {limit:,} of {len(rows):,} rows (limit set by data.{name}_limit)")
         rows = rows[:limit]
-    prompts, report = prepare(
+    prompts, report = _prepared(rows, config, pair=pair, need_response=need_response, name=name)
+    return Split(source=source, prompts=prompts, sha256=data_hash(prompts), words=(*words, str(report)))
+
+
+def _prepared(
+    rows: Sequence[Row], config: RunConfig, *, pair: Pair, need_response: bool, name: str
+) -> tuple[list[Prompt], PrepareReport]:
+    """Rows as the run reads them everywhere."""
+    data = config.data
+    return prepare(
         rows,
         tokenizer=pair.tokenizer,
         template=data.template,
@@ -156,7 +183,54 @@ def read_split(
         need_response=need_response,
         name=name,
     )
-    return Split(source=source, prompts=prompts, sha256=data_hash(prompts), words=(*words, str(report)))
+
+
+def read_anchor(config: RunConfig, *, pair: Pair) -> Anchor | None:
+    """The run's corpus, ready for the models; ``None`` where it has none, or no stage with a language-model loss.
+
+    Raises ``DataError`` where it cannot be read, holds nothing to learn, or fewer rows than an update takes;
+    ``PositionsExceeded`` where its blocks do not fit; ``UnsupportedCombination`` for a block length without text.
+    """
+    data = config.data
+    if data.corpus is None or not config.anchored:
+        return None
+    length = _block_length(config, pair)
+    entries, read_report = read_corpus(data.corpus, broken=data.broken, max_broken=data.max_broken)
+    words = [str(read_report)] if read_report.skipped else []
+    rows: Examples
+    documents = [entry for entry in entries if isinstance(entry, Document)]
+    if documents:
+        blocks, report = blocks_of(documents, tokenizer=pair.tokenizer, ends=pair.ids.eos, length=length, name="corpus")
+        rows, size = blocks, str(blocks)
+    else:
+        if data.corpus_length is not None:
+            raise UnsupportedCombination(
+                f"data.corpus_length {data.corpus_length} with {data.corpus}, which holds prompts with responses: "
+                "nothing is cut; leave it out, or give a corpus of rows with a 'text'"
+            )
+        found = [entry for entry in entries if isinstance(entry, Row)]
+        rows, report = _prepared(found, config, pair=pair, need_response=True, name="corpus")
+        size = f"{counted(len(rows), 'prompt')} with a response"
+    for stage in config.anchored:
+        if stage.lm_batch > len(rows):
+            raise DataError(
+                f"{data.corpus}: {size}, and an update of stage {stage.name} takes {stage.lm_batch:,} (lm_batch)\n"
+                "  give more text, or set a smaller lm_batch or data.corpus_length"
+            )
+    return Anchor(source=data.corpus, rows=rows, size=size, sha256=data_hash(rows), words=(*words, f"{report}; {size}"))
+
+
+def _block_length(config: RunConfig, pair: Pair) -> int:
+    """Tokens of a block: as the run says, or as many as are usual and fit."""
+    readers = {"student": pair.student}
+    if pair.teacher is not None and any(stage.lm_teacher_share > 0 for stage in config.anchored):
+        readers["teacher"] = pair.teacher
+    given = config.data.corpus_length
+    if given is None:
+        return min(BLOCK_TOKENS, *(facts.positions or BLOCK_TOKENS for facts in readers.values()))
+    for what, facts in readers.items():
+        facts.require_positions(given, what=what, of="a block of the corpus", lower="data.corpus_length")
+    return given
 
 
 def require_rows(prompts: Sequence[Prompt], *, ranks: int, per_step: int, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Learning from reference responses: fine-tuning, and the language-model loss beside another objective.
+"""Learning from given text: fine-tuning on reference responses, and the language-model loss beside another objective.
 
 Legend: B rows, L positions, H hidden width.
 """
@@ -20,7 +20,7 @@ from minillm.micro_batches import Limits
 from minillm.order import WindowedOrder, share
 from minillm.ranks import Ranks
 from minillm.scoring import HeadWeights, TeacherView
-from minillm.types import Ids, Prompt
+from minillm.types import Example, Ids, Prompt
 from minillm.updates import Loss, Sums, Update, in_step, limits_of, nobody
 
 
@@ -63,7 +63,7 @@ class SoftLabels:
 
 
 def lm_losses(
-    rows: Sequence[Prompt], *, student: Student, ids: Ids, ranks: Ranks, limits: Limits, weight: float,
+    rows: Sequence[Example], *, student: Student, ids: Ids, ranks: Ranks, limits: Limits, weight: float,
     soft: SoftLabels | None = None,
 ) -> tuple[list[Loss], Sums]:  # fmt: skip
     """Micro-batch losses of this rank's share of ``rows``: cross-entropy over the kept tokens of *all* rows, times

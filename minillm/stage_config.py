@@ -132,11 +132,12 @@ class MinillmStage(BaseStage):
     expected_length: Positive | None = None
     """Tokens; the loss is divided by this constant, never by a sampled length. max_new_tokens where not given."""
     lm_coefficient: NonNegative = 0.0
-    """Weight of a language-model loss on the reference responses, from 0; official 1 (on pre-training text)."""
+    """Weight of a language-model loss on data.corpus, or else on the reference responses, from 0; official 1 (on
+    pre-training text)."""
     lm_batch: Whole = 0
-    """Rows of that loss per optimiser step, all ranks together."""
+    """Rows or blocks of text of that loss per optimiser step, all ranks together."""
     lm_teacher_share: Share = 0.0
-    """How much of that loss is the teacher's distribution instead of the reference, 0 to 1; official 0.5."""
+    """How much of that loss is the teacher's distribution instead of the text's own token, 0 to 1; official 0.5."""
     published: PublishedConfig = PublishedConfig()
     """Deviations of the published code, each a switch that is off."""
     keep: KeepConfig = KeepConfig(metric="reverse_kl")
@@ -161,7 +162,7 @@ class MinillmStage(BaseStage):
 
     @property
     def responses_needed(self) -> Literal["none", "some", "all"]:
-        """The language-model anchor draws from those that have one."""
+        """The language-model anchor draws from those that have one, unless the run has a corpus for it."""
         return "some" if self.lm_coefficient > 0 else "none"
 
     def bias_reasons(self, *, truncated: bool, tempered: bool) -> list[str] | None:

@@ -20,7 +20,7 @@ from minillm.publish import publish_student
 from minillm.ranks import Ranks
 from minillm.references import Sft
 from minillm.store import RunFolder
-from minillm.types import Prompt
+from minillm.types import Examples, Prompt
 from minillm.updates import Objective
 
 
@@ -45,8 +45,10 @@ def run_stage(
     folder: RunFolder,
     into: Path,
     model_card: Callable[[Student, Mapping[str, float]], str],
+    corpus: Examples | None = None,
 ) -> Progressed:
-    """Trains one stage and publishes its student at ``into``; ``model_card`` writes that folder's README."""
+    """Trains one stage and publishes its student at ``into``; ``model_card`` writes that folder's README. ``corpus`` is
+    what a language-model loss learns from, if not from the prompts' responses."""
     check_rows(stage, prompts, ranks=ranks)
     student = Student(
         # In 32 bits whatever the card says: that is what the optimiser keeps, and the engine makes its own bf16 copy.
@@ -81,7 +83,7 @@ def run_stage(
 
     try:
         return run_steps(
-            _objective(config, stage, pair=pair, prompts=prompts, teacher=teacher, ranks=ranks),
+            _objective(config, stage, pair=pair, prompts=prompts, teacher=teacher, ranks=ranks, corpus=corpus),
             student,
             stage=stage.name,
             steps=stage.steps,
@@ -147,6 +149,7 @@ def _objective(
     prompts: Sequence[Prompt],
     teacher: Teacher | None,
     ranks: Ranks,
+    corpus: Examples | None,
 ) -> Objective:
     """The one place that knows which objective a kind of stage has."""
     rows = usable(stage, prompts)
@@ -161,4 +164,5 @@ def _objective(
         ids=pair.ids,
         ranks=ranks,
         seed=config.seed,
+        corpus=corpus,
     )

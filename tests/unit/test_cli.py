@@ -43,6 +43,7 @@ evaluation: {{seeds: [1, 2], bootstrap: 20}}
 stages:
   - {{kind: minillm, steps: 2, prompts: 8, optimiser: {{lr: 1e-2}}}}
 """
+ANCHOR = ("stages.0.lm_coefficient=1", "stages.0.lm_batch=2")
 SFT = "stages=[{kind: sft, steps: 1, batch: 4, validate_every: 1, optimiser: {lr: 1e-2}}]"
 
 
@@ -117,6 +118,11 @@ FILES: dict[str, str | bytes] = {
     "unanswered.jsonl": '{"prompt": "a"}\n',
     "long.jsonl": '{"prompt": "a b c d e f g h i j k"}\n',
     "a-file": "x",
+    "corpus.txt": "a b c d e\n\nf g h\n",
+    "empty.txt": "\n\n",
+    "ended.txt": f"a {tiny.EOS} b\n",
+    "mixed.jsonl": '{"text": "a"}\n{"prompt": "a", "response": "b"}\n',
+    "neither.jsonl": '{"response": "a"}\n',
 }
 
 
@@ -202,6 +208,45 @@ DISTIL: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("data.test={place}/number.jsonl",), ("DataError", "number.jsonl, line 1")),
     (("data.train=hub:nobody/nothing@train",), ("DataError", "could not be loaded", "check name, split and network")),
     ((SFT, "data.validation={place}/unanswered.jsonl"), ("DataError", "no validation row has a response")),
+    # corpus
+    ((*ANCHOR, "data.corpus={place}/corpsu.txt"), ("DataError", "does not exist", "did you mean 'corpus.txt'?")),
+    ((*ANCHOR, "data.corpus={place}/corpus.csv"), ("ConfigError", "data.corpus: got", ".jsonl.gz, .parquet, .txt")),
+    ((*ANCHOR, "data.corpus=world:tran"), ("ConfigError", "data.corpus: got", "did you mean 'train'?")),
+    ((*ANCHOR, "data.corpus={place}/empty.txt"), ("DataError", "empty.txt is empty", "lines of text")),
+    ((*ANCHOR, "data.corpus={place}/ended.txt"), ("DataError", "1 document with an end token inside", "no document")),
+    ((*ANCHOR, "data.corpus={place}/mixed.jsonl"), ("DataError", "1 document ('mixed-1'", "1 row with a prompt")),
+    ((*ANCHOR, "data.corpus={place}/neither.jsonl"), ("DataError", "line 1: neither text nor prompt", "'response'")),
+    (
+        (*ANCHOR, "data.corpus={place}/unanswered.jsonl"),
+        ("DataError", "dropped 1 prompt without a response", "no prompt"),
+    ),
+    (
+        (*ANCHOR, "data.corpus={place}/corpus.txt"),
+        ("DataError", "1 block of 10 tokens", "an update of stage minillm takes 2 (lm_batch)", "data.corpus_length"),
+    ),
+    (
+        (*ANCHOR, "data.corpus={place}/corpus.txt", "data.corpus_length=49"),
+        ("PositionsExceeded", "student", "a block of the corpus may be 49 tokens", "lower data.corpus_length by 1"),
+    ),
+    (
+        (
+            *ANCHOR,
+            "student={place}/longer",
+            "data.corpus={place}/corpus.txt",
+            "data.corpus_length=49",
+            "stages.0.lm_teacher_share=0.5",
+        ),
+        ("PositionsExceeded", "teacher teacher has 48 positions", "lower data.corpus_length by 1"),
+    ),
+    (
+        (*ANCHOR, "data.corpus={place}/prompts.jsonl", "data.corpus_length=8"),
+        ("UnsupportedCombination", "which holds prompts with responses", "nothing is cut"),
+    ),
+    ((*ANCHOR, "data.corpus_length=8"), ("UnsupportedCombination", "corpus_length 8 without a corpus", "add corpus")),
+    (
+        (*ANCHOR, "data.corpus={place}/corpus.txt", "data.corpus_length=1"),
+        ("ConfigError", "corpus_length 1: wanted at least 2"),
+    ),
     # names
     (("student=gpt3",), ("ConfigError", "'gpt3': no model folder", "did you mean 'gpt2'?")),
     (("teacher=teachers/micro-wrld",), ("ConfigError", "did you mean 'micro-world'?")),
@@ -275,6 +320,20 @@ def test_the_same_configuration_unspoilt_goes_on_to_load_a_model(run: Run, no_we
     """Negative control of the table above: the guard is there and is reached."""
     with pytest.raises(Loaded):
         run("distill", "--config", "{place}/good.yaml")
+    with pytest.raises(Loaded):
+        corpus = ("data.corpus={place}/corpus.txt", "data.corpus_length=5")
+        run("distill", "--config", "{place}/good.yaml", *ANCHOR, *corpus)
+    with pytest.raises(Loaded):  # a teacher that does not read the blocks may have fewer positions
+        run(
+            "distill",
+            "--config",
+            "{place}/good.yaml",
+            *ANCHOR,
+            "student={place}/longer",
+            "stages.0.lm_batch=1",
+            "data.corpus={place}/corpus.txt",
+            "data.corpus_length=49",
+        )
 
 
 @pytest.mark.parametrize(

@@ -96,6 +96,8 @@ def stage(**changes: Any) -> MinillmStage:
         ("evaluation.seeds=[1,a]", "evaluation.seeds.1: got 'a', wanted a whole number"),
         ("data.train=world:tran", "wanted world: and one of train, validation, test; did you mean 'train'?"),
         ("data.train=a.csv", "a file ending in .jsonl, .jsonl.gz, .parquet"),
+        ("data.train=a.txt", "a file ending in .jsonl, .jsonl.gz, .parquet"),
+        ("data.corpus=a.csv", "a file ending in .jsonl, .jsonl.gz, .parquet, .txt"),
         ("data.train=hub:x", "wanted 'hub:NAME@SPLIT'"),
         ("data.train=null", "data.train is missing"),
         ("stages.0.keep.metric=rouge", "no validation measure of this name; did you mean 'rouge_l'?"),
