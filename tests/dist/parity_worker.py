@@ -13,9 +13,11 @@ from minillm.cards import Card
 from minillm.config import RunConfig
 from minillm.ranks import Ranks
 from minillm.yaml_reader import write_yaml
-from tests import tiny
+from tests import corpus_twin, tiny
 
 STEPS, HELD_OUT = 5, 3
+BLOCK, TAKEN = 7, 5
+"""Tokens of a block of the corpus, and blocks of an update."""
 AVERAGED = "-averaged"
 CREDIT: dict[str, dict[str, Any]] = {
     "ridge": {"baseline": "ridge", "importance": "per_decision", "gamma": 0.9, "horizon": 4},
@@ -23,12 +25,28 @@ CREDIT: dict[str, dict[str, Any]] = {
     "grpo": {"baseline": "grpo", "whiten": "masked", "inner_batches": 3, "inner_kl": 1e-4, "dual_clip": 3.0},
 }
 """Choices of credit that need figures of all ranks."""
+CORPUS: dict[str, dict[str, Any]] = {
+    "text": {},
+    "alone": {**corpus_twin.ALONE, "inner_epochs": 1, "lm_teacher_share": 0.5, "optimiser": corpus_twin.OPTIMISER},
+}
+"""Runs whose language-model loss is on a text file: beside the policy gradient, and alone as its twin has it."""
 
 
 def config(folder: Path, cell: str) -> RunConfig:
-    """The run of a cell ``STAGE-PLACEMENT``, such as ``zero2-zero3``, ``STAGE-PLACEMENT-averaged`` or ``…-CREDIT``."""
-    stage, placement, *credit = cell.removesuffix(AVERAGED).split("-")
+    """The run of a cell ``STAGE-PLACEMENT``, such as ``zero2-zero3``, ``STAGE-PLACEMENT-averaged``, ``…-CREDIT`` or
+    ``…-CORPUS``."""
+    stage, placement, *rest = cell.removesuffix(AVERAGED).split("-")
     prompts = str(folder / "prompts.jsonl")
+    corpus: dict[str, Any] = {"corpus": str(folder / "corpus.txt"), "corpus_length": BLOCK}
+    changes: dict[str, Any] = {
+        "lm_coefficient": 0.5,
+        "optimiser": {"lr": 3e-3, "schedule": "constant"},
+        "inner_epochs": 2,
+    }
+    for name in rest:
+        changes.update({**CREDIT, **CORPUS}[name])
+    if rest == ["official"]:
+        del changes["lm_coefficient"]
     return tiny.minillm_config(
         folder,
         teacher=folder / f"teacher-{placement}.yaml",
@@ -38,13 +56,10 @@ def config(folder: Path, cell: str) -> RunConfig:
         steps=STEPS,
         samples_per_prompt=2,
         micro_batch=3,
-        inner_epochs=2,
         coin_groups=2,
         teacher_mix=0.3,
-        **({} if credit == ["official"] else {"lm_coefficient": 0.5}),
-        lm_batch=5,
-        **(CREDIT[credit[0]] if credit else {}),
-        optimiser={"lr": 3e-3, "schedule": "constant"},
+        lm_batch=TAKEN,
+        **changes,
         validate_every=STEPS,
         run_engine={"student": stage},
         run_data={
@@ -54,6 +69,7 @@ def config(folder: Path, cell: str) -> RunConfig:
             "max_prompt_tokens": 8,
             "validation_limit": HELD_OUT,
             "test_limit": HELD_OUT,
+            **(corpus if set(rest) & CORPUS.keys() else {}),
         },
         # Three rows, one at a time: the second rank has none for the last batch.
         run_evaluation={"seeds": (10,), "batch": 1, "bootstrap": 10},
@@ -65,6 +81,7 @@ def write_inputs(folder: Path) -> None:
     tiny.save_model(folder / "teacher", "llama", seed=1, rows=32)
     tiny.save_model(folder / "student", "llama", seed=2)
     tiny.save_prompts(folder / "prompts.jsonl")
+    corpus_twin.save_text(folder / "corpus.txt")
     for placement in ("replicated", "zero3"):
         card = Card(name=f"teacher-{placement}", model=str(folder / "teacher"), placement=placement)
         text = write_yaml(card.model_dump(exclude_none=True, exclude={"name"}, exclude_defaults=True))

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from minillm import distill
-from tests import tiny
+from tests import corpus_twin, tiny
 from tests.dist import parity_worker
 from tests.dist.ranks import start_ranks
 
@@ -19,6 +19,8 @@ STAGES = ("zero0", "zero1", "zero2", "zero3")
 PLACEMENTS = ("replicated", "zero3")
 CELLS = [f"{stage}-{placement}" for stage in STAGES for placement in PLACEMENTS]
 CREDIT = [f"zero2-replicated-{name}" for name in parity_worker.CREDIT]
+BESIDE, ALONE = "zero2-replicated-text", "zero3-zero3-alone"
+"""Runs with a corpus: one beside the policy gradient, and one that learns from nothing else."""
 BROKEN = "zero2-replicated" + parity_worker.AVERAGED
 SAME = (
     "loss",
@@ -31,6 +33,8 @@ SAME = (
     "advantage_std",
     "grad_norm",
 )
+SEED = 10
+"""Of every run here, which leaves it at its default."""
 TOLERANCE = {"abs": 1e-6, "rel": 1e-5}
 
 
@@ -39,11 +43,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All cells on two ranks in one launch, and the first on one process."""
     folder = tmp_path_factory.mktemp("parity")
     parity_worker.write_inputs(folder)
-    printed = start_ranks("tests.dist.parity_worker", str(folder), *CELLS, *CREDIT, BROKEN)
+    printed = start_ranks("tests.dist.parity_worker", str(folder), *CELLS, *CREDIT, BESIDE, ALONE, BROKEN)
     (folder / "printed.txt").write_text(printed, encoding="utf-8")
     alone = parity_worker.config(folder, "zero0-replicated")
     distill(alone.model_copy(update={"name": "alone"}))
-    for cell in CREDIT:
+    for cell in (*CREDIT, BESIDE):
         distill(parity_worker.config(folder, cell).model_copy(update={"name": f"alone-{cell}"}))
     return folder
 
@@ -69,6 +73,23 @@ def test_two_ranks_of_any_stage_have_the_losses_of_one_process(runs: Path, cell:
 def test_credit_from_the_rows_of_two_ranks_is_that_of_one_process(runs: Path, cell: str) -> None:
     assert not disagreements(runs, f"alone-{cell}", cell)
     assert {"long_loss", "advantage_std", "grad_norm"} <= disagreements(runs, "alone", cell)
+
+
+def test_two_ranks_share_the_blocks_of_a_corpus_without_changing_the_losses(runs: Path) -> None:
+    assert not disagreements(runs, f"alone-{BESIDE}", BESIDE)
+    assert {"lm_loss", "grad_norm"} <= disagreements(runs, "alone", BESIDE)
+
+
+def test_two_ranks_on_a_corpus_alone_train_as_plain_models_do(runs: Path) -> None:
+    blocks = corpus_twin.read_blocks(runs / "corpus.txt", parity_worker.BLOCK)
+    twin = corpus_twin.CorpusTwin(
+        runs / "student", runs / "teacher", blocks=blocks, batch=parity_worker.TAKEN, share=0.5
+    )
+    for update, line in enumerate(figures(runs, ALONE)):
+        loss, norm = twin.step(update, seed=SEED, purpose="minillm/corpus")
+        assert line["lm_loss"] == pytest.approx(loss, rel=1e-5) and line["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    found, want = load_file(runs / ALONE / "student" / "model.safetensors"), twin.weights()
+    assert max(float((weight - want[name]).abs().max()) for name, weight in found.items()) < 1e-5
 
 
 def test_ranks_stop_the_passes_over_a_rollout_together(runs: Path) -> None:
@@ -133,6 +154,6 @@ def teacher_shares(runs: Path, placement: str) -> list[float]:
 def test_a_sharded_teacher_keeps_half_of_its_bytes_on_each_of_two_ranks(runs: Path) -> None:
     """The control: a replicated one keeps all of them."""
     sharded, whole = teacher_shares(runs, "zero3"), teacher_shares(runs, "replicated")
-    assert len(sharded) == 2 * len(STAGES) and len(whole) == 2 * (len(STAGES) + len(CREDIT) + 1)
+    assert len(sharded) == 2 * (len(STAGES) + 1) and len(whole) == 2 * (len(STAGES) + len(CREDIT) + 2)
     assert all(0.5 <= share < 0.52 for share in sharded), sharded
     assert set(whole) == {1.0}
