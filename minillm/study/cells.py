@@ -47,7 +47,7 @@ def asked(study: StudyConfig, arm: str, seed: int) -> Asked:
     config = study.cell_config(arm, seed)
     made_from = {
         f"{split} data": _source_digest(source)
-        for split in ("train", "validation", "test")
+        for split in ("train", "validation", "test", "corpus")
         if (source := getattr(config.data, split)) is not None
     }
     for role, made_by in (("student", study.student_config(seed)), ("teacher", study.teacher_config())):
