@@ -38,7 +38,7 @@ Examples:
   minillm world --out world
   minillm diagnose --config recipes/quickstart/minillm.yaml \\
     student=runs/mine/student --prompts 128
-  minillm study --config recipes/studies/long-horizon.yaml --show
+  minillm study --config docs/results/long-horizon.yaml --show
   minillm selftest --json selftest.json
   minillm bench loss --json bench.json
 
@@ -244,7 +244,7 @@ def diagnose(  # noqa: PLR0917 (typer reads options from parameters)
 
 @app.command()
 def study(  # noqa: PLR0917 (typer reads options from parameters)
-    config: Annotated[Path, typer.Option("--config", help="The study's YAML file, as in recipes/studies/.")],
+    config: Annotated[Path, typer.Option("--config", help="The study's YAML file, as docs/results/long-horizon.yaml.")],
     arms: Annotated[str, typer.Option("--arms", metavar="A,B,…", help="Make the cells of these arms only.")] = "",
     seeds: Annotated[str, typer.Option("--seeds", metavar="1,2,…", help="Make those of these seeds only.")] = "",
     show: Annotated[bool, typer.Option("--show", help="Make nothing; print what is there.")] = False,
@@ -259,7 +259,7 @@ def study(  # noqa: PLR0917 (typer reads options from parameters)
 
     \b
     Example:
-      minillm study --config recipes/studies/long-horizon.yaml --show
+      minillm study --config docs/results/long-horizon.yaml --show
     """
     from minillm.study.command import run
 

@@ -47,7 +47,7 @@ from minillm.updates import Loss, Sums, Update, in_step, limits_of, nobody
 
 _SHOWN_NGRAM = 3
 """Length of the n-grams, in tokens, whose return the log counts, whatever is rewarded."""
-_TEACHER_ROWS = 128
+_TEACHER_ROWS = 64
 """Responses of all ranks, at most, from which the teacher's own level of repetition and length is told."""
 
 
@@ -110,7 +110,9 @@ class Minillm:
             scored = self._ranks.together(
                 lambda: score(rollout, student=reader, teacher_head=head, temperature=self._decoding.temperature)
             )
-            level = self._teacher_level(own, of_all=len(rows)) if step == 0 else {}
+            level = {}
+            if step == 0 and stage.alarms.repetition is not None:
+                level = self._teacher_level([rows[i] for i in mine if i < _TEACHER_ROWS])
             untempered = None
             if stage.published.untempered_reward and self._decoding.temperature != 1.0:
                 untempered = self._ranks.together(
@@ -184,11 +186,10 @@ class Minillm:
         """The teacher's part in the language-model loss."""
         return SoftLabels(read=self._teacher.reader.read, head=head, share=self._stage.lm_teacher_share)
 
-    def _teacher_level(self, own: Sequence[tuple[int, int]], *, of_all: int) -> dict[str, float]:
-        """How long the teacher's own responses to the first prompts are, and how much they repeat: grammar repeats
-        itself too, so the student's repetition says something beside the teacher's only."""
-        share_of = -(-min(_TEACHER_ROWS, of_all) // self._ranks.size)
-        batch = self._prompt_batch(own[:share_of])
+    def _teacher_level(self, rows: Sequence[tuple[int, int]]) -> dict[str, float]:
+        """How long the teacher's own responses to some of the first prompts are, and how much they repeat: grammar
+        repeats itself too, so the student's repetition says something beside the teacher's only."""
+        batch = self._prompt_batch(rows)
         text = self._ranks.together(
             lambda: roll_out(
                 batch, student=self._teacher.reader, decoding=self._decoding,

@@ -43,8 +43,8 @@ class PublishedConfig(Settings):
 
 
 OFFICIAL: Mapping[str, Any] = {
-    "future": "sampled", "baseline": "none", "gamma": 0.95, "length_norm": True, "importance": "per_step",
-    "inner_epochs": 4, "clip": 0.2, "lm_coefficient": 1.0, "lm_teacher_share": 0.5,
+    "teacher_mix": 0.2, "future": "sampled", "baseline": "none", "gamma": 0.95, "length_norm": True,
+    "importance": "per_step", "inner_epochs": 4, "clip": 0.2, "lm_coefficient": 1.0, "lm_teacher_share": 0.5,
     "published": {
         "present_twice": True, "count_divisor": True, "whiten_padding": True, "weight_in_clip": True,
         "token_mean": True, "untempered_reward": True, "half_log_probs": True, "reward_scale": 0.5,

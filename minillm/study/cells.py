@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from minillm.cards import load_card
 from minillm.config import RunConfig
-from minillm.errors import ConfigError, DataError
+from minillm.engine_settings import read_engine_settings
+from minillm.errors import ConfigError, DataError, ModelError
 from minillm.models import fingerprint
 from minillm.store import make_folder, write_text
 from minillm.study.config import StudyConfig
@@ -25,8 +26,14 @@ from minillm.world import rows
 SCHEMA = 1
 NO_PART = ("name", "out", "threads", "student", "teacher")
 """Settings of a run that change no result, and the names of models, which the digests of what they name stand for."""
-NO_RESULT = ("bench", "diagnose", "selftest", "study", "cli", "report", "plots", "progress", "terminal", "model_card")
-"""Modules, by the beginning of their names, that decide nothing about a cell."""
+NO_RESULT = (
+    *("bench/", "diagnose/", "selftest/", "study/command.py", "study/config.py", "study/table.py", "cli.py"),
+    *("report.py", "report_html.py", "report_style.py", "report_text.py", "report_words.py", "plots.py"),
+    *("progress.py", "terminal.py", "model_card.py"),
+)
+"""Files and folders of the library that decide nothing about a cell."""
+SOURCES = ("train", "validation", "test", "corpus")
+"""Settings of ``data`` that name something to read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,28 +43,27 @@ class Asked:
     arm: str
     seed: int
     file: Path
-    config: dict[str, Any]
-    """The run's settings, resolved, without those that change no result."""
+    run: RunConfig
+    teacher: RunConfig | None
+    """The run that makes its teacher, where the study does."""
+    student: RunConfig | None
     made_from: dict[str, str]
-    """Names models and data: digests, known without making anything."""
+    """Names models, data and engine settings: digests, known without making anything."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The run's settings, resolved, without those that change no result."""
+        return _settings(self.run)
 
 
 def asked(study: StudyConfig, arm: str, seed: int) -> Asked:
-    """What a cell has to be made from; ``DataError`` or ``ModelError`` where a file that it needs is not there."""
-    config = study.cell_config(arm, seed)
-    made_from = {
-        f"{split} data": _source_digest(source)
-        for split in ("train", "validation", "test", "corpus")
-        if (source := getattr(config.data, split)) is not None
-    }
-    for role, made_by in (("student", study.student_config(seed)), ("teacher", study.teacher_config())):
-        named = getattr(config, role)
-        if made_by is not None:
-            made_from[role] = _recipe_digest(made_by)
-        elif named is not None:
-            made_from[role] = _model_digest(named, f"{role}s")
+    """What a cell has to be made from; ``DataError`` or ``ModelError`` where something that it needs is not there."""
+    run = study.cell_config(arm, seed)
+    teacher = study.teacher_config() if study.makes(arm, "teacher") else None
+    student = study.student_config(seed) if study.makes(arm, "student") else None
     return Asked(
-        arm=arm, seed=seed, file=study.cell_file(arm, seed), config=_settings(config), made_from=made_from
+        arm=arm, seed=seed, file=study.cell_file(arm, seed), run=run, teacher=teacher, student=student,
+        made_from=_made_from(run, student=student, teacher=teacher),
     )  # fmt: skip
 
 
@@ -69,7 +75,7 @@ def read_cell(file: Path) -> dict[str, Any] | None:
         stored = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{file}: not JSON: {error}; move it away") from error
-    if not isinstance(stored, dict) or stored.get("schema") != SCHEMA or "made_from" not in stored:
+    if not isinstance(stored, dict) or stored.get("schema") != SCHEMA or not stored.keys() >= NEEDED:
         raise DataError(f"{file}: not a cell of a study; move it away")
     return stored
 
@@ -80,20 +86,38 @@ def differs(stored: Mapping[str, Any], wanted: Asked) -> list[str]:
     A setting that did not exist when the cell was made counts as its default of today, which is how new settings come.
     """
     try:
-        before = _flat(_settings(RunConfig(**{**_OF_THE_STUDY, **stored["config"]})))
+        before = _flat(_settings(RunConfig(**{**stored["config"], **_OF_THE_STUDY})))
     except ConfigError:
         return ["settings that no longer exist"]
-    now = _flat({**_settings(RunConfig(**{**_OF_THE_STUDY, **wanted.config}))})
+    now, then = _flat(wanted.config), stored["made_from"]
     names = [path for path in {**before, **now} if before.get(path, _GONE) != now.get(path, _GONE)]
-    return names + [name for name, digest in wanted.made_from.items() if stored["made_from"].get(name) != digest]
+    return names + [name for name in {**then, **wanted.made_from} if then.get(name) != wanted.made_from.get(name)]
+
+
+def sort_out(
+    study: StudyConfig, *, arms: Sequence[str], seeds: Sequence[int]
+) -> tuple[dict[tuple[str, int], dict[str, Any]], list[tuple[Asked, list[str]]], int]:
+    """Cells that are what the study asks for, by arm and seed; those that are not there, or differ in what; and how
+    many of the first were made by other code. Seed by seed."""
+    there, lacking, older = {}, [], 0
+    for seed in seeds:
+        for arm in arms:
+            wanted = asked(study, arm, seed)
+            stored = read_cell(wanted.file)
+            changed = [] if stored is None else differs(stored, wanted)
+            if stored is None or changed:
+                lacking.append((wanted, changed))
+            else:
+                there[arm, seed] = stored
+                older += stored["code"] != code_digest()
+    return there, lacking, older
 
 
 def write_cell(wanted: Asked, found: Mapping[str, Any]) -> None:
     """Keeps what a cell found, whole or not at all."""
     cell = {
         "schema": SCHEMA, "arm": wanted.arm, "seed": wanted.seed, **found,
-        "made_from": wanted.made_from, "hash": _digest([wanted.config, wanted.made_from]), "code": code_digest(),
-        "config": wanted.config,
+        "made_from": wanted.made_from, "code": code_digest(), "config": wanted.config,
     }  # fmt: skip
     make_folder(wanted.file.parent, setting="results")
     write_text(wanted.file, _compact(cell))
@@ -101,7 +125,7 @@ def write_cell(wanted: Asked, found: Mapping[str, Any]) -> None:
 
 @lru_cache(maxsize=1)
 def code_digest() -> str:
-    """SHA-256 over the library's files that decide what a cell finds."""
+    """SHA-256 over the library's files that decide what a cell finds, as they stood when it was first asked for."""
     package = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for file in sorted(package.rglob("*.py")):
@@ -111,10 +135,25 @@ def code_digest() -> str:
     return digest.hexdigest()
 
 
+NEEDED = {"arm", "seed", "state", "training", "made_from", "code", "config"}
 _GONE = object()
 """Stands for a setting that one of the two does not have."""
 _OF_THE_STUDY = {"name": "cell", "student": "its-own", "teacher": "its-own"}
 """Stand for what a cell's settings leave out, so that they are a whole run's."""
+
+
+def _made_from(run: RunConfig, *, student: RunConfig | None, teacher: RunConfig | None) -> dict[str, str]:
+    """Digests of all that a run reads beside its settings; a model that another run makes counts by that run's."""
+    found = {
+        f"{split} data": _source_digest(source) for split in SOURCES if (source := getattr(run.data, split)) is not None
+    }
+    found["engine"] = _digest(read_engine_settings(run.engine.student))
+    found["student"] = _model_digest(run.student, "students") if student is None else _recipe_digest(student)
+    if teacher is not None:
+        found["teacher"] = _recipe_digest(teacher)
+    elif run.teacher is not None:
+        found["teacher"] = _model_digest(run.teacher, "teachers")
+    return found
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
@@ -123,30 +162,42 @@ def _settings(config: RunConfig) -> dict[str, Any]:
 
 def _recipe_digest(config: RunConfig) -> str:
     """Names the student that a run will make."""
-    sources = [source for source in (config.data.train, config.data.validation) if source is not None]
-    start = [_model_digest(config.student, "students")]
-    if config.teacher is not None:
-        start.append(_model_digest(config.teacher, "teachers"))
-    return _digest([_settings(config), start, [_source_digest(source) for source in sources]])
+    return _digest([_settings(config), _made_from(config, student=None, teacher=None)])
 
 
-def _model_digest(name: str, kind: str) -> str:
-    card = load_card(name, kind="teachers" if kind == "teachers" else "students")
+@lru_cache(maxsize=64)
+def _model_digest(name: str, kind: Literal["students", "teachers"]) -> str:
+    card = load_card(name, kind=kind)
+    path = card.model or ""
+    if (path.count("/") > 1 or path.startswith((".", "/", "~"))) and not Path(path).is_dir():  # no hub name
+        raise ModelError(f"{name}: there is no folder {path}\n  make that model first, or name another")
     return _digest([card.model_dump(mode="json", exclude={"notes", "licence", "figures"}), fingerprint(card)])
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=64)
 def _source_digest(source: str) -> str:
     """Names what a source holds; a hub data set by its name, since asking for more would want the network."""
     scheme, _, rest = source.partition(":")
     if scheme == "world":
-        return _digest(rows(rest))
+        return _world_digest(rest)
     if scheme == "hub":
         return source
     try:
-        return hashlib.sha256(Path(source).read_bytes()).hexdigest()
+        with Path(source).expanduser().open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{source} cannot be read: {error.strerror}") from error
+
+
+@lru_cache(maxsize=4)
+def _world_digest(split: str) -> str:
+    return _digest(rows(split))
+
+
+def forget_digests() -> None:
+    """Looks at files anew: they may have changed since a study began."""
+    for cached in (_model_digest, _source_digest):
+        cached.cache_clear()
 
 
 def _digest(value: Any) -> str:
@@ -158,12 +209,11 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
     inner: Any = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else None
     if inner is None or not value:
         return {path: value}
-    return {
-        key: leaf for name, each in inner for key, leaf in _flat(each, f"{path}.{name}" if path else str(name)).items()
-    }
+    parts = ((f"{path}.{name}" if path else str(name), each) for name, each in inner)
+    return {key: leaf for at, each in parts for key, leaf in _flat(each, at).items()}
 
 
 def _compact(cell: Mapping[str, Any]) -> str:
     """JSON with one line a top-level entry: short, and a change shows in a line of its own."""
-    lines = (f"{json.dumps(name)}: {json.dumps(value)}" for name, value in cell.items())
+    lines = (f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in cell.items())
     return "{\n" + ",\n".join(lines) + "\n}\n"

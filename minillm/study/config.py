@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -92,12 +92,19 @@ class StudyConfig(Settings):
             return None
         return load_config(self.student, [f"name={self.run_name(STUDENTS, seed)}", f"seed={seed}"])
 
+    def makes(self, arm: str, role: Literal["student", "teacher"]) -> bool:
+        """Whether the model of this role in an arm's cells is one that the study makes."""
+        return getattr(self, role) is not None and role not in {**self.settings, **self.arms[arm]}
+
     def cell_config(self, arm: str, seed: int) -> RunConfig:
         """The run of one cell."""
-        replaced = {**self.settings, **self.arms[arm], "name": self.run_name(arm, seed), "seed": seed}
         made = {"student": self.student_config(seed), "teacher": self.teacher_config()}
-        replaced.update({role: f"{run.out}/{run.name}/student" for role, run in made.items() if run is not None})
-        return load_config(self.recipe, [f"{path}={json.dumps(value)}" for path, value in replaced.items()])
+        replaced: dict[str, Any] = {
+            role: f"{run.out}/{run.name}/student" for role, run in made.items() if run is not None
+        }
+        replaced |= {**self.settings, **self.arms[arm], "name": self.run_name(arm, seed), "seed": seed}
+        overrides = [f"{path}={json.dumps(value, ensure_ascii=False)}" for path, value in replaced.items()]
+        return load_config(self.recipe, overrides)
 
 
 def load_study(path: Path) -> StudyConfig:

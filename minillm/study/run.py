@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -10,14 +12,14 @@ from typing import Any
 
 from minillm import api
 from minillm.config import RunConfig
-from minillm.errors import Alarmed, NonFinite
+from minillm.errors import Alarmed, DataError, NonFinite, RunExists
 from minillm.measures import LENGTH_BUCKETS, ratios_of, reference_bucket, temperature_key
 from minillm.ranks import Ranks
 from minillm.report_files import read_course, read_samples
 from minillm.results import versions
 from minillm.statistics import mean_over_seeds
 from minillm.store import RunFolder
-from minillm.study.cells import Asked, asked, code_digest, differs, read_cell, write_cell
+from minillm.study.cells import Asked, asked, code_digest, differs, forget_digests, sort_out, write_cell
 from minillm.study.config import StudyConfig
 
 SHOWN = ("validity", "rouge_l", "reverse_kl")
@@ -30,80 +32,90 @@ def run_study(
     """Makes the cells of these arms and seeds that are not there, or all of them with ``again``.
 
     A cell that ends in numbers that are not finite, or in an alarm that stops, is a finding and kept as failed; any
-    other error ends the study. ``say`` hears a line a cell. Every rank of a launcher must call it.
+    other error ends the study. ``say`` hears a line a cell. Every rank of a launcher must call it. Raises ``DataError``
+    where what a cell is made from changed while it was made.
     """
     ranks = Ranks(threads=study.cell_config(arms[0], seeds[0]).threads)
-    todo = _todo(study, arms=arms, seeds=seeds, again=again, say=say if ranks.first else _quiet)
+    tell = say if ranks.first else _quiet
+    code_digest()  # of the code that runs, before anybody changes it
+    todo = _todo(study, arms=arms, seeds=seeds, again=again, say=tell)
     began, made = time.monotonic(), set[str]()
     for number, wanted in enumerate(todo, start=1):
-        config = study.cell_config(wanted.arm, wanted.seed)
-        with _log_into(Path(config.out) / f"{config.name}.log", first=ranks.first):
-            _make_models(study, wanted.seed, made)
-            found = _make(config, first=ranks.first)
+        with _log_into(Path(wanted.run.out) / f"{wanted.run.name}.log", first=ranks.first):
+            for needed in (wanted.teacher, wanted.student):
+                if needed is not None and needed.name not in made:
+                    _make_model(needed, ranks=ranks)
+                    made.add(needed.name)
+            found = _make(wanted.run, ranks=ranks)
+        forget_digests()
+        if differs({"config": wanted.config, "made_from": wanted.made_from}, asked(study, wanted.arm, wanted.seed)):
+            raise DataError(f"{wanted.file}: its recipe, models or data changed while it was made; it is not kept")
         if ranks.first:
             write_cell(wanted, found)
-            spent = time.monotonic() - began
-            say(f"{number}/{len(todo)}  {wanted.arm} seed {wanted.seed}: {_in_words(found)}  "
-                f"{spent * (len(todo) - number) / number:.0f} s left")  # fmt: skip
+        spent = time.monotonic() - began
+        tell(f"{number}/{len(todo)}  {wanted.arm} seed {wanted.seed}: {_in_words(found)}  "
+             f"{spent * (len(todo) - number) / number:.0f} s left")  # fmt: skip
         ranks.barrier()
 
 
-def _make_models(study: StudyConfig, seed: int, made: set[str]) -> None:
-    """The teacher and the seed's student, where the study makes them and this process has not seen them done."""
-    for needed in (study.teacher_config(), study.student_config(seed)):
-        if needed is not None and needed.name not in made:
+def _make_model(needed: RunConfig, *, ranks: Ranks) -> None:
+    """A teacher or student of the study's own, unless it is there; only one of several processes makes it."""
+    folder = Path(needed.out) / needed.name
+    with _alone(folder.with_name(f".{folder.name}.lock"), ranks=ranks):
+        try:
             api.distill(needed)
-            made.add(needed.name)
+        except RunExists as error:  # of another recipe, or from other data, than now
+            if ranks.first:
+                print(f"made anew: {error}", flush=True)
+            api.distill(needed, fresh=True)
 
 
 def _todo(
     study: StudyConfig, *, arms: Sequence[str], seeds: Sequence[int], again: bool, say: Callable[[str], None]
 ) -> list[Asked]:
     """The cells to be made, in order; everything else about them is told."""
-    todo, older, kept = [], 0, 0
-    for seed in seeds:
-        for arm in arms:
-            wanted = asked(study, arm, seed)
-            stored = None if again else read_cell(wanted.file)
-            changed = [] if stored is None else differs(stored, wanted)
-            if stored is None or changed:
-                todo.append(wanted)
-                if changed:
-                    say(f"{wanted.file}: made again, since it differs in {', '.join(changed)}")
-            else:
-                kept += 1
-                older += stored["code"] != code_digest()
-    say(f"study {study.name}: {len(todo)} cells to make, {kept} there already")
+    if again:
+        todo = [asked(study, arm, seed) for seed in seeds for arm in arms]
+        say(f"study {study.name}: {len(todo)} cells to make, those that are there again")
+        return todo
+    there, lacking, older = sort_out(study, arms=arms, seeds=seeds)
+    for wanted, changed in lacking:
+        if changed:
+            say(f"{wanted.file}: made again, since it differs in {', '.join(changed)}")
+    say(f"study {study.name}: {len(lacking)} cells to make, {len(there)} there already")
     if older:
         say(f"note: {older} of them were made by another version of the code; --again makes them anew")
-    return todo
+    return [wanted for wanted, _ in lacking]
 
 
-def _make(config: RunConfig, *, first: bool) -> dict[str, Any]:
+def _make(config: RunConfig, *, ranks: Ranks) -> dict[str, Any]:
     """Trains and evaluates one cell: what it found, or why it failed."""
     folder = RunFolder(Path(config.out) / config.name, writes=False)
     training = config.model_copy(update={"data": config.data.model_copy(update={"test": None})})
-    began = time.process_time()
-    failure = None
+    out, began, reason = folder.path / "evaluation", time.process_time(), None
+    spent: float | None = None
     try:
         api.distill(training, fresh=True)
-    except (NonFinite, Alarmed) as error:
-        failure = f"{type(error).__name__}: {error}".split("\n")[0]
-    cpu_seconds = time.process_time() - began
-    course = _course(folder.path / "metrics.jsonl") if first else {}
-    found = {"state": "done" if failure is None else "failed", "reason": failure, "date": time.strftime("%Y-%m-%d"),
-             "training": {"cpu_seconds": round(cpu_seconds, 1), **course}, "versions": versions()}  # fmt: skip
-    if failure is None:
-        out = folder.path / "evaluation"
+        spent = time.process_time() - began
         api.evaluate(folder.student, config, out=out, fresh=True)
-        found["temperatures"] = _measures(read_samples(out)) if first else {}
+    except (NonFinite, Alarmed) as error:
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+    spent = time.process_time() - began if spent is None else spent
+    cpu_seconds = round(float(ranks.sum([spent])[0]), 1)
+    found: dict[str, Any] = {
+        "state": "done" if reason is None else "failed", "reason": reason, "date": time.strftime("%Y-%m-%d"),
+        "training": {"cpu_seconds": cpu_seconds, "ranks": ranks.size, **_course(folder.path / "metrics.jsonl")},
+        "versions": versions(),
+    }  # fmt: skip
+    if reason is None:
+        found["temperatures"] = _measures(read_samples(out))
     return found
 
 
 def _course(metrics: Path) -> dict[str, Any]:
     """What a cell's log says of its training: how much, the validations, which alarms first rang when."""
     kinds: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "alarm": []}
-    for line in read_course(metrics).rows:
+    for line in read_course(metrics).rows if metrics.is_file() else ():  # none where the first step failed
         kinds[line["kind"]].append(line)
     alarms: dict[str, int] = {}
     for line in kinds["alarm"]:
@@ -115,7 +127,8 @@ def _course(metrics: Path) -> dict[str, Any]:
         "tokens": round(sum(line["tokens"] for line in train)),
         "alarms": alarms,
         "validations": [
-            {name: _short(value) for name, value in line.items() if name not in dropped} for line in kinds["validation"]
+            {name: _short(value) for name, value in line.items() if name not in dropped and value is not None}
+            for line in kinds["validation"]
         ],
     }
 
@@ -138,7 +151,9 @@ def _prompts(rows: Sequence[dict[str, Any]]) -> int:
 
 
 def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    return {name: _short(mean_over_seeds(ratio)) for name, ratio in ratios_of(rows).items()}
+    """Those that there are: of responses of a word or two, say, there is no distinct-4."""
+    means = {name: mean_over_seeds(ratio) for name, ratio in ratios_of(rows).items()}
+    return {name: _short(mean) for name, mean in means.items() if not math.isnan(mean)}
 
 
 def _short(value: float) -> float:
@@ -157,6 +172,20 @@ def _in_words(found: dict[str, Any]) -> str:
 
 def _quiet(line: str) -> None:
     """For the ranks that do not speak."""
+
+
+@contextlib.contextmanager
+def _alone(lock: Path, *, ranks: Ranks) -> Iterator[None]:
+    """No other process is inside at the same time; the first rank waits for all of its own."""
+    if ranks.first:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if ranks.first:
+            file = stack.enter_context(lock.open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)  # closing the file lets go of it
+        ranks.barrier()
+        yield
+        ranks.barrier()
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.measures import MEASURES
-from minillm.study.cells import asked, code_digest, differs, read_cell
+from minillm.study.cells import sort_out
 from minillm.study.config import StudyConfig
 
 T_975 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
@@ -26,19 +26,11 @@ Cells = Mapping[str, Mapping[int, dict[str, Any]]]
 
 def read_cells(study: StudyConfig) -> tuple[dict[str, dict[int, dict[str, Any]]], list[str]]:
     """The cells that are what the study asks for now, and notes on the others."""
+    there, lacking, older = sort_out(study, arms=list(study.arms), seeds=study.seeds)
     found: dict[str, dict[int, dict[str, Any]]] = {arm: {} for arm in study.arms}
-    notes, older = [], 0
-    for arm in study.arms:
-        for seed in study.seeds:
-            wanted = asked(study, arm, seed)
-            stored = read_cell(wanted.file)
-            if stored is None:
-                continue
-            if changed := differs(stored, wanted):
-                notes.append(f"{wanted.file}: left out, since it differs in {', '.join(changed)}")
-                continue
-            older += stored["code"] != code_digest()
-            found[arm][seed] = stored
+    for (arm, seed), cell in there.items():
+        found[arm][seed] = cell
+    notes = [f"{at.file}: left out, since it differs in {', '.join(names)}" for at, names in lacking if names]
     if older:
         notes.append(f"{older} cells were made by another version of the code")
     return found, notes
@@ -133,42 +125,35 @@ def _alarms(of_arm: Mapping[int, dict[str, Any]]) -> dict[str, int]:
 
 
 def _temperatures(own: Mapping[int, dict[str, Any]], other: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
-    done = _done(own)
-    keys = dict.fromkeys(key for seed in done for key in own[seed]["temperatures"])
-    both = [seed for seed in done if seed in _done(other)]
-    return {
-        key: {
-            **_figures([own[seed]["temperatures"][key] for seed in done],
-                       [(own[seed]["temperatures"][key], other[seed]["temperatures"][key]) for seed in both]),
-            "by_length": _by_length(own, other, key=key, done=done, both=both),
+    """By temperature, each with its kinds of prompts: figures of the seeds that are done."""
+
+    def at(cells: Mapping[int, dict[str, Any]], key: str) -> dict[int, dict[str, Any]]:
+        return {seed: cells[seed]["temperatures"][key] for seed in _done(cells) if key in cells[seed]["temperatures"]}
+
+    def of_length(cells: Mapping[int, dict[str, Any]], name: str) -> dict[int, dict[str, Any]]:
+        return {seed: found["by_length"][name] for seed, found in cells.items() if name in found["by_length"]}
+
+    by_temperature = {}
+    for key in dict.fromkeys(key for seed in _done(own) for key in own[seed]["temperatures"]):
+        ours, theirs = at(own, key), at(other, key)
+        lengths = dict.fromkeys(name for found in ours.values() for name in found["by_length"])
+        by_temperature[key] = {
+            **_figures(ours, theirs),
+            "by_length": {name: _figures(of_length(ours, name), of_length(theirs, name)) for name in lengths},
         }
-        for key in keys
-    }  # fmt: skip
+    return by_temperature
 
 
-def _by_length(
-    own: Mapping[int, dict[str, Any]], other: Mapping[int, dict[str, Any]],
-    *, key: str, done: Sequence[int], both: Sequence[int],
-) -> dict[str, Any]:  # fmt: skip
-    def of(cells: Mapping[int, dict[str, Any]], seed: int) -> dict[str, Any]:
-        return dict(cells[seed]["temperatures"][key]["by_length"])
-
-    names = dict.fromkeys(name for seed in done for name in of(own, seed))
-    return {
-        name: _figures([of(own, seed)[name] for seed in done],
-                       [(of(own, seed)[name], of(other, seed)[name]) for seed in both])
-        for name in names
-    }  # fmt: skip
-
-
-def _figures(own: Sequence[Mapping[str, Any]], pairs: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
-    """Of each measure: mean and spread over seeds, and the difference paired by seed."""
+def _figures(own: Mapping[int, Mapping[str, Any]], other: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """Of each measure: mean and spread over the seeds that have it, and the difference paired by seed."""
     found = {}
-    for name in (name for name in MEASURES if all(name in each for each in own)):
-        found[name] = {
-            **_spread([each[name] for each in own]), "per_seed": [each[name] for each in own],
-            "difference": paired([one[name] - two[name] for one, two in pairs]),
-        }  # fmt: skip
+    for name in MEASURES:
+        values = {seed: each[name] for seed, each in own.items() if name in each}
+        pairs = [value - other[seed][name] for seed, value in values.items() if name in other.get(seed, {})]
+        if values:
+            found[name] = {
+                **_spread(list(values.values())), "per_seed": list(values.values()), "difference": paired(pairs),
+            }  # fmt: skip
     return found
 
 

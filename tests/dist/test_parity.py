@@ -33,6 +33,8 @@ SAME = (
     "advantage_std",
     "grad_norm",
 )
+OWN_COUNT = {"teacher_forwards"}
+"""Of a rank, not of the text."""
 SEED = 10
 """Of every run here, which leaves it at its default."""
 TOLERANCE = {"abs": 1e-6, "rel": 1e-5}
@@ -55,13 +57,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def figures(folder: Path, name: str) -> list[dict[str, float]]:
     lines = tiny.logged(folder / name)
     assert len(lines) == parity_worker.STEPS, name
-    return [{key: line[key] for key in SAME} for line in lines]
+    level = {key for line in lines for key in line if key.startswith("teacher_") and key not in OWN_COUNT}
+    return [{key: line.get(key, 0.0) for key in (*SAME, *sorted(level))} for line in lines]
 
 
 def disagreements(folder: Path, one: str, other: str) -> set[str]:
     """Names of the figures in which two runs differ at some step."""
-    pairs = zip(figures(folder, one), figures(folder, other), strict=True)
-    return {key for left, right in pairs for key in SAME if left[key] != pytest.approx(right[key], **TOLERANCE)}
+    pairs = list(zip(figures(folder, one), figures(folder, other), strict=True))
+    assert all(left.keys() == right.keys() for left, right in pairs)
+    return {key for left, right in pairs for key in left if left[key] != pytest.approx(right[key], **TOLERANCE)}
 
 
 @pytest.mark.parametrize("cell", CELLS)

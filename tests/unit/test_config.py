@@ -38,7 +38,7 @@ teacher: gpt2-xl
 data: {train: 'world:train', max_prompt_tokens: 24}
 decoding: {max_new_tokens: 48}
 stages:
-  - {kind: minillm, steps: 10, prompts: 8, optimiser: {lr: 1e-3}}
+  - {kind: minillm, steps: 10, prompts: 8, teacher_mix: 0.2, optimiser: {lr: 1e-3}}
 """
 
 

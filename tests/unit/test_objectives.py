@@ -128,7 +128,7 @@ def minillm(folder: Path, teacher: Teacher, prompts: list[Prompt]) -> Callable[.
         *, steps: int = 2, student: Path | None = None, guide: Teacher | None = None, seed: int = 3,
         decoding: Decoding = PLAIN, **changes: Any,
     ) -> Work:  # fmt: skip
-        fields = {"steps": steps, "prompts": 7, "optimiser": OPTIMISER, **changes}
+        fields = {"steps": steps, "prompts": 7, "teacher_mix": 0.2, "optimiser": OPTIMISER, **changes}
         objective = Minillm(
             MinillmStage(**fields), prompts=prompts, decoding=decoding, teacher=guide or teacher, ids=IDS, ranks=RANKS,
             seed=seed,
@@ -238,21 +238,23 @@ def test_more_padding_changes_nothing(minillm: Callable[..., Work], monkeypatch:
 def widened(rollout: Rollout) -> Rollout:
     """The same rollout with four more columns, and garbage off its mask."""
 
+    def states(value: Tensor | None, garbage: float) -> Tensor | None:
+        return None if value is None else grown(value, garbage)
+
     def grown(value: Tensor, garbage: Any) -> Tensor:
         wide = value.new_full((value.shape[0], value.shape[1] + 4, *value.shape[2:]), garbage)
         wide[:, :-4][rollout.mask_BT] = value[rollout.mask_BT]
         return wide
 
     mask_BT = torch.nn.functional.pad(rollout.mask_BT, (0, 4), value=False)
-    assert rollout.student_hidden_BTH is not None and rollout.teacher_hidden_BTH is not None
     return dataclasses.replace(
         rollout,
         mask_BT=mask_BT,
         response_BT=grown(rollout.response_BT, 23),
         teacher_drew_BT=grown(rollout.teacher_drew_BT, True),
         logq_BT=grown(rollout.logq_BT, math.nan),
-        student_hidden_BTH=grown(rollout.student_hidden_BTH, math.nan),
-        teacher_hidden_BTH=grown(rollout.teacher_hidden_BTH, math.inf),
+        student_hidden_BTH=states(rollout.student_hidden_BTH, math.nan),
+        teacher_hidden_BTH=states(rollout.teacher_hidden_BTH, math.inf),
     )
 
 

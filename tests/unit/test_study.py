@@ -15,15 +15,19 @@ from minillm import cli
 from minillm.config import RunConfig, dump_config
 from minillm.errors import ConfigError, DataError
 from minillm.measures import reference_bucket
+from minillm.ranks import Ranks
+from minillm.study import run as run_module
 from minillm.study.cells import asked, differs, read_cell
 from minillm.study.config import StudyConfig, load_study
 from minillm.study.run import run_study
-from minillm.study.table import paired, read_cells, summary
+from minillm.study.table import _temperatures, paired, read_cells, summary
 from minillm.yaml_reader import write_yaml
 from tests import tiny
 
+ROOT = Path(__file__).resolve().parents[2]
 ARMS: dict[str, dict[str, Any]] = {"plain": {}, "short": {"stages.0.gamma": 0}}
-WRECKED = {"stages.0.optimiser": {"lr": 1e4, "clip_grad": 0}, "stages.0.steps": 20}
+WRECKED = {"stages.0.optimiser": {"lr": 1e30, "clip_grad": 0}, "stages.0.inner_epochs": 2}
+"""Wrecked within its first step, before the log has a line."""
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +90,7 @@ def test_a_cell_is_small_and_says_what_was_run(finished: StudyConfig) -> None:
     cell = read_cell(file)
     assert cell is not None and file.stat().st_size < 20_000
     assert cell["state"] == "done" and cell["config"]["stages"][0]["gamma"] == 0
-    assert set(cell["made_from"]) == {"train data", "test data", "student", "teacher"}
+    assert set(cell["made_from"]) == {"train data", "test data", "engine", "student", "teacher"}
     assert cell["training"]["steps"] == 2 and cell["training"]["tokens"] > 0 and cell["training"]["cpu_seconds"] > 0
     assert list(cell["temperatures"]) == ["1.0", "0.5"]
     by_length = cell["temperatures"]["1.0"]["by_length"]
@@ -131,6 +135,55 @@ def test_what_changed_is_named(place: Path, finished: StudyConfig) -> None:
     assert differs(older, asked(finished, "plain", 1)) == ["settings that no longer exist"]
 
 
+def test_what_a_cell_is_made_from_includes_what_names_stand_for(place: Path, finished: StudyConfig) -> None:
+    """Engine settings by their content, the corpus of a made student, and an arm's own models."""
+    cell = read_cell(finished.cell_file("plain", 1))
+    assert cell is not None
+    engine = place / "engine.json"
+    engine.write_text(json.dumps({"zero_optimization": {"stage": 0}}), encoding="utf-8")
+    wanted = asked(load_study(study_file(place, name="engine", settings={"engine.student": str(engine)})), "plain", 1)
+    engine.write_text(json.dumps({"zero_optimization": {"stage": 1}}), encoding="utf-8")
+    later = asked(load_study(study_file(place, name="engine", settings={"engine.student": str(engine)})), "plain", 1)
+    assert wanted.config == later.config and wanted.made_from["engine"] != later.made_from["engine"]
+    own = {"plain": {"student": str(place / "teacher")}, "short": {}}
+    arm = asked(load_study(study_file(place, name="own", arms=own)), "plain", 1)
+    assert arm.student is None and arm.run.student == str(place / "teacher")
+    without = {"config": cell["config"], "made_from": {**cell["made_from"], "gone": "x"}}
+    assert differs(without, asked(finished, "plain", 1)) == ["gone"]
+
+
+def test_a_recipe_that_changes_while_a_cell_is_made_spoils_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = load_study(study_file(place, name="spoilt", student=None, seeds=[1], arms={"short": {}}))
+    recipe, made = place / "distil.yaml", run_module._make
+    text = recipe.read_text(encoding="utf-8")
+
+    def meanwhile(config: RunConfig, *, ranks: Ranks) -> dict[str, Any]:
+        recipe.write_text(text.replace("steps: 2", "steps: 4"), encoding="utf-8")
+        return made(config, ranks=ranks)
+
+    monkeypatch.setattr(run_module, "_make", meanwhile)
+    try:
+        with pytest.raises(DataError, match="changed while it was made"):
+            make(study)
+    finally:
+        recipe.write_text(text, encoding="utf-8")
+    assert not study.cell_file("short", 1).exists()
+
+
+def test_measures_that_some_cells_lack_are_left_out() -> None:
+    """A temperature, a bucket or a measure that only one of two arms has: no difference, and no error."""
+
+    def cell(**temperatures: Any) -> dict[str, Any]:
+        return {"temperatures": {key.replace("_", "."): value for key, value in temperatures.items()}, "state": "done"}
+
+    own = cell(t1_0={"validity": 0.5, "by_length": {"0-5": {"validity": 0.4}}}, t0_5={"validity": 0.6, "by_length": {}})
+    other = cell(t1_0={"rouge_l": 0.5, "by_length": {}})
+    found = _temperatures({1: own}, {1: other})
+    assert found["t1.0"]["validity"]["mean"] == 0.5 and found["t1.0"]["validity"]["difference"]["mean"] is None
+    assert found["t1.0"]["by_length"]["0-5"]["validity"]["mean"] == 0.4
+    assert found["t0.5"]["validity"]["difference"]["mean"] is None
+
+
 def test_other_code_is_told_and_a_changed_cell_made_again(place: Path, finished: StudyConfig) -> None:
     copy = place / "copied"
     shutil.copytree(finished.results, copy)
@@ -170,6 +223,13 @@ def test_the_summary_is_the_cells(finished: StudyConfig) -> None:
     # Of two seeds, the interval reaches 12.706 halves of the distance between the two differences.
     ends = at["difference"]["ci95"]
     assert ends[1] - ends[0] == pytest.approx(12.706 * abs((kl[0] - base[0]) - (kl[1] - base[1])), rel=1e-6)
+
+
+def test_the_cells_that_are_committed_are_those_of_their_study() -> None:
+    """A recipe that changes makes them stale, which should be seen."""
+    found, notes = read_cells(load_study(ROOT / "docs" / "results" / "long-horizon.yaml"))
+    assert not [note for note in notes if "left out" in note]
+    assert all(cells for cells in found.values())
 
 
 def test_intervals_over_seeds() -> None:
