@@ -117,6 +117,31 @@ class Figures:
     of that length is not above 0."""
     error_at_one: float
     """The same at weight 1."""
+    whole_snr: float
+    """Squared length of the expected whole gradient (single-step term and this long-horizon term, weight 1) over the
+    total variance of one sample's; may come out below 0, as ``snr``."""
+    whole_snr_error: float
+    """Standard error of it, as ``snr_error``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Absolute:
+    """What is no ratio, in squared units of one sample's gradient. Without teacher mixing two teachers of one student
+    can be compared at equal seed and sizes: text and directions then are the same."""
+
+    variance: float
+    """Of the reference's long-horizon gradient, given the prompt."""
+    interval: tuple[float, float]
+    """95 % by resampling prompts."""
+    total: float
+    """The same over prompts as well: what ``Figures.total`` and ``Whole.single_variance`` are over."""
+    squared_length: float
+    """Of the reference's expected long-horizon gradient; may come out below 0."""
+    squared_length_error: float
+    """Standard error of it, by leaving one prompt out."""
+    single_squared_length: float
+    """Of the expected single-step gradient; may come out below 0."""
+    single_squared_length_error: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +157,7 @@ class Whole:
     """Of the reference's variance within prompts, that of the heaviest twentieth of the prompts."""
     error_single_alone: float
     """Relative mean squared error of the single-step term by itself, as ``Figures.error``."""
+    absolute: Absolute
     choices: dict[str, Figures] = field(default_factory=dict)
 
 
@@ -157,6 +183,7 @@ def figures_of(
     for name, of in lots.items():
         mine, told, total = mean_product(of, of), _told(of), covariance(of, of)
         apart = Lots(value_HMJ=of.value_HMJ - first.value_HMJ, samples=of.samples)
+        both = Lots(value_HMJ=single.value_HMJ + of.value_HMJ, samples=of.samples)
         weight = _best_weight(of, single, target, budget=budget)
         error, at_one = (
             _squared_error(of, single, target, weight=each, budget=budget) / scale for each in (weight, 1.0)
@@ -176,6 +203,8 @@ def figures_of(
             weight=weight,
             error=error,
             error_at_one=at_one,
+            whole_snr=mean_product(both, both) / covariance(both, both),
+            whole_snr_error=_length_error(both) / covariance(both, both),
         )
     return Whole(
         single_length=None if single_signal is None else math.sqrt(single_signal),
@@ -183,7 +212,21 @@ def figures_of(
         single_variance=covariance(single, single) / noise,
         heaviest_share=_heaviest(first.within_M()),
         error_single_alone=_squared_error(target, single, target, weight=0.0, budget=budget) / scale,
+        absolute=_absolute(first, single, resample_RM),
         choices=choices,
+    )
+
+
+def _absolute(first: Lots, single: Lots, resample_RM: Tensor) -> Absolute:
+    within_M = first.within_M()
+    return Absolute(
+        variance=float(within_M.mean()),
+        interval=_interval(within_M, torch.ones_like(within_M), resample_RM),
+        total=covariance(first, first),
+        squared_length=mean_product(first, first),
+        squared_length_error=_length_error(first),
+        single_squared_length=mean_product(single, single),
+        single_squared_length_error=_length_error(single),
     )
 
 

@@ -13,13 +13,14 @@ from minillm.diagnose.gradients import HALVES, Drawn, draw, stage_of_draws
 from minillm.diagnose.measure import Budget, Whole, figures_of
 from minillm.diagnose.names import REFERENCE, Estimator, chosen, name_of
 from minillm.errors import ConfigError, DataError
-from minillm.models import CausalLM, load
+from minillm.models import CausalLM, fingerprint, load
 from minillm.order import GlobalOrder
-from minillm.preflight import Pair, check_pair, decoding_record, read_split
+from minillm.preflight import Pair, Split, check_pair, decoding_record, read_split
 from minillm.probes import probe_head
 from minillm.ranks import Ranks
 from minillm.stage_config import MinillmStage
 from minillm.stages import load_teacher
+from minillm.types import Decoding
 
 LEAST_PROMPTS = 8
 """With fewer, variances between prompts say nothing."""
@@ -47,15 +48,24 @@ class Diagnosis:
     left_out: tuple[str, ...]
     drawn: Drawn
     whole: Whole
+    decoding: Decoding
+    made_from: dict[str, str]
+    """Names the weights and prompts: with settings and sizes, what two diagnoses of equal figures have in common."""
 
 
 def diagnose(
-    config: RunConfig, *, names: Sequence[str], sizes: Sizes, say: Callable[[str], None] = lambda line: None
+    config: RunConfig,
+    *,
+    names: Sequence[str],
+    sizes: Sizes,
+    say: Callable[[str], None] = lambda line: None,
+    split: Split | None = None,
 ) -> Diagnosis:
     """Measures the choices of credit of these names on a run's teacher, student and training prompts.
 
     The student is the one the run would start from, whole on every rank. All ranks of a launcher must call it; ``say``
-    hears progress, on the first of them. Raises what ``distill`` raises before any model is loaded, and
+    hears progress, on the first of them; ``split`` are the training prompts where they are read already (for several
+    teachers, say). Raises what ``distill`` raises before any model is loaded, and
     ``ConfigError`` for a configuration without a minillm stage, an unknown name or sizes that cannot be.
     """
     stage = _first_minillm(config)
@@ -66,7 +76,8 @@ def diagnose(
     estimators, left_out = chosen([*names, name_of(stage)], drawing)
     pair = check_pair(config)
     assert config.data.train is not None
-    split = read_split(config, config.data.train, pair=pair, name="train", need_response=False)
+    if split is None:
+        split = read_split(config, config.data.train, pair=pair, name="train", need_response=False)
     if len(split.prompts) < sizes.prompts:
         raise DataError(
             f"{split.source}: {len(split.prompts)} prompts, and --prompts wants {sizes.prompts}; give it fewer"
@@ -78,13 +89,14 @@ def diagnose(
         left_out.append("left out of this: published.*, the cost of repetition, the language-model loss")
     for line in (*split.words, *left_out):
         tell(line)
+    decoding = decoding_record(config.decoding)
     order = GlobalOrder(len(split.prompts), sizes.seed, "diagnose")
     student = _student(config, pair, ranks)
     teacher = load_teacher(pair, ranks=ranks, say=tell)
     try:
         drawn = draw(
             drawing, estimators, prompts=[split.prompts[row] for row in order.take(0, sizes.prompts)],
-            decoding=decoding_record(config.decoding), student=student, teacher=teacher, ids=pair.ids, ranks=ranks,
+            decoding=decoding, student=student, teacher=teacher, ids=pair.ids, ranks=ranks,
             directions=sizes.directions, seed=sizes.seed,
             told=lambda half: tell(f"half {half + 1} of {HALVES} drawn and differentiated"),
         )  # fmt: skip
@@ -92,8 +104,16 @@ def diagnose(
         teacher.close()
     return Diagnosis(
         stage=stage, sizes=sizes, budget=budget, left_out=tuple(left_out), drawn=drawn,
-        whole=_whole(drawn, estimators, budget=budget, seed=sizes.seed),
+        whole=_whole(drawn, estimators, budget=budget, seed=sizes.seed), decoding=decoding,
+        made_from=made_from(pair, split),
     )  # fmt: skip
+
+
+def made_from(pair: Pair, split: Split) -> dict[str, str]:
+    """Fingerprints of both models and of the prompts, as a diagnosis of them has them."""
+    cards = {"student": pair.student_card, "teacher": pair.teacher_card}
+    weights = {name: fingerprint(card) for name, card in cards.items() if card is not None}
+    return {**weights, "train prompts": split.sha256}
 
 
 def _whole(drawn: Drawn, estimators: Sequence[Estimator], *, budget: Budget, seed: int) -> Whole:

@@ -46,6 +46,7 @@ def as_json(diagnosis: Diagnosis) -> dict[str, Any]:
             "length": whole.single_length, "variance": whole.single_variance, "error_alone": whole.error_single_alone,
             "long_over_single": whole.long_over_single,
         },
+        "absolute": dataclasses.asdict(whole.absolute),
         "drawn": {
             "tokens": drawn.tokens, "samples": drawn.samples, "effective_share": drawn.effective_share,
             "outside_clip": drawn.outside_clip, "reverse_kl": drawn.reverse_kl,
@@ -53,7 +54,8 @@ def as_json(diagnosis: Diagnosis) -> dict[str, Any]:
         },
         "budget": diagnosis.budget.responses, "left_out": list(diagnosis.left_out),
         "sizes": dataclasses.asdict(diagnosis.sizes),
-        "stage": diagnosis.stage.model_dump(mode="json"),
+        "stage": diagnosis.stage.model_dump(mode="json"), "decoding": dataclasses.asdict(diagnosis.decoding),
+        "made_from": diagnosis.made_from,
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ Legend: M prompts, J directions, H = 2 halves, N tokens.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from minillm.config import RunConfig, dump_config
 from minillm.diagnose import gradients, scores, words
 from minillm.diagnose.command import run
 from minillm.diagnose.gradients import Drawn, draw, stage_of_draws
-from minillm.diagnose.measure import Budget, Lots, covariance, figures_of, mean_product, spread
+from minillm.diagnose.measure import Budget, Lots, Whole, covariance, figures_of, mean_product, spread
 from minillm.diagnose.names import DEFAULTS, REFERENCE, changes_of, chosen, name_of
 from minillm.diagnose.run import Diagnosis, Sizes, diagnose
 from minillm.diagnose.scores import direction, token_scores
@@ -253,6 +254,36 @@ def test_figures_of_scaled_and_shifted_lots() -> None:
     assert same.error <= same.error_at_one and 0 < same.weight < 1
 
 
+def whole_of(lots: Lots, single: Lots) -> Whole:
+    return figures_of(
+        {"sampled": lots}, single, reference="sampled", twins={"sampled": "sampled"}, keeps={"sampled": True},
+        budget=Budget(prompts=25.0, samples=2), tokens_per_sample=3.0, seed=0,
+    )  # fmt: skip
+
+
+def test_absolute_figures_are_those_that_the_lots_were_made_with() -> None:
+    """Twice the vectors: four times every absolute figure, and no ratio moves."""
+    (one,), (single,) = (random_lots(seed, prompts=100_000) for seed in (7, 8))
+    whole, length = whole_of(one, single), (0.5**2 + 0.25**2) / 2
+    found = whole.absolute
+    assert found.variance == pytest.approx(9.0, rel=0.02) and found.total == pytest.approx(9.49, rel=0.02)
+    assert found.interval[0] < found.variance < found.interval[1] < 1.02 * found.variance
+    for square, error in (
+        (found.squared_length, found.squared_length_error),
+        (found.single_squared_length, found.single_squared_length_error),
+    ):
+        assert abs(square - length) < 4 * error < 0.2 * length
+    # The terms have one mean and independent noise: twice the length, twice the variance.
+    choice = whole.choices["sampled"]
+    assert abs(choice.whole_snr - 4 * length / (2 * 9.49)) < 4 * choice.whole_snr_error < 0.2 * choice.whole_snr
+    twice = whole_of(*(Lots(value_HMJ=2 * of.value_HMJ, samples=2) for of in (one, single)))
+    for name, value in dataclasses.asdict(found).items():
+        assert getattr(twice.absolute, name) == pytest.approx(
+            [4 * of for of in value] if name == "interval" else 4 * value
+        )
+    assert twice.choices["sampled"].whole_snr == pytest.approx(choice.whole_snr)
+
+
 def test_the_best_weight_is_the_best_of_many() -> None:
     from minillm.diagnose.measure import _best_weight, _squared_error
 
@@ -350,6 +381,18 @@ def test_a_diagnosis_is_whole(mix: float, folder: Path) -> None:
 
 def test_it_gives_the_same_figures_again(folder: Path) -> None:
     assert words.as_json(found(folder)) == words.as_json(found(folder))
+
+
+def test_another_teacher_has_another_name_and_the_same_text(folder: Path) -> None:
+    """What makes absolute figures of two teachers comparable; the name moves with the weights and with nothing else."""
+    one = found(folder, teacher_mix=0.0)
+    other = found(folder, teacher_mix=0.0, run_teacher=str(folder / "gpt2-student"))
+    differ = {name for name, value in one.made_from.items() if value != other.made_from[name]}
+    assert set(one.made_from) == {"student", "teacher", "train prompts"} and differ == {"teacher"}
+    assert one.drawn.tokens == other.drawn.tokens and one.drawn.reverse_kl > 1e-3 > abs(other.drawn.reverse_kl)
+    assert other.whole.absolute.variance < 1e-6 * one.whole.absolute.variance
+    record = json.loads(json.dumps(words.as_json(one)))
+    assert record["made_from"] == one.made_from and record["decoding"]["temperature"] == 1.0
 
 
 def test_the_command_prints_and_writes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
