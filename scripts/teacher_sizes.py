@@ -1,0 +1,113 @@
+"""What scripts/teacher_sizes.sh needs beside the command: teachers at other temperatures, small records, correlations.
+
+    python scripts/teacher_sizes.py cool runs/teacher-sizes/64x3-long 0.5
+    python scripts/teacher_sizes.py measure runs/teacher-sizes docs/results/teacher-sizes
+    python scripts/teacher_sizes.py tell docs/results/teacher-sizes
+
+``measure`` is ``minillm diagnose`` for many teachers and draws: it reads the prompts once. A record whose settings,
+weights and prompts are those that would be measured now is left alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+STUDENT = "runs/quickstart/sft/student"
+RECIPE = "recipes/quickstart/minillm.yaml"
+DRAWS = (0, 1, 2)
+SIZES: dict[str, int] = {"prompts": 256, "samples": 4, "directions": 32}
+NAMES = (
+    *("sampled", "sampled+position_mean", "sampled+ridge", "expected", "expected+position_mean", "expected+ridge"),
+    *("sampled+norm", "expected+ridge+norm", "expected+ridge+g0.95"),
+)
+DIGITS = 6
+
+
+def cool(run: str, temperature: str) -> None:
+    """A copy of a teacher whose logits are divided by ``temperature``: exact, for the head is linear after the norm."""
+    from safetensors.torch import load_file, save_file
+
+    source, target = Path(run), Path(f"{run.rstrip('/')}-t{temperature}")
+    if target.is_dir():
+        return
+    half_made = target.with_name(f"{target.name}.new")
+    shutil.rmtree(half_made, ignore_errors=True)
+    shutil.copytree(source / "student", half_made / "student")
+    shutil.copy(source / "run.json", half_made)
+    file = half_made / "student" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"] = weights["model.norm.weight"] / float(temperature)
+    save_file(weights, file, metadata={"format": "pt"})
+    (half_made / "temperature.json").write_text(temperature, encoding="utf-8")
+    half_made.rename(target)
+
+
+def measure(runs: str, results: str) -> None:
+    """One record for each teacher and draw; every teacher has its first before any has its second."""
+    from minillm.config import load_config
+    from minillm.diagnose.run import Sizes, diagnose, made_from
+    from minillm.diagnose.words import as_json
+    from minillm.preflight import check_pair, read_split
+
+    teachers = sorted(folder for folder in Path(runs).iterdir() if (folder / "student").is_dir())
+    split = None
+    for seed in DRAWS:
+        for folder in teachers:
+            config = load_config(RECIPE, [f"student={STUDENT}", f"teacher={folder / 'student'}"])
+            pair = check_pair(config)
+            if split is None:
+                split = read_split(config, "world:train", pair=pair, name="train", need_response=False)
+            sizes = Sizes(**SIZES, seed=seed)
+            asked = {
+                "stage": config.stages[0].model_dump(mode="json"), "decoding": config.decoding.model_dump(mode="json"),
+                "sizes": dataclasses.asdict(sizes), "estimators": list(NAMES),
+            }  # fmt: skip
+            key = {"asked": asked, "made_from": made_from(pair, split)}
+            file = Path(results) / f"{folder.name}.{seed}.json"
+            stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            if all(stored.get(name) == value for name, value in key.items()):
+                continue
+            print(file, flush=True)
+            found = as_json(diagnose(config, names=NAMES, sizes=sizes, split=split))
+            kept = {name: rounded(found[name]) for name in ("drawn", "absolute", "single", "choices")}
+            record = {"teacher": facts(folder), **key, **kept}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """What is known of a teacher from its own files."""
+    shape = json.loads((folder / "student" / "config.json").read_text(encoding="utf-8"))
+    stage = json.loads((folder / "run.json").read_text(encoding="utf-8"))["stages"]["sft"]
+    results = json.loads((folder / "test" / "results.json").read_text(encoding="utf-8"))
+    cooled = folder / "temperature.json"
+    temperature = float(cooled.read_text(encoding="utf-8")) if cooled.is_file() else 1.0
+    return {
+        "name": folder.name,
+        "hidden": shape["hidden_size"],
+        "layers": shape["num_hidden_layers"],
+        "parameters": results["model"]["parameters"],
+        "updates": stage["step"],
+        "temperature": temperature,
+        # Of the weights as they were trained; other temperatures were not validated.
+        "validation_loss": round(stage["best"], DIGITS) if temperature == 1.0 else None,
+        "validity": results["measures"]["validity"],
+    }
+
+
+def rounded(value: Any) -> Any:
+    """The same with ``DIGITS`` significant digits in every float."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, dict):
+        return {name: rounded(of) for name, of in value.items()}
+    return [rounded(of) for of in value] if isinstance(value, list | tuple) else value
+
+
+if __name__ == "__main__":
+    {"cool": cool, "measure": measure}[sys.argv[1]](*sys.argv[2:])
