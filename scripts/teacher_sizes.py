@@ -1,17 +1,17 @@
-"""What scripts/teacher_sizes.sh needs beside the command: teachers at other temperatures, small records, correlations.
+"""What scripts/teacher_sizes.sh needs beside the command: teachers at other temperatures, and records of diagnoses.
 
     python scripts/teacher_sizes.py cool runs/teacher-sizes/64x3-long 0.5
     python scripts/teacher_sizes.py measure runs/teacher-sizes docs/results/teacher-sizes
-    python scripts/teacher_sizes.py tell docs/results/teacher-sizes
 
-``measure`` is ``minillm diagnose`` for many teachers and draws: it reads the prompts once. A record whose settings,
-weights and prompts are those that would be measured now is left alone.
+``measure`` is ``minillm diagnose`` for many teachers and draws: it reads the prompts once, and differentiates the
+student once a draw. A record whose settings, weights and prompts are those that would be measured now is left alone.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -25,6 +25,7 @@ NAMES = (
     *("sampled", "sampled+position_mean", "sampled+ridge", "expected", "expected+position_mean", "expected+ridge"),
     *("sampled+norm", "expected+ridge+norm", "expected+ridge+g0.95"),
 )
+KEPT = ("drawn", "absolute", "single", "choices", "versions")
 DIGITS = 6
 
 
@@ -51,12 +52,15 @@ def measure(runs: str, results: str) -> None:
     """One record for each teacher and draw; every teacher has its first before any has its second."""
     from minillm.config import load_config
     from minillm.diagnose.run import Sizes, diagnose, made_from
+    from minillm.diagnose.scores import Memory
     from minillm.diagnose.words import as_json
     from minillm.preflight import check_pair, read_split
+    from minillm.results import versions
 
     teachers = sorted(folder for folder in Path(runs).iterdir() if (folder / "student").is_dir())
     split = None
     for seed in DRAWS:
+        memory: Memory = {}
         for folder in teachers:
             config = load_config(RECIPE, [f"student={STUDENT}", f"teacher={folder / 'student'}"])
             pair = check_pair(config)
@@ -70,34 +74,45 @@ def measure(runs: str, results: str) -> None:
             key = {"asked": asked, "made_from": made_from(pair, split)}
             file = Path(results) / f"{folder.name}.{seed}.json"
             stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-            if all(stored.get(name) == value for name, value in key.items()):
-                continue
-            print(file, flush=True)
-            found = as_json(diagnose(config, names=NAMES, sizes=sizes, split=split))
-            kept = {name: rounded(found[name]) for name in ("drawn", "absolute", "single", "choices")}
-            record = {"teacher": facts(folder), **key, **kept}
+            if any(stored.get(name) != value for name, value in key.items()):
+                print(file, flush=True)
+                found = {
+                    **as_json(diagnose(config, names=NAMES, sizes=sizes, split=split, memory=memory)),
+                    "versions": versions(),
+                }
+                stored = {name: rounded(found[name]) for name in KEPT}
+            record = {**stored, **key, "teacher": facts(folder)}  # an evaluation may have come later
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            file.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def facts(folder: Path) -> dict[str, Any]:
     """What is known of a teacher from its own files."""
     shape = json.loads((folder / "student" / "config.json").read_text(encoding="utf-8"))
     stage = json.loads((folder / "run.json").read_text(encoding="utf-8"))["stages"]["sft"]
-    results = json.loads((folder / "test" / "results.json").read_text(encoding="utf-8"))
+    test = folder / "test" / "results.json"
+    validity = json.loads(test.read_text(encoding="utf-8"))["measures"]["validity"] if test.is_file() else None
     cooled = folder / "temperature.json"
     temperature = float(cooled.read_text(encoding="utf-8")) if cooled.is_file() else 1.0
     return {
         "name": folder.name,
         "hidden": shape["hidden_size"],
         "layers": shape["num_hidden_layers"],
-        "parameters": results["model"]["parameters"],
+        "parameters": parameters(folder / "student" / "model.safetensors"),
         "updates": stage["step"],
         "temperature": temperature,
         # Of the weights as they were trained; other temperatures were not validated.
         "validation_loss": round(stage["best"], DIGITS) if temperature == 1.0 else None,
-        "validity": results["measures"]["validity"],
+        "validity": validity,
     }
+
+
+def parameters(file: Path) -> int:
+    """Numbers in a file of weights; tied ones stand there once."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as weights:
+        return sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
 
 
 def rounded(value: Any) -> Any:

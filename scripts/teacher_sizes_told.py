@@ -106,9 +106,10 @@ def tell_rows(teachers: list[Told]) -> None:
             of.each_S(single),
         )
         loss = "–" if facts["validation_loss"] is None else f"{facts['validation_loss']:.3f}"
+        valid = "–" if facts["validity"] is None else f"{facts['validity']['mean']:.2f}"
         print(
             f"| {facts['name']} | {facts['parameters']:,} | {facts['updates']:,} | {loss} | "
-            f"{facts['validity']['mean']:.2f} | {spread(kl_S)} | {spread(v_S)} | {spread(v_S / kl_S**2)} | "
+            f"{valid} | {spread(kl_S)} | {spread(v_S)} | {spread(v_S / kl_S**2)} | "
             f"{spread(single_S)} |"
         )
     for of in teachers:

@@ -16,7 +16,7 @@ from minillm.advantages import RowNames, targets_of
 from minillm.bare_student import BareStudent
 from minillm.diagnose.measure import Lots
 from minillm.diagnose.names import Estimator
-from minillm.diagnose.scores import token_scores
+from minillm.diagnose.scores import Memory, token_scores
 from minillm.engines import Teacher
 from minillm.objectives import Minillm
 from minillm.published import PublishedConfig
@@ -71,10 +71,12 @@ def draw(
     directions: int,
     seed: int,
     told: Callable[[int], None] = lambda half: None,
+    memory: Memory | None = None,
 ) -> Drawn:
     """Both halves of every prompt, and every estimator's gradient of them. All ranks must call it.
 
-    ``stage`` is that of ``stage_of_draws``; ``told`` hears of each half that is done.
+    ``stage`` is that of ``stage_of_draws``; ``told`` hears of each half that is done; a ``memory`` spares this student
+    what it did for another teacher.
     """
     objective = Minillm(stage, prompts=prompts, decoding=decoding, teacher=teacher, ids=ids, ranks=ranks, seed=seed)
     place = {prompt.uid: number for number, prompt in enumerate(prompts)}
@@ -87,7 +89,7 @@ def draw(
         with teacher.head() as head:
             scores = token_scores(
                 student.root, scored.rollout, teacher_head=head, temperature=decoding.temperature,
-                directions=directions, seed=seed,
+                directions=directions, seed=seed, memory=memory,
             )  # fmt: skip
         prompt_B = [place[uid] for uid in scored.rollout.prompts.uid_B]
         names = RowNames.of(scored.rollout, prompt=prompt_B, row=collected.mine, coin_groups=stage.coin_groups)

@@ -12,6 +12,7 @@ from minillm.config import RunConfig
 from minillm.diagnose.gradients import HALVES, Drawn, draw, stage_of_draws
 from minillm.diagnose.measure import Budget, Whole, figures_of
 from minillm.diagnose.names import REFERENCE, Estimator, chosen, name_of
+from minillm.diagnose.scores import Memory
 from minillm.errors import ConfigError, DataError
 from minillm.models import CausalLM, fingerprint, load
 from minillm.order import GlobalOrder
@@ -60,13 +61,15 @@ def diagnose(
     sizes: Sizes,
     say: Callable[[str], None] = lambda line: None,
     split: Split | None = None,
+    memory: Memory | None = None,
 ) -> Diagnosis:
     """Measures the choices of credit of these names on a run's teacher, student and training prompts.
 
     The student is the one the run would start from, whole on every rank. All ranks of a launcher must call it; ``say``
-    hears progress, on the first of them; ``split`` are the training prompts where they are read already (for several
-    teachers, say). Raises what ``distill`` raises before any model is loaded, and
-    ``ConfigError`` for a configuration without a minillm stage, an unknown name or sizes that cannot be.
+    hears progress, on the first of them. Of several teachers of one student, ``split`` are the training prompts where
+    they are read already, and one ``memory`` spares all but the first most of the work. Raises what ``distill`` raises
+    before any model is loaded, and ``ConfigError`` for a configuration without a minillm stage, an unknown name or
+    sizes that cannot be.
     """
     stage = _first_minillm(config)
     _check_sizes(sizes)
@@ -97,7 +100,7 @@ def diagnose(
         drawn = draw(
             drawing, estimators, prompts=[split.prompts[row] for row in order.take(0, sizes.prompts)],
             decoding=decoding, student=student, teacher=teacher, ids=pair.ids, ranks=ranks,
-            directions=sizes.directions, seed=sizes.seed,
+            directions=sizes.directions, seed=sizes.seed, memory=memory,
             told=lambda half: tell(f"half {half + 1} of {HALVES} drawn and differentiated"),
         )  # fmt: skip
     finally:

@@ -12,6 +12,7 @@ Legend: B rows, L positions, N kept tokens, V real ids, J directions.
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -34,6 +35,11 @@ _TENSORS = 12
 """Of the size of the logits, alive at once."""
 
 
+Memory = dict[tuple[str, int, int], tuple[Tensor, Tensor]]
+"""The student's side of what was differentiated, for other teachers: log-probabilities [N, V] and their derivative, by
+text, seed and direction. One student's only, and as large as all its logits, once for each direction."""
+
+
 class TokenScores(NamedTuple):
     """For each kept token, in row order, and each direction."""
 
@@ -44,10 +50,21 @@ class TokenScores(NamedTuple):
 
 
 def token_scores(
-    root: CausalLM, rollout: Rollout, *, teacher_head: HeadWeights, temperature: float, directions: int, seed: int
+    root: CausalLM,
+    rollout: Rollout,
+    *,
+    teacher_head: HeadWeights,
+    temperature: float,
+    directions: int,
+    seed: int,
+    memory: Memory | None = None,
 ) -> TokenScores:
-    """Derivatives along ``directions`` random directions, the same for a seed on every rank and at every call."""
-    numbers = _Numbers(root)
+    """Derivatives along ``directions`` random directions, the same for a seed on every rank and at every call.
+
+    The teacher enters after the student is differentiated, so with a ``memory`` a text that was seen is not
+    differentiated again.
+    """
+    numbers = _LogProbs(root)
     params = {name: parameter.detach() for name, parameter in numbers.named_parameters()}
     heads = int(getattr(root.backbone.config, "num_attention_heads", None) or 1)
     batches = list(_row_batches(rollout, vocabulary=root.head.real_ids, heads=heads))
@@ -57,7 +74,9 @@ def token_scores(
         parts = []
         for rows in batches:  # the teacher's logits of one batch at a time
             inputs = _inputs(rollout, rows, teacher_head=teacher_head, temperature=temperature)
-            parts.append(_derivatives(numbers, params, tangent, inputs))
+            logp_NV, taken_N = inputs.pop("logp_NV"), inputs["ids_BL"][inputs["predict_BL"]]
+            logq_NV, moved_NV = _derivatives(numbers, params, tangent, inputs, key=(seed, number), memory=memory)
+            parts.append(_with_teacher(logq_NV, moved_NV, taken_N, logp_NV=logp_NV, support_NV=inputs["support_NV"]))
         columns.append(([score for score, _ in parts], [single for _, single in parts]))
     empty_N = next(iter(params.values())).new_zeros(0)
     score, single = (
@@ -75,37 +94,66 @@ def direction(params: dict[str, Tensor], *, seed: int, number: int) -> dict[str,
     }
 
 
-class _Numbers(nn.Module):
-    """Log-probability of each taken token and KL at the state before it, plainly, so that it can be differentiated."""
+class _LogProbs(nn.Module):
+    """Log-probabilities at the state before each token, plainly, so that they can be differentiated."""
 
     def __init__(self, root: CausalLM) -> None:
         super().__init__()
         self.root = root
 
     def forward(
-        self, *, ids_BL: Tensor, mask_BL: Tensor, predict_BL: Tensor, logp_NV: Tensor, support_NV: Tensor | None,
-        temperature: float,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self, *, ids_BL: Tensor, mask_BL: Tensor, predict_BL: Tensor, support_NV: Tensor | None, temperature: float
+    ) -> Tensor:
         hidden_BLH = self.root("read", ids_BL=ids_BL, mask_BL=mask_BL)
         logits_NV = self.root("logits", hidden_NH=hidden_BLH[predict_BL.roll(-1, dims=1)])
-        logq_NV = restrict(logits_NV / temperature, support_NV).log_softmax(dim=-1)
-        taken_N = logq_NV.gather(1, ids_BL[predict_BL][:, None]).squeeze(1)
-        apart_NV = logq_NV - logp_NV
-        if support_NV is not None:
-            apart_NV = torch.where(support_NV, apart_NV, 0.0)  # of two ids at minus infinity
-        return taken_N, (logq_NV.exp() * apart_NV).sum(dim=-1)
+        return restrict(logits_NV / temperature, support_NV).log_softmax(dim=-1)
 
 
 def _derivatives(
-    numbers: _Numbers, params: dict[str, Tensor], tangent: dict[str, Tensor], inputs: dict[str, Any]
+    numbers: _LogProbs,
+    params: dict[str, Tensor],
+    tangent: dict[str, Tensor],
+    inputs: dict[str, Any],
+    *,
+    key: tuple[int, int],
+    memory: Memory | None,
 ) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and their derivative along the direction of that seed and number; from memory if there."""
+    name = None if memory is None else (_named(inputs), *key)
+    if memory is not None and name in memory:
+        return memory[name]
     # The fused kernels of attention have no forward mode.
     with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), torch.no_grad(), forward_ad.dual_level():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of what its forward mode is made with
         make: Any = forward_ad.make_dual
-        duals = {name: make(value, tangent[name]) for name, value in params.items()}
-        score_N, single_N = map(forward_ad.unpack_dual, functional_call(numbers, duals, (), inputs))
-        return score_N.tangent, single_N.tangent
+        duals = {of: make(value, tangent[of]) for of, value in params.items()}
+        unpack: Any = forward_ad.unpack_dual
+        logq_NV, moved_NV = unpack(functional_call(numbers, duals, (), inputs))
+    if memory is not None and name is not None:
+        same_NV = memory.get((name[0], key[0], 0), (logq_NV, moved_NV))[0]  # along every direction
+        memory[name] = (same_NV, moved_NV)
+    return logq_NV, moved_NV
+
+
+@torch.no_grad()
+def _with_teacher(
+    logq_NV: Tensor, moved_NV: Tensor, taken_N: Tensor, *, logp_NV: Tensor, support_NV: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Derivatives of log q(y_t) and of KL = sum q (log q - log p), from that of log q."""
+    score_N = moved_NV.gather(1, taken_N[:, None]).squeeze(1)
+    each_NV = logq_NV.exp() * moved_NV * (logq_NV - logp_NV + 1.0)
+    if support_NV is not None:
+        each_NV = torch.where(support_NV, each_NV, 0.0)  # of two ids at minus infinity
+    return score_N, each_NV.sum(dim=-1)
+
+
+def _named(inputs: dict[str, Any]) -> str:
+    """Names a text and how it is read, whichever teacher scores it."""
+    digest = hashlib.sha256(repr(inputs["temperature"]).encode())
+    for each in (inputs["ids_BL"], inputs["mask_BL"], inputs["predict_BL"], inputs["support_NV"]):
+        if each is not None:
+            digest.update(repr(tuple(each.shape)).encode() + each.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @torch.no_grad()

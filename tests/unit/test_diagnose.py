@@ -145,6 +145,34 @@ def test_derivatives_are_those_of_the_backward_pass(
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("decoding", [{}, {"temperature": 0.7, "top_p": 0.8}])
+def test_what_is_remembered_of_the_student_serves_another_teacher(
+    decoding: dict[str, Any], bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exactly, without differentiating again; and another text, temperature or seed is not taken for this one."""
+    work = bench(decoding=decoding, prompts=8, samples=1)
+    rollout, other = (work.objective().collect(of, work.student)[0].targets.scored.rollout for of in range(2))  # type: ignore[arg-type]
+    head = work.teacher.root.head.weights()
+    memory: scores.Memory = {}
+    another = dataclasses.replace(head, weight_VH=head.weight_VH.flip(0))
+
+    def told(rollout: Any, teacher: Any, memory: Any, *, warmth: float = 0.7, seed: int = 0) -> Any:
+        return token_scores(
+            work.student.root, rollout, teacher_head=teacher, temperature=warmth, directions=DIRECTIONS, seed=seed,
+            memory=memory,
+        )  # fmt: skip
+
+    told(rollout, head, memory)
+    changed: list[dict[str, Any]] = [{"warmth": 0.9}, {"seed": 1}]
+    fresh = [told(other, another, None), *(told(rollout, another, None, **each) for each in changed)]
+    again = [told(other, another, memory), *(told(rollout, another, memory, **each) for each in changed)]
+    plain = told(rollout, another, None)
+    monkeypatch.setattr(scores, "functional_call", None)
+    for one, two in zip([*fresh, plain], [*again, told(rollout, another, memory)], strict=True):
+        assert torch.equal(one.score_NJ, two.score_NJ) and torch.equal(one.single_NJ, two.single_NJ)
+    assert not torch.equal(plain.single_NJ, told(rollout, head, memory).single_NJ)
+
+
 def loss_of_token(work: Bench, rollout: Any, *, token: int, name: str) -> Tensor:
     from minillm.objectives import rollout_inputs
     from minillm.scoring import TeacherView
