@@ -1,7 +1,7 @@
 """What scripts/teacher_sizes.sh needs beside the command: teachers at other temperatures, and records of diagnoses.
 
     python scripts/teacher_sizes.py cool runs/teacher-sizes/64x3-long 0.5
-    python scripts/teacher_sizes.py measure runs/teacher-sizes docs/results/teacher-sizes
+    python scripts/teacher_sizes.py measure runs/teacher-sizes STUDENT docs/results/teacher-sizes [0,1,2]
 
 ``measure`` is ``minillm diagnose`` for many teachers and draws: it reads the prompts once, and differentiates the
 student once a draw. A record whose settings, weights and prompts are those that would be measured now is left alone.
@@ -17,9 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-STUDENT = "runs/quickstart/sft/student"
 RECIPE = "recipes/quickstart/minillm.yaml"
-DRAWS = (0, 1, 2)
 SIZES: dict[str, int] = {"prompts": 256, "samples": 4, "directions": 32}
 NAMES = (
     *("sampled", "sampled+position_mean", "sampled+ridge", "expected", "expected+position_mean", "expected+ridge"),
@@ -48,7 +46,7 @@ def cool(run: str, temperature: str) -> None:
     half_made.rename(target)
 
 
-def measure(runs: str, results: str) -> None:
+def measure(runs: str, student: str, results: str, draws: str = "0,1,2") -> None:
     """One record for each teacher and draw; every teacher has its first before any has its second."""
     from minillm.config import load_config
     from minillm.diagnose.run import Sizes, diagnose, made_from
@@ -59,10 +57,10 @@ def measure(runs: str, results: str) -> None:
 
     teachers = sorted(folder for folder in Path(runs).iterdir() if (folder / "student").is_dir())
     split = None
-    for seed in DRAWS:
+    for seed in map(int, draws.split(",")):
         memory: Memory = {}
         for folder in teachers:
-            config = load_config(RECIPE, [f"student={STUDENT}", f"teacher={folder / 'student'}"])
+            config = load_config(RECIPE, [f"student={student}", f"teacher={folder / 'student'}"])
             pair = check_pair(config)
             if split is None:
                 split = read_split(config, "world:train", pair=pair, name="train", need_response=False)

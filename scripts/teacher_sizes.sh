@@ -30,6 +30,11 @@ for teacher in "$out"/*/; do
   minillm evaluate "$teacher/student" --config recipes/quickstart/minillm.yaml --out "$teacher/test" \
     teacher=runs/quickstart/teacher/student 'evaluation.temperatures=[1.0]' 'evaluation.seeds=[10,20]'
 done
-"$python" scripts/teacher_sizes.py measure $out docs/results/teacher-sizes
-"$python" scripts/teacher_sizes_told.py docs/results/teacher-sizes
-"$python" docs/images/draw_teacher_size.py docs/results/teacher-sizes
+
+# Two students: the quickstart's, at the end of fine-tuning, and the same early in it.
+minillm sft --config recipes/quickstart/sft.yaml name=teacher-sizes-early stages.0.steps=400 stages.0.validate_every=400
+results=docs/results/teacher-sizes
+"$python" scripts/teacher_sizes.py measure $out runs/quickstart/sft/student $results
+"$python" scripts/teacher_sizes.py measure $out runs/teacher-sizes-early/student $results/early
+for folder in $results $results/early; do "$python" scripts/teacher_sizes_told.py "$folder"; done
+"$python" docs/images/draw_teacher_size.py $results $results/early

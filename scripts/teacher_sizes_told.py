@@ -20,6 +20,8 @@ import numpy as np
 BEST = "expected+ridge"
 OURS = "expected+position_mean+norm"  # the quickstart's own choice
 SHOWN = ("sampled", BEST, OURS)
+BASE = "64x3-long"
+"""What variances are over, draw by draw."""
 ALIKE = 0.1
 """Difference of log reverse KL up to which two teachers count as equally far."""
 
@@ -62,13 +64,13 @@ def single(record: dict[str, Any]) -> float:
 
 
 def read(folder: Path) -> list[Told]:
-    """By size, then updates, then temperature; only teachers that have as many draws as the most have."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    """By size, then updates, then temperature; only the draws that every teacher has."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
     for file in sorted(folder.glob("*.json")):
         record = json.loads(file.read_text(encoding="utf-8"))
-        found.setdefault(record["teacher"]["name"], []).append(record)
-    most = max(map(len, found.values()))
-    teachers = [Told(records) for records in found.values() if len(records) == most]
+        found.setdefault(record["teacher"]["name"], {})[record["asked"]["sizes"]["seed"]] = record
+    draws = sorted(set.intersection(*(set(of) for of in found.values())))
+    teachers = [Told([of[draw] for draw in draws]) for of in found.values()]
     return sorted(teachers, key=lambda of: [of.teacher[key] for key in ("parameters", "updates", "temperature")])
 
 
@@ -97,26 +99,25 @@ def partial(one_R: np.ndarray, other_R: np.ndarray, given_R: np.ndarray) -> floa
 
 
 def tell_rows(teachers: list[Told]) -> None:
-    """The tables: means over draws, and their range."""
+    """Two tables: means over draws, and their range."""
+    base = next(of for of in teachers if of.teacher["name"] == BASE)
+    print("| teacher | parameters | updates | loss | valid | reverse KL | variance | single, squared |")
     for of in teachers:
-        facts, kl_S, v_S, single_S = (
-            of.teacher,
-            of.each_S(reverse_kl),
-            of.each_S(variance("sampled")),
-            of.each_S(single),
-        )
+        facts = of.teacher
         loss = "–" if facts["validation_loss"] is None else f"{facts['validation_loss']:.3f}"
         valid = "–" if facts["validity"] is None else f"{facts['validity']['mean']:.2f}"
+        ratio_S = of.each_S(variance("sampled")) / base.each_S(variance("sampled"))
         print(
-            f"| {facts['name']} | {facts['parameters']:,} | {facts['updates']:,} | {loss} | "
-            f"{valid} | {spread(kl_S)} | {spread(v_S)} | {spread(v_S / kl_S**2)} | "
-            f"{spread(single_S)} |"
+            f"| {facts['name']} | {facts['parameters']:,} | {facts['updates']:,} | {loss} | {valid} | "
+            f"{spread(of.each_S(reverse_kl))} | {spread(ratio_S)} | {spread(of.each_S(single))} |"
         )
+    print(f"\n| teacher | 1000 SNR: single-step alone, whole with {', '.join(SHOWN)} | least errors over without |")
     for of in teachers:
         snrs = [of.each_S(figure) for figure in (single_snr, *(whole_snr(name) for name in SHOWN))]
-        errors = [of.each_S(figure) for figure in (error_alone, *(error(name) for name in SHOWN))]
+        errors = [of.each_S(error_ratio(name)) for name in SHOWN]
         cells = [*(spread(1e3 * each) for each in snrs), *map(spread, errors)]
         print(f"| {of.teacher['name']} | {' | '.join(cells)} |")
+    print(f"\nvariance of sampled for {BASE}: {spread(base.each_S(variance('sampled')))}")
 
 
 def single_snr(record: dict[str, Any]) -> float:
@@ -124,14 +125,9 @@ def single_snr(record: dict[str, Any]) -> float:
     return float(single(record) / (record["single"]["variance"] * record["absolute"]["total"]))
 
 
-def error_alone(record: dict[str, Any]) -> float:
-    """Relative squared error of an update of the single-step term alone."""
-    return float(record["single"]["error_alone"])
-
-
-def error(name: str) -> Callable[[dict[str, Any]], float]:
-    """The same with the long-horizon term at its best weight."""
-    return lambda record: float(record["choices"][name]["error"])
+def error_ratio(name: str) -> Callable[[dict[str, Any]], float]:
+    """Squared error of an update with one choice at its best weight, over that of the single-step term alone."""
+    return lambda record: float(record["choices"][name]["error"] / record["single"]["error_alone"])
 
 
 def spread(value_S: np.ndarray) -> str:
