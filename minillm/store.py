@@ -185,6 +185,12 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def record_text(record: Mapping[str, Any]) -> str:
+    """JSON with one line a top-level entry: short, and a change shows in a line of its own. NaN is refused."""
+    lines = (f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in record.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
 def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
     """One JSON object a line, the file whole or not at all."""
     write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

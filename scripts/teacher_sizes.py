@@ -54,6 +54,7 @@ def measure(runs: str, student: str, results: str, draws: str = "0,1,2") -> None
     from minillm.diagnose.words import as_json
     from minillm.preflight import check_pair, read_split
     from minillm.results import versions
+    from minillm.store import record_text
 
     teachers = sorted(folder for folder in Path(runs).iterdir() if (folder / "student").is_dir())
     split = None
@@ -81,7 +82,7 @@ def measure(runs: str, student: str, results: str, draws: str = "0,1,2") -> None
                 stored = {name: rounded(found[name]) for name in KEPT}
             record = {**stored, **key, "teacher": facts(folder)}  # an evaluation may have come later
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            file.write_text(record_text(dict(sorted(record.items()))), encoding="utf-8")
 
 
 def facts(folder: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from minillm.config import RunConfig
 from minillm.engine_settings import read_engine_settings
 from minillm.errors import ConfigError, DataError, ModelError
 from minillm.models import fingerprint
-from minillm.store import make_folder, write_text
+from minillm.store import make_folder, record_text, write_text
 from minillm.study.config import StudyConfig
 from minillm.world import rows
 
@@ -120,7 +120,7 @@ def write_cell(wanted: Asked, found: Mapping[str, Any]) -> None:
         "made_from": wanted.made_from, "code": code_digest(), "config": wanted.config,
     }  # fmt: skip
     make_folder(wanted.file.parent, setting="results")
-    write_text(wanted.file, _compact(cell))
+    write_text(wanted.file, record_text(cell))
 
 
 @lru_cache(maxsize=1)
@@ -211,9 +211,3 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
         return {path: value}
     parts = ((f"{path}.{name}" if path else str(name), each) for name, each in inner)
     return {key: leaf for at, each in parts for key, leaf in _flat(each, at).items()}
-
-
-def _compact(cell: Mapping[str, Any]) -> str:
-    """JSON with one line a top-level entry: short, and a change shows in a line of its own."""
-    lines = (f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in cell.items())
-    return "{\n" + ",\n".join(lines) + "\n}\n"
