@@ -25,6 +25,8 @@ NAMES = (
 )
 KEPT = ("drawn", "absolute", "single", "choices", "versions")
 DIGITS = 6
+NO_PART = {"alarms", "keep", "validate_every", "patience", "steps", "optimiser"}
+"""Settings of a stage that a gradient knows nothing of."""
 
 
 def cool(run: str, temperature: str) -> None:
@@ -67,8 +69,8 @@ def measure(runs: str, student: str, results: str, draws: str = "0,1,2") -> None
                 split = read_split(config, "world:train", pair=pair, name="train", need_response=False)
             sizes = Sizes(**SIZES, seed=seed)
             asked = {
-                "stage": config.stages[0].model_dump(mode="json"), "decoding": config.decoding.model_dump(mode="json"),
-                "sizes": dataclasses.asdict(sizes), "estimators": list(NAMES),
+                "stage": config.stages[0].model_dump(mode="json", exclude=NO_PART),
+                "decoding": config.decoding.model_dump(mode="json"), "sizes": dataclasses.asdict(sizes), "estimators": list(NAMES),
             }  # fmt: skip
             key = {"asked": asked, "made_from": made_from(pair, split)}
             file = Path(results) / f"{folder.name}.{seed}.json"
