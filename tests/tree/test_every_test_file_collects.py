@@ -1,13 +1,16 @@
 """No test file is silently empty, and no test stands where pytest does not look.
 
 pytest skips a file whose name or functions do not start with ``test`` without a word. Read from the syntax trees,
-so that the answer does not depend on markers or on what is installed.
+so that the answer does not depend on markers or on what is installed. It also passes over whole folders by their
+names, ``dist`` among them unless it is told otherwise: that is asked of pytest's own settings.
 """
 
 from __future__ import annotations
 
 import ast
+import fnmatch
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -53,6 +56,21 @@ def test_no_test_is_replaced_by_another_of_its_name(path: Path) -> None:
 def test_no_test_stands_in_a_file_that_pytest_passes_over() -> None:
     others = set(TESTS.rglob("*.py")) - set(files_pytest_reads())
     assert [str(path) for path in others if collected(path.read_text("utf-8"))] == []
+
+
+def passed_over(patterns: Sequence[str]) -> list[str]:
+    """Folders with tests in them into which pytest does not go."""
+    folders = {folder for path in files_pytest_reads() for folder in path.relative_to(TESTS).parent.parts}
+    return sorted(folder for folder in folders if any(fnmatch.fnmatch(folder, pattern) for pattern in patterns))
+
+
+def test_pytest_goes_into_every_folder_with_tests(pytestconfig: pytest.Config) -> None:
+    assert passed_over(pytestconfig.getini("norecursedirs")) == []
+
+
+def test_control_a_folder_that_is_passed_over_is_seen() -> None:
+    """As pytest would, left to itself."""
+    assert passed_over(["*.egg", ".*", "build", "dist", "venv"]) == ["dist"]
 
 
 def test_the_glob_sees_what_the_tree_holds() -> None:
