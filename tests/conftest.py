@@ -1,10 +1,11 @@
-"""What every test runs under: no network, one thread, no display.
+"""What every test runs under: no network, one thread, no display, no drawing but where it is asked for.
 
 The environment is set before anything imports torch or transformers, and ranks that a test starts inherit it.
 """
 
 from __future__ import annotations
 
+import gc
 import ipaddress
 import os
 import socket
@@ -37,6 +38,29 @@ def is_loopback(host: object) -> bool:
     except ValueError:
         return False
     return address.is_loopback or address.is_unspecified
+
+
+def undrawn(draw: object, *, key: str, title: str) -> str:
+    """In place of ``plots._svg``: an empty drawing."""
+    return f'<svg viewBox="0 0 1 1"><title>{key}: {title}, not drawn</title></svg>'
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Files without ``pytestmark = pytest.mark.pictures`` have empty drawings in reports: four real ones at the end of
+    a tiny run take as long as the run."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.node.get_closest_marker("pictures") is None:
+            patch.setattr("minillm.plots._svg", undrawn)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_collections() -> None:
+    """Whatever stands when a file begins is left out of garbage collections: each engine that closes makes one, which
+    would walk through all of torch and transformers."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -24,6 +24,8 @@ from minillm.report_html import page
 from minillm.report_text import clean, figure, plain, reading, safe
 from minillm.report_words import describe
 
+pytestmark = pytest.mark.pictures
+
 PAIR = ("minillm", "sft_control")
 KEY = "minillm-sft_control"
 SKILL = {"teacher": 0.9, "sft": 0.7, "sft_control": 0.7, "minillm": 0.8}
