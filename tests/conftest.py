@@ -5,7 +5,7 @@ The environment is set before anything imports torch or transformers, and ranks 
 
 from __future__ import annotations
 
-import gc
+import contextlib
 import ipaddress
 import os
 import socket
@@ -40,27 +40,15 @@ def is_loopback(host: object) -> bool:
     return address.is_loopback or address.is_unspecified
 
 
-def undrawn(draw: object, *, key: str, title: str) -> str:
-    """In place of ``plots._svg``: an empty drawing."""
-    return f'<svg viewBox="0 0 1 1"><title>{key}: {title}, not drawn</title></svg>'
-
-
 @pytest.fixture(autouse=True, scope="module")
-def few_pictures(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Files without ``pytestmark = pytest.mark.pictures`` have empty drawings in reports: four real ones at the end of
-    a tiny run take as long as the run."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.node.get_closest_marker("pictures") is None:
-            patch.setattr("minillm.plots._svg", undrawn)
+def quick_runs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Reports have drawings in files with ``pytestmark = pytest.mark.pictures`` only, and collections are short."""
+    from tests import quick
+
+    quick.short_collections()
+    drawn = request.node.get_closest_marker("pictures") is not None
+    with contextlib.nullcontext() if drawn else quick.undrawn():
         yield
-
-
-@pytest.fixture(autouse=True, scope="module")
-def short_collections() -> None:
-    """Whatever stands when a file begins is left out of garbage collections: each engine that closes makes one, which
-    would walk through all of torch and transformers."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -5,6 +5,7 @@ Legend: B rows, L positions in the attention mask, S new positions, N rows, H hi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,22 +39,29 @@ _EXTRA = {
 }
 
 
+@functools.cache
+def _model(family: str, seed: int, sharpness: float) -> Any:
+    """Made once for all readers of it, which only read."""
+    sizes = {**_SIZES[family], **_EXTRA.get(family, {})}
+    config = AutoConfig.for_model(
+        family, vocab_size=VOCABULARY, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=PAD, **sizes
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config).double().eval()
+        for weight in model.parameters():  # the usual 0.02 would make every next token nearly uniform
+            if weight.dim() > 1:
+                weight.data.normal_(std=sharpness)
+            else:  # biases and norms, so that none of them is 0 or 1 exactly
+                weight.data.add_(torch.randn_like(weight), alpha=0.1)
+    return model
+
+
 class TinyReader:
     """A ``reading.Reader`` over a tiny transformers model in float64, random weights of a seed."""
 
     def __init__(self, family: str, *, seed: int, lockstep: bool = False, sharpness: float = 0.5) -> None:
-        sizes = {**_SIZES[family], **_EXTRA.get(family, {})}
-        config = AutoConfig.for_model(
-            family, vocab_size=VOCABULARY, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=PAD, **sizes
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.model = AutoModelForCausalLM.from_config(config).double().eval()
-            for weight in self.model.parameters():  # the usual 0.02 would make every next token nearly uniform
-                if weight.dim() > 1:
-                    weight.data.normal_(std=sharpness)
-                else:  # biases and norms, so that none of them is 0 or 1 exactly
-                    weight.data.add_(torch.randn_like(weight), alpha=0.1)
+        self.model = _model(family, seed, sharpness)
         self.device = torch.device("cpu")
         self.lockstep = lockstep
 

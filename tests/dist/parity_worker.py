@@ -13,7 +13,7 @@ from minillm.cards import Card
 from minillm.config import RunConfig
 from minillm.ranks import Ranks
 from minillm.yaml_reader import write_yaml
-from tests import corpus_twin, tiny
+from tests import corpus_twin, quick, tiny
 
 STEPS, HELD_OUT = 5, 3
 BLOCK, TAKEN = 7, 5
@@ -107,6 +107,12 @@ def averaged() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[2:]:
-        with averaged() if name.endswith(AVERAGED) else contextlib.nullcontext():
-            distill(config(Path(sys.argv[1]), name))
+    folder, *cells = sys.argv[1:]
+    for place, name in enumerate(cells):
+        with contextlib.ExitStack() as stack:
+            if name.endswith(AVERAGED):
+                stack.enter_context(averaged())
+            if place > 0:  # the first cell's report has its drawings
+                stack.enter_context(quick.undrawn())
+            quick.short_collections()
+            distill(config(Path(folder), name))

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from minillm import distill
-from tests import corpus_twin, tiny
+from tests import corpus_twin, quick, tiny
 from tests.dist import parity_worker
 from tests.dist.ranks import start_ranks
 
@@ -109,6 +109,14 @@ def test_gradients_that_are_averaged_over_the_ranks_are_seen(runs: Path) -> None
     assert "grad_norm" in disagreements(runs, "alone", BROKEN)
     first, broken = figures(runs, "alone")[0]["grad_norm"], figures(runs, BROKEN)[0]["grad_norm"]
     assert broken == pytest.approx(first / 2, rel=1e-4)
+
+
+def test_the_report_of_a_run_on_two_ranks_has_its_drawings(runs: Path) -> None:
+    """Of the first cell; those of the others are left out, which is the control."""
+    first, second = ((runs / cell / "report.html").read_text(encoding="utf-8") for cell in CELLS[:2])
+    assert first.count("<svg") == second.count("<svg") > 2
+    assert "<path" in first and quick.NOT_DRAWN not in first
+    assert "<path" not in second and quick.NOT_DRAWN in second
 
 
 def test_another_seed_is_another_run(runs: Path) -> None:

@@ -75,11 +75,19 @@ class Keys:
 
 
 def keys_of(rollouts: range, uids: Sequence[str], *, coin_groups: int = 1) -> Keys:
-    """Of every uid in every rollout, [N x uids], by the library's own functions under each rollout's own key."""
-    keys = [replace(KEY, rollout=n) for n in rollouts]
-    groups = [sampling.coin_group(uid, coin_groups) for uid in uids]
-    rows = [sampling.row_keys(key, uids, [0] * len(uids), device="cpu") for key in keys]
-    return Keys(row_R=torch.cat(rows), coin_R=torch.cat([sampling.coin_keys(key, groups) for key in keys]))
+    """Of every uid in every rollout, [N x uids], under each rollout's own key.
+
+    Hashed as ``row_keys`` and ``coin_keys`` do it, to which a test holds it equal, but into one tensor: one for each of
+    200,000 rollouts would take longer than all that is drawn with them.
+    """
+    groups = [str(sampling.coin_group(uid, coin_groups)) for uid in uids]
+    rows = [_hash(KEY.purpose, n, uid) for n in rollouts for uid in uids]
+    coins = [_hash(Purpose.COIN, n, group) for n in rollouts for group in groups]
+    return Keys(row_R=torch.tensor(rows), coin_R=torch.tensor(coins))
+
+
+def _hash(purpose: Purpose, rollout: int, name: str) -> int:
+    return sampling._hash64(str(KEY.seed), KEY.stage, purpose.value, str(rollout), name, "0")
 
 
 @contextmanager

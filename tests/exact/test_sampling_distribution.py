@@ -9,6 +9,7 @@ must fail the same check.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from minillm import decode, sampling
 from minillm.types import DrawKey, Rollout
 from tests.exact.mixture import (
+    KEY,
     Draw,
     Keys,
     T,
@@ -48,6 +50,21 @@ def keys() -> Keys:
     return keys_of(range(ROLLOUTS), ["row"])
 
 
+def first(keys: Keys, rows: int) -> Keys:
+    return Keys(row_R=keys.row_R[:rows], coin_R=keys.coin_R[:rows])
+
+
+def test_the_keys_are_those_that_the_library_makes() -> None:
+    """Of rows and of their groups' coins, in every rollout."""
+    uids, rollouts = list(map(str, range(6))), range(98, 103)
+    groups = [sampling.coin_group(uid, 2) for uid in uids]
+    made = keys_of(rollouts, uids, coin_groups=2)
+    own = [replace(KEY, rollout=n) for n in rollouts]
+    assert torch.equal(made.row_R, torch.cat([sampling.row_keys(key, uids, [0] * 6, device="cpu") for key in own]))
+    assert torch.equal(made.coin_R, torch.cat([sampling.coin_keys(key, groups) for key in own]))
+    assert len(set(made.row_R.tolist())) == 30 and len(set(made.coin_R.tolist())) == 10
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 1.0])
 def test_200000_rollouts_follow_the_enumerated_mixture(keys: Keys, alpha: float) -> None:
     rollout = roll_keyed(keys, alpha)
@@ -58,7 +75,7 @@ def test_200000_rollouts_follow_the_enumerated_mixture(keys: Keys, alpha: float)
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 1.0])
 def test_each_of_them_is_the_rollout_that_a_call_of_its_own_makes(keys: Keys, alpha: float) -> None:
     """What ``roll_keyed`` replaces changes nothing: the same tokens, and the same coins, as with nothing replaced."""
-    one = roll_keyed(Keys(row_R=keys.row_R[:CALLS], coin_R=keys.coin_R[:CALLS]), alpha)
+    one = roll_keyed(first(keys, CALLS), alpha)
     calls = [roll(["row"], alpha, coin_groups=1, rollout=n) for n in range(CALLS)]
     assert responses(one) == [found for call in calls for found in responses(call)]
     assert drew(one) == [found for call in calls for found in drew(call)]
@@ -79,13 +96,17 @@ def one_number(keys_B: Tensor, position: Tensor) -> Tensor:
 
 
 def test_planted_errors_fail(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Negative controls: each is a mistake that could be made in the loop or in the functions that it draws with."""
-    coin_reused = Keys(row_R=keys.row_R, coin_R=keys.row_R)
+    """Negative controls: each is a mistake that could be made in the loop or in the functions that it draws with.
+
+    A tenth of the rollouts tells all of them.
+    """
+    some = first(keys, ROLLOUTS // 10)
+    coin_reused = Keys(row_R=some.row_R, coin_R=some.row_R)
     assert p_of(roll_keyed(coin_reused, 0.2), 0.2) < SURE
     for alpha in (0.0, 0.2, 1.0):
-        assert p_of(roll_keyed(keys, alpha, draw=off_by_one), alpha) < SURE
+        assert p_of(roll_keyed(some, alpha, draw=off_by_one), alpha) < SURE
     monkeypatch.setattr(decode, "uniforms", one_number)
-    assert p_of(roll_keyed(keys, 0.2), 0.2) < SURE
+    assert p_of(roll_keyed(some, 0.2), 0.2) < SURE
 
 
 def uid_of_group(groups: int) -> dict[int, str]:

@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 from minillm import cli
 from minillm.bench.bare import Bare, Sizes
 from minillm.bench.loss import LossCase, LossWork, measure_loss
-from minillm.bench.memory import extra_peak
 from minillm.bench.pairs import in_turns, ratio, spread_of
 from minillm.bench.peaks import Peaks, measure_peaks
 from minillm.bench.record import write_section
@@ -26,10 +25,10 @@ from minillm.bench.step import Ours, StepCase, measure_step
 from minillm.errors import ConfigError, DataError
 from minillm.ranks import Ranks
 from tests import tiny
+from tests.unit.peak_worker import MIB, peak_of
 
 CPU = torch.device("cpu")
 SMALL = LossCase(tokens=11, vocabulary=50, hidden=6, teacher_hidden=8, dtype="float64")
-MIB = 2**20
 
 
 def test_variants_run_in_turns_after_one_that_is_not_counted() -> None:
@@ -56,14 +55,6 @@ def test_tiles_and_whole_logits_are_the_same_loss_with_the_same_gradients() -> N
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
     assert float(found[0][2].abs().max()) > 1e-3
-
-
-def peak_of(mebibytes: int) -> int:
-    """In a fresh process: one tensor that is freed at once beside 64 MiB that stood before."""
-    before = torch.ones(64 * MIB // 4)
-    found = extra_peak(lambda: torch.ones(mebibytes * MIB // 4).sum(), device=CPU)
-    assert before.numel() > 0
-    return found
 
 
 def test_memory_is_the_peak_beyond_what_stood_before() -> None:

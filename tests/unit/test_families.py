@@ -6,6 +6,7 @@ cache, a softmax over the rows that the folder has.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -66,13 +67,19 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Family]:
     return family
 
 
+@functools.cache
+def opened(folder: Path) -> Any:
+    """A model that is only read."""
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
 @torch.no_grad()
 def spelled_out(run: Family, sample: dict[str, Any], *, student: Path, columns: int = REAL) -> tuple[str, int, float]:
     """(text, tokens, reverse KL) of one sample, from plain forwards and the row's own random numbers.
 
     ``columns`` of the teacher take part in its softmax.
     """
-    own, guide = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (student, run.teacher))
+    own, guide = opened(student), opened(run.teacher)
     tokenizer = AutoTokenizer.from_pretrained(student)
     key = DrawKey(seed=run.config.seed, stage="", purpose=Purpose.EVALUATION, rollout=0)
     key_1 = row_keys(key, [sample["uid"]], [sample["seed"]], device="cpu")
