@@ -14,12 +14,16 @@ NOT_DRAWN = "not drawn"
 @contextlib.contextmanager
 def undrawn() -> Iterator[None]:
     """Reports with empty drawings: four real ones at the end of a tiny run take as long as the run."""
-    draw = plots._svg
-    plots._svg = lambda _, *, key, title: f'<svg viewBox="0 0 1 1"><title>{key}: {title}, {NOT_DRAWN}</title></svg>'
+    plain = plots._svg
+
+    def empty(draw: object, *, key: str, title: str) -> str:
+        return f'<svg viewBox="0 0 1 1"><title>{key}: {title}, {NOT_DRAWN}</title></svg>'
+
+    plots._svg = empty
     try:
         yield
     finally:
-        plots._svg = draw
+        plots._svg = plain
 
 
 def short_collections() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gzip
-import itertools
 import json
+import math
 import os
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from tests import tiny
 DATA = Path(os.environ.get("MINILLM_SHARED_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 SETS = {"gsm8k": "test.jsonl.gz", "sgd_nlg": "eval.jsonl.gz"}
 """Public sets (GSM8K, MIT; Schema-Guided Dialogue as text, CC BY-SA 4.0), with the file that has references."""
+MOST = 8_000
+"""Training rows of a run; ``test_prompts_reading.py`` reads the files whole."""
 
 
 def save_byte_model(folder: Path, texts: list[str], *, width: int, seed: int) -> Path:
@@ -60,9 +62,12 @@ def save_byte_model(folder: Path, texts: list[str], *, width: int, seed: int) ->
 def test_a_run_on_real_prompts_goes_through(tmp_path: Path, name: str) -> None:
     if not (DATA / name).is_dir():
         pytest.skip(f"no {name} in {DATA}; set MINILLM_SHARED_DATA to a folder that has it")
-    train, test = DATA / name / "train.jsonl.gz", DATA / name / SETS[name]
-    with gzip.open(train, "rt", encoding="utf-8") as lines:
-        rows = [json.loads(line) for line in itertools.islice(lines, 300)]
+    train, test = tmp_path / "train.jsonl.gz", DATA / name / SETS[name]
+    with gzip.open(DATA / name / "train.jsonl.gz", "rt", encoding="utf-8") as file:
+        lines = file.readlines()
+    with gzip.open(train, "wt", encoding="utf-8") as file:
+        file.writelines(lines[:: math.ceil(len(lines) / MOST)])  # from all over the file
+    rows = [json.loads(line) for line in lines[:300]]
     texts = [f"{row['instruction']} {row['input']} {row['output']}" for row in rows]
     teacher = save_byte_model(tmp_path / "teacher", texts, width=24, seed=1)
     student = save_byte_model(tmp_path / "student", texts, width=16, seed=2)
