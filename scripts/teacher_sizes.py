@@ -70,7 +70,8 @@ def measure(runs: str, student: str, results: str, draws: str = "0,1,2") -> None
             sizes = Sizes(**SIZES, seed=seed)
             asked = {
                 "stage": config.stages[0].model_dump(mode="json", exclude=NO_PART),
-                "decoding": config.decoding.model_dump(mode="json"), "sizes": dataclasses.asdict(sizes), "estimators": list(NAMES),
+                "decoding": config.decoding.model_dump(mode="json"),
+                "sizes": dataclasses.asdict(sizes), "estimators": list(NAMES),
             }  # fmt: skip
             key = {"asked": asked, "made_from": made_from(pair, split)}
             file = Path(results) / f"{folder.name}.{seed}.json"
