@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, Self
 
+from pydantic import model_validator
+
+from minillm.errors import ConfigError
 from minillm.settings import NonNegative, Settings
 
 Action = Literal["warn", "stop", "rollback"]
@@ -19,8 +22,13 @@ class AlarmConfig(Settings):
     """'warn' tells; 'stop' ends the run with exit code 4; 'rollback' ends the stage with the best student so far."""
 
 
+SHARES = ("repetition", "cut_share", "teacher_mass", "importance_ess", "clipped_share", "clamped_share")
+"""Alarms on a share, whose limit is one."""
+
+
 class AlarmsConfig(Settings):
-    """When a stage that samples is told to be going wrong; null turns one off."""
+    """When a stage that samples is told to be going wrong; null turns one off. What a setting leaves out (limit or
+    action) is the alarm's own."""
 
     reverse_kl: AlarmConfig | None = AlarmConfig(limit=2.5)
     """Mean reverse KL above this multiple of the start's."""
@@ -45,3 +53,22 @@ class AlarmsConfig(Settings):
     """Share of tokens whose log-ratio is held above this."""
     padding_leak: AlarmConfig | None = AlarmConfig(limit=0.0, action="stop")
     """Places without a token that carry credit: more than this."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        fields = {name: cls.model_fields[name].default for name in values if name in cls.model_fields}
+        return {
+            name: {**fields[name].model_dump(), **given} if isinstance(given, dict) and name in fields else given
+            for name, given in values.items()
+        }
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in SHARES:
+            alarm = getattr(self, name)
+            if alarm is not None and alarm.limit > 1.0:
+                raise ConfigError(f"{name}.limit: got {alarm.limit:g}, wanted a share, 0 to 1")
+        return self

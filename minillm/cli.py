@@ -331,7 +331,10 @@ def _guarded(command: Callable[..., object]) -> int:
         return MinillmError.exit_code
     # typer turns an interruption that reaches it into this code.
     if result == INTERRUPTED:
-        print("interrupted; the same command starts from the beginning again", file=sys.stderr)
+        print(
+            "interrupted; the same command starts from the beginning again (a study keeps its finished cells)",
+            file=sys.stderr,
+        )
     return result if isinstance(result, int) else 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from minillm.ranks import Ranks
 from minillm.results import versions
 from minillm.store import require_writable, write_text
 from minillm.terminal import print_table
+
+WIDTH = 80
+"""Columns of a line of advice, as in a plain terminal."""
 
 
 def run(
@@ -32,6 +36,8 @@ def run(
     """Prints the table and the advice; writes the files that are named. ``names`` None are the usual choices."""
     if plot is not None and plot.suffix not in FILE_ENDINGS:
         raise ConfigError(f"--plot {plot}: wanted a file ending in {', '.join(FILE_ENDINGS)}")
+    if plot is not None and plot == json_file:
+        raise ConfigError(f"--json and --plot are both {plot}; name two files")
     for file in (json_file, plot):
         if file is not None:
             require_writable(file)
@@ -60,4 +66,4 @@ def _tell(found: Diagnosis) -> None:
     print(words.FOOTNOTE)
     print()
     for line in words.advice(found):
-        print(line)
+        print(textwrap.fill(line, width=WIDTH, subsequent_indent="  "))

@@ -261,7 +261,13 @@ def _squared_error(of: Lots, single: Lots, target: Lots, *, weight: float, budge
 
 
 def _best_weight(of: Lots, single: Lots, target: Lots, *, budget: Budget) -> float:
-    """The weight at which that error, a parabola, is least."""
+    """The weight at which that error is least: of a parabola's foot, 0 and 1, since a squared bias that comes out below
+    0 counts as 0 and leaves no parabola."""
+    foot = _foot(of, single, target, budget=budget)
+    return min((foot, 0.0, 1.0), key=lambda each: _squared_error(of, single, target, weight=each, budget=budget))
+
+
+def _foot(of: Lots, single: Lots, target: Lots, *, budget: Budget) -> float:
     curve = max(0.0, mean_product(of, of)) + budget.noise(of, of)
     slope = mean_product(of, target) - budget.noise(single, of)
     return min(MOST_WEIGHT, max(0.0, slope / curve)) if curve > 0 else 0.0

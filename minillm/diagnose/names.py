@@ -65,8 +65,14 @@ def changes_of(name: str) -> dict[str, Any]:
         "future": first, "baseline": "none", "gamma": 1.0, "horizon": None, "length_norm": False, "whiten": "none",
         "single_weight": 1.0, "long_weight": 1.0,
     }  # fmt: skip
+    said: dict[str, str] = {}
     for part in rest:
-        changes.update(_change(part, name))
+        for setting, value in _change(part, name).items():
+            if setting in said:
+                raise ConfigError(
+                    f"estimator {name!r}: {said[setting]!r} and {part!r} are both a {setting}; leave one out"
+                )
+            said[setting], changes[setting] = part, value
     return changes
 
 
@@ -103,6 +109,10 @@ def _change(part: str, name: str) -> dict[str, Any]:
         return {"gamma": float(part[1:])}
     if _HORIZON.fullmatch(part):
         return {"horizon": int(part[1:])}
+    if re.fullmatch(r"g-?[\d.]+", part):
+        raise ConfigError(f"estimator {name!r}: {part!r} is no discount; wanted g and a number from 0 to 1")
+    if re.fullmatch(r"h-?[\d.]+", part):
+        raise ConfigError(f"estimator {name!r}: {part!r} is no horizon; wanted h and a whole number from 1")
     raise ConfigError(f"estimator {name!r}: {_unknown(part, (*BASELINES, 'norm', 'whiten', 'g0.95', 'h8'))}")
 
 

@@ -40,7 +40,9 @@ def as_json(diagnosis: Diagnosis) -> dict[str, Any]:
         "variance": {each: found.variance for each, found in whole.choices.items()},
         "snr": {each: found.snr for each, found in whole.choices.items()},
         "best": {"name": name, "variance": figures.variance, "interval": figures.interval},
-        "least_error": {"name": wise, "weight": of.weight, "error": of.error},
+        "least_error": {
+            "name": wise, "weight": of.weight, "error": of.error, "signal_told_from_0": _told(diagnosis, wise),
+        },
         "choices": {each: dataclasses.asdict(found) for each, found in whole.choices.items()},
         "single": {
             "length": whole.single_length, "variance": whole.single_variance, "error_alone": whole.error_single_alone,
@@ -78,7 +80,7 @@ COLUMNS = ("", "variance (95 %)", "1000 SNR", "bias²", "error")
 FOOTNOTE = """\
 variance: of the long-horizon gradient given the prompt, over the paper's
   sampled returns; 95 % by resampling prompts
-SNR: squared length of its expectation over the variance of one response's
+1000 SNR: a thousand times the squared length of its expectation over the variance of one response's
 bias²: squared length of what its expectation differs by, over the paper's
   (below 0 as often as above where nothing differs)
 error: least mean squared error of the whole gradient at your number of
@@ -93,7 +95,9 @@ def advice(diagnosis: Diagnosis) -> list[str]:
     low, high = figures.interval
     kept = f"{figures.variance:.2f} ({low:.2f}–{high:.2f})"
     first = f"{name} has {kept} of the variance of the paper's returns and keeps their expectation."
-    if high >= 1.0:
+    if name == REFERENCE:
+        first = "No other choice that keeps the paper's expectation has less variance."
+    elif high >= 1.0:
         first = f"No choice that keeps the expectation has visibly less variance than the paper's ({name}: {kept})."
     lines = [first, _of_sizes(whole.long_over_single)]
     reference = whole.choices[REFERENCE]
@@ -106,10 +110,11 @@ def advice(diagnosis: Diagnosis) -> list[str]:
     else:
         lines.append("The expected long-horizon gradient cannot be told from 0 with this many prompts.")
     wise, of = least_error(diagnosis)
+    sure = "" if _told(diagnosis, wise) else " With so faint a signal that is a guess: other prompts may name another."
     lines.append(
         f"Least squared error at {budget:g} responses an update: {wise} with long_weight about {of.weight:.2g} "
         f"({of.error:.2f}; at weight 1 {of.error_at_one:.2f}, the single-step term alone "
-        f"{whole.error_single_alone:.2f})."
+        f"{whole.error_single_alone:.2f}).{sure}"
     )
     if diagnosis.stage.teacher_mix > 0:
         lines.append(
@@ -138,8 +143,14 @@ def draw_plot(diagnosis: Diagnosis, path: Path) -> None:
     axes.set_yticks(range(len(ordered)), [name for name, _ in ordered], fontsize=8)
     axes.invert_yaxis()
     axes.axvline(1.0, color="#888888", linewidth=0.8)
-    axes.set(xlabel="variance given the prompt, over the paper's sampled returns (pale: another expectation)")
+    axes.set_xlabel("variance given the prompt, over the paper's sampled returns\n(pale: another expectation)")
     figure.savefig(path, dpi=150)
+
+
+def _told(diagnosis: Diagnosis, name: str) -> bool:
+    """Whether the expected long-horizon gradient of a choice is more than two standard errors from 0."""
+    of = diagnosis.whole.choices[name]
+    return of.snr > 2 * of.snr_error
 
 
 def _of_sizes(ratio: float | None) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from minillm.errors import ConfigError, did_you_mean
 from minillm.plots import FILE_ENDINGS
@@ -36,6 +36,10 @@ def run(
     """``arms`` and ``seeds`` None are all of the study's; with ``show`` nothing is made."""
     if plot is not None and plot.suffix not in FILE_ENDINGS:
         raise ConfigError(f"--plot {plot}: wanted a file ending in {', '.join(FILE_ENDINGS)}")
+    if plot is not None and plot == json_file:
+        raise ConfigError(f"--json and --plot are both {plot}; name two files")
+    if show and again:
+        raise ConfigError("--show makes nothing and --again makes all anew; leave one out")
     for file in (json_file, plot):
         if file is not None:
             require_writable(file)
@@ -64,26 +68,39 @@ def _tell(study: StudyConfig, *, json_file: Path | None, plot: Path | None) -> N
     found = summary(study, cells)
     temperatures = list(dict.fromkeys(key for of in found["arms"].values() for key in of["temperatures"]))
     if not temperatures:
-        print(f"study {study.name}: no finished cell in {study.results}")
+        print(f"study {study.name}: no cell in {study.results} is done")
     else:
         at = "1.0" if "1.0" in temperatures else temperatures[0]
-        have = [
-            name for name in MEASURES if any(name in of["temperatures"].get(at, {}) for of in found["arms"].values())
-        ]
-        print_table(
-            f"{study.name}: temperature {at}, mean ± standard deviation over training seeds; CPU seconds of training",
-            ("", "seeds", *(LABELS[name] for name in have), "CPU s"),
-            headline_rows(found, at, have),
-        )
-        for name in (name for name in DIFFERENCES if name in have):
-            print_table(
-                f"{LABELS[name]} less that of {study.compare_with}, by seed, 95 % over seeds (*: excludes zero)",
-                ("", *(f"T {key}" for key in temperatures)),
-                difference_rows(found, name),
-            )
-        for line in words(found):
-            print(line)
-        if plot is not None:
-            draw_plot(found, plot, measures=[name for name in DIFFERENCES if name in have], temperature=at)
+        _print_tables(study, found, temperatures, at=at)
+    for line in words(found):
+        print(line)
+    if plot is not None and temperatures:
+        draw_plot(found, plot, measures=_have(found, at, DIFFERENCES), temperature=at)
+    elif plot is not None:
+        print(f"{plot}: not written, there is nothing to draw")
     if json_file is not None:
         write_text(json_file, json.dumps(found, indent=2) + "\n")
+
+
+def _have(found: Mapping[str, Any], temperature: str, names: Sequence[str]) -> list[str]:
+    """The measures that any arm has."""
+    arms = found["arms"].values()
+    return [name for name in names if any(name in of["temperatures"].get(temperature, {}) for of in arms)]
+
+
+def _print_tables(study: StudyConfig, found: Mapping[str, Any], temperatures: Sequence[str], *, at: str) -> None:
+    have = _have(found, at, MEASURES)
+    print_table(
+        f"{study.name}: temperature {at}, mean ± standard deviation over training seeds;\n"
+        "CPU seconds of loading, training and validation",
+        ("", "seeds", *(LABELS[name] for name in have), "CPU s"),
+        headline_rows(found, at, have),
+    )
+    for name in _have(found, at, DIFFERENCES):
+        if rows := difference_rows(found, name):
+            print_table(
+                f"{LABELS[name]} less that of {study.compare_with}, by seed;\n"
+                "with two seeds or more 95 % over seeds (*: excludes zero)",
+                ("", *(f"T {key}" for key in temperatures)),
+                rows,
+            )

@@ -17,8 +17,9 @@ from minillm.measures import LENGTH_BUCKETS, ratios_of, reference_bucket, temper
 from minillm.ranks import Ranks
 from minillm.report_files import read_course, read_samples
 from minillm.results import versions
+from minillm.rows import counted
 from minillm.statistics import mean_over_seeds
-from minillm.store import RunFolder
+from minillm.store import RunFolder, make_folder
 from minillm.study.cells import Asked, asked, code_digest, differs, forget_digests, sort_out, write_cell
 from minillm.study.config import StudyConfig
 
@@ -37,6 +38,8 @@ def run_study(
     """
     ranks = Ranks(threads=study.cell_config(arms[0], seeds[0]).threads)
     tell = say if ranks.first else _quiet
+    if ranks.first:
+        make_folder(Path(study.results), setting="results")
     code_digest()  # of the code that runs, before anybody changes it
     todo = _todo(study, arms=arms, seeds=seeds, again=again, say=tell)
     began, made = time.monotonic(), set[str]()
@@ -82,7 +85,7 @@ def _todo(
     for wanted, changed in lacking:
         if changed:
             say(f"{wanted.file}: made again, since it differs in {', '.join(changed)}")
-    say(f"study {study.name}: {len(lacking)} cells to make, {len(there)} there already")
+    say(f"study {study.name}: {counted(len(lacking), 'cell')} to make, {len(there)} there already")
     if older:
         say(f"note: {older} of them were made by another version of the code; --again makes them anew")
     return [wanted for wanted, _ in lacking]

@@ -13,7 +13,7 @@ from minillm import cli, distill
 from minillm.alarm_config import AlarmConfig, AlarmsConfig
 from minillm.alarms import WATCHES, WINDOW, Alarms
 from minillm.config import dump_config
-from minillm.errors import Alarmed, UnsupportedCombination
+from minillm.errors import Alarmed, ConfigError, UnsupportedCombination
 from minillm.objectives import _leaks
 from minillm.store import RunFolder
 from minillm.types import Targets
@@ -48,6 +48,18 @@ def test_each_alarm_rings_past_its_limit_and_alone(name: str) -> None:
         alarms = Alarms(AlarmsConfig())
         hear(alarms)
         assert hear(alarms, **{watch.figure: figure}) == want
+
+
+def test_what_a_setting_leaves_out_is_the_alarms_own() -> None:
+    alarms = AlarmsConfig(padding_leak={"limit": 0}, short={"action": "stop"})  # type: ignore[arg-type]
+    assert alarms.padding_leak is not None and alarms.padding_leak.action == "stop"
+    assert alarms.short is not None and alarms.short.limit == 0.3
+    assert AlarmsConfig(**alarms.model_dump()) == alarms
+
+
+def test_a_limit_that_no_share_reaches_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"cut_share\.limit: got 2, wanted a share"):
+        AlarmsConfig(cut_share={"limit": 2})  # type: ignore[arg-type]
 
 
 def test_repetition_is_held_against_the_teachers_own() -> None:

@@ -324,13 +324,32 @@ def test_the_best_weight_is_the_best_of_many() -> None:
     assert all(error(weight) <= error(weight + off) + 1e-12 for off in (-0.2, -0.01, 0.01, 0.2) if weight + off >= 0)
 
 
+def test_the_best_weight_is_no_worse_than_none_and_one_with_the_faintest_signal() -> None:
+    """Of a few prompts squared biases come out below 0 and count as 0: then the foot of a parabola is not the best."""
+    from minillm.diagnose.measure import _best_weight, _foot, _squared_error
+
+    budget, worse = Budget(prompts=20.0, samples=1), 0
+    for seed in range(60):
+        one, other, single = random_lots(seed, prompts=4, draws=3)
+
+        def error(at: float, one: Lots = one, other: Lots = other, single: Lots = single) -> float:
+            return _squared_error(one, single, other, weight=at, budget=budget)
+
+        best = error(_best_weight(one, single, other, budget=budget))
+        assert best <= min(error(0.0), error(1.0)) + 1e-12
+        worse += error(_foot(one, single, other, budget=budget)) > best + 1e-9
+    assert worse > 0  # negative control: the foot by itself
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
         ("sampeld", "did you mean 'sampled'"),
         ("expected+rigde", "did you mean 'ridge'"),
-        ("expected+g1.5", "nothing is called 'g1.5'"),
-        ("expected+h0", "nothing is called 'h0'"),
+        ("expected+g1.5", "'g1.5' is no discount; wanted g and a number from 0 to 1"),
+        ("expected+h0", "'h0' is no horizon; wanted h and a whole number from 1"),
+        ("expected+ridge+grpo", "'ridge' and 'grpo' are both a baseline; leave one out"),
+        ("sampled+g0.9+norm+g0.5", "'g0.9' and 'g0.5' are both a gamma"),
         ("", "wanted sampled, expected"),
     ],
 )

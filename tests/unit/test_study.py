@@ -210,6 +210,30 @@ def test_a_failed_cell_is_kept_and_told(place: Path) -> None:
     assert found["arms"]["wrecked"]["temperatures"] == {}
 
 
+def test_a_study_of_failures_alone_says_so(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study_file(place, name="lost", arms={"wrecked": WRECKED}, compare_with="wrecked", seeds=[1], student=None)
+    out = place / "lost.out.json"
+    for options in ((), ("--show", "--json", str(out), "--plot", str(place / "lost.png"))):
+        argv = ["minillm", "study", "--config", str(place / "lost.yaml"), *options]
+        monkeypatch.setattr("sys.argv", argv)
+        assert cli._guarded(cli.app) == 0
+        told = capsys.readouterr().out
+        assert "is done" in told and "failed: wrecked, seed 1: NonFinite" in told
+    assert "not written" in told and list(json.loads(out.read_text(encoding="utf-8"))["arms"]["wrecked"]["failed"]) == [
+        "1"
+    ]
+
+
+def test_where_cells_cannot_be_kept_nothing_is_made(place: Path) -> None:
+    (place / "taken").write_text("", encoding="utf-8")
+    study = load_study(study_file(place, name="nowhere", results=str(place / "taken")))
+    with pytest.raises(ConfigError, match="cannot be used as a folder"):
+        make(study)
+    assert not (place / "runs" / "studies" / "nowhere").exists()
+
+
 def test_the_summary_is_the_cells(finished: StudyConfig) -> None:
     cells, notes = read_cells(finished)
     assert notes == []
@@ -309,5 +333,7 @@ def test_the_command_prints_the_table(
     assert code == 2 and "--seeds" in err
     code, _, err = run("--seeds", "7")
     assert code == 2 and "none of the study's (1, 2)" in err
+    code, _, err = run("--show", "--again")
+    assert code == 2 and "leave one out" in err
     code, _, err = run("--plot", str(place / "found.txt"))
     assert code == 2 and "--plot" in err
