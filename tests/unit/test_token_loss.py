@@ -396,8 +396,14 @@ def resident(tokens: int, keep: bool) -> int:
     return extra_peak(lambda: token_loss(hidden_NH, head=head, task=task, loss=loss), device=torch.device("cpu"))
 
 
+TRIES = 10
+"""Whether the heap is left with holes is the allocator's luck, about every other time."""
+
+
 def test_memory_does_not_grow_with_the_number_of_pieces() -> None:
     """The system's view, which counts holes in the heap too. The control asks for each tensor anew."""
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        few, many, forgetful = pool.starmap(resident, [(32, True), (128, True), (128, False)], chunksize=1)
-    assert many - few < 8 * 2**20 < forgetful - few
+        few, many = pool.starmap(resident, [(32, True), (128, True)], chunksize=1)
+        assert many - few < 8 * 2**20
+        forgetful = (pool.apply(resident, (128, False)) for _ in range(TRIES))
+        assert any(memory - few > 8 * 2**20 for memory in forgetful)
