@@ -15,7 +15,7 @@ from minillm.ranks import Ranks
 from minillm.yaml_reader import write_yaml
 from tests import corpus_twin, quick, tiny
 
-STEPS, HELD_OUT = 5, 3
+STEPS, HELD_OUT = 3, 3
 BLOCK, TAKEN = 7, 5
 """Tokens of a block of the corpus, and blocks of an update."""
 AVERAGED = "-averaged"
