@@ -297,6 +297,11 @@ class ModelReader:
         return cache
 
 
+def names_a_folder(name: str) -> bool:
+    """Whether no model of the hub could be called so."""
+    return name.count("/") > 1 or name.startswith(("/", ".", "~"))
+
+
 def _read_pretrained(
     name: str, *, revision: str | None
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig, GenerationConfig | None]:
@@ -304,7 +309,7 @@ def _read_pretrained(
     local = Path(name).exists()
     if local:
         require_safe_folder(Path(name))
-    elif name.count("/") > 1 or name.startswith(("/", ".", "~")):  # no hub name looks like this
+    elif names_a_folder(name):
         raise ModelError(f"{name}: there is no such folder.\n  if an earlier run makes it, finish that run first")
     generation = None
     with contextlib.nullcontext() if local else asked_once(), quiet_transformers():

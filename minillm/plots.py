@@ -12,7 +12,11 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from minillm.errors import ConfigError
+from minillm.store import require_writable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,6 +64,17 @@ class Series:
     """Thin, pale and without markers: the noisy figures of single training steps."""
     labels: tuple[str, ...] = ()
     """A few characters beside each point, or none."""
+
+
+def require_outputs(*, json_file: Path | None, plot: Path | None) -> None:
+    """Raise ``ConfigError`` or ``DataError`` where what a command is to write into these files could not be written."""
+    if plot is not None and plot.suffix not in FILE_ENDINGS:
+        raise ConfigError(f"--plot {plot}: wanted a file ending in {', '.join(FILE_ENDINGS)}")
+    if plot is not None and plot == json_file:
+        raise ConfigError(f"--json and --plot are both {plot}; name two files")
+    for file in (json_file, plot):
+        if file is not None:
+            require_writable(file)
 
 
 def lines(series: Sequence[Series], *, key: str, title: str, x: str, y: str, falling: bool = False) -> str:

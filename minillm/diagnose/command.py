@@ -11,11 +11,10 @@ from minillm.config import RunConfig
 from minillm.diagnose import words
 from minillm.diagnose.names import DEFAULTS
 from minillm.diagnose.run import Diagnosis, Sizes, diagnose
-from minillm.errors import ConfigError
-from minillm.plots import FILE_ENDINGS
+from minillm.plots import require_outputs
 from minillm.ranks import Ranks
 from minillm.results import versions
-from minillm.store import require_writable, write_text
+from minillm.store import write_text
 from minillm.terminal import print_table
 
 WIDTH = 80
@@ -34,13 +33,7 @@ def run(
     plot: Path | None,
 ) -> Diagnosis:
     """Prints the table and the advice; writes the files that are named. ``names`` None are the usual choices."""
-    if plot is not None and plot.suffix not in FILE_ENDINGS:
-        raise ConfigError(f"--plot {plot}: wanted a file ending in {', '.join(FILE_ENDINGS)}")
-    if plot is not None and plot == json_file:
-        raise ConfigError(f"--json and --plot are both {plot}; name two files")
-    for file in (json_file, plot):
-        if file is not None:
-            require_writable(file)
+    require_outputs(json_file=json_file, plot=plot)
     sizes = Sizes(prompts=prompts, samples=samples, directions=directions, seed=seed)
     found = diagnose(
         config, names=DEFAULTS if names is None else names, sizes=sizes, say=lambda line: print(line, flush=True)

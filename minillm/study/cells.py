@@ -18,7 +18,7 @@ from minillm.cards import load_card
 from minillm.config import RunConfig
 from minillm.engine_settings import read_engine_settings
 from minillm.errors import ConfigError, DataError, ModelError
-from minillm.models import fingerprint
+from minillm.models import fingerprint, names_a_folder
 from minillm.store import make_folder, record_text, write_text
 from minillm.study.config import StudyConfig
 from minillm.world import rows
@@ -169,7 +169,7 @@ def _recipe_digest(config: RunConfig) -> str:
 def _model_digest(name: str, kind: Literal["students", "teachers"]) -> str:
     card = load_card(name, kind=kind)
     path = card.model or ""
-    if (path.count("/") > 1 or path.startswith((".", "/", "~"))) and not Path(path).is_dir():  # no hub name
+    if names_a_folder(path) and not Path(path).is_dir():
         raise ModelError(f"{name}: there is no folder {path}\n  make that model first, or name another")
     return _digest([card.model_dump(mode="json", exclude={"notes", "licence", "figures"}), fingerprint(card)])
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from minillm.errors import ConfigError, did_you_mean
-from minillm.plots import FILE_ENDINGS
+from minillm.plots import require_outputs
 from minillm.ranks import Ranks
-from minillm.store import require_writable, write_text
+from minillm.store import write_text
 from minillm.study.config import StudyConfig, load_study
 from minillm.study.run import run_study
 from minillm.study.table import difference_rows, draw_plot, headline_rows, read_cells, summary, words
@@ -34,15 +34,9 @@ def run(
     plot: Path | None,
 ) -> None:
     """``arms`` and ``seeds`` None are all of the study's; with ``show`` nothing is made."""
-    if plot is not None and plot.suffix not in FILE_ENDINGS:
-        raise ConfigError(f"--plot {plot}: wanted a file ending in {', '.join(FILE_ENDINGS)}")
-    if plot is not None and plot == json_file:
-        raise ConfigError(f"--json and --plot are both {plot}; name two files")
+    require_outputs(json_file=json_file, plot=plot)
     if show and again:
         raise ConfigError("--show makes nothing and --again makes all anew; leave one out")
-    for file in (json_file, plot):
-        if file is not None:
-            require_writable(file)
     study = load_study(config)
     wanted_arms = _some_of("--arms", arms, list(study.arms))
     wanted_seeds = _some_of("--seeds", seeds, list(study.seeds))
@@ -67,17 +61,17 @@ def _tell(study: StudyConfig, *, json_file: Path | None, plot: Path | None) -> N
         print(f"note: {note}")
     found = summary(study, cells)
     temperatures = list(dict.fromkeys(key for of in found["arms"].values() for key in of["temperatures"]))
-    if not temperatures:
-        print(f"study {study.name}: no cell in {study.results} is done")
-    else:
+    if temperatures:
         at = "1.0" if "1.0" in temperatures else temperatures[0]
         _print_tables(study, found, temperatures, at=at)
+        if plot is not None:
+            draw_plot(found, plot, measures=_have(found, at, DIFFERENCES), temperature=at)
+    else:
+        print(f"study {study.name}: no cell in {study.results} is done")
+        if plot is not None:
+            print(f"{plot}: not written, there is nothing to draw")
     for line in words(found):
         print(line)
-    if plot is not None and temperatures:
-        draw_plot(found, plot, measures=_have(found, at, DIFFERENCES), temperature=at)
-    elif plot is not None:
-        print(f"{plot}: not written, there is nothing to draw")
     if json_file is not None:
         write_text(json_file, json.dumps(found, indent=2) + "\n")
 
