@@ -22,7 +22,8 @@ from minillm.ranks import Ranks
 from minillm.repetition import repetition_rewards
 from minillm.ridge import FOLDS, cross_fitted, projected
 from minillm.sampling import coin_group
-from minillm.stage_config import BY_TOKEN, CHAINED, MinillmStage
+from minillm.stage_checks import BY_TOKEN, CHAINED
+from minillm.stage_config import MinillmStage
 from minillm.types import Rollout, Scored, Targets
 
 

@@ -71,4 +71,9 @@ class AlarmsConfig(Settings):
             alarm = getattr(self, name)
             if alarm is not None and alarm.limit > 1.0:
                 raise ConfigError(f"{name}.limit: got {alarm.limit:g}, wanted a share, 0 to 1")
+        if self.short is not None and self.long is not None and self.short.limit >= self.long.limit:
+            raise ConfigError(
+                f"short.limit {self.short.limit:g} with long.limit {self.long.limit:g}: every length would ring; "
+                "set short.limit below long.limit, or either to null"
+            )
         return self

@@ -17,7 +17,7 @@ from minillm.preflight import Anchor, Pair, Split, check_pair, read_anchor, read
 from minillm.ranks import Ranks
 from minillm.report import build_report, combine, write_report
 from minillm.results import asked_of, evaluate_into, judge_of, stored_results, versions
-from minillm.stages import Start, check_rows, load_teacher, run_stage, unbiased_words
+from minillm.stages import Start, check_rows, idle_words, load_teacher, run_stage, unbiased_words
 from minillm.store import Clock, RunFolder, make_folder
 from minillm.types import Purpose
 
@@ -300,6 +300,8 @@ def _introduce(config: RunConfig, pair: Pair, splits: Mapping[str, Split], ancho
     for stage in config.stages:
         if words := unbiased_words(config, stage):
             _say(ranks, f"stage {stage.name}: gradient unbiased: {words}")
+        for line in idle_words(config, stage):
+            _say(ranks, f"stage {stage.name}: {line}")
     for card in (pair.teacher_card, pair.student_card):
         if card is not None and card.template not in {None, config.data.template}:
             _say(

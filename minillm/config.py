@@ -39,6 +39,8 @@ FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
 CORPUS_ENDINGS = (*FILE_ENDINGS, ".txt")
 LEAST_BLOCK = 2
 """Tokens of a block of a corpus: its first is not learnt."""
+_SHOWN_OVERRIDES = 3
+"""Overrides that an error names one by one."""
 
 
 class DecodingConfig(Settings):
@@ -254,7 +256,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     try:
         return RunConfig(**values)
     except ConfigError as error:
-        source = f"{path} with {', '.join(overrides)}" if overrides else str(path)
+        source = f"{path} with {_few(overrides)}" if overrides else str(path)
         raise type(error)(headed(str(error).split("\n"), source=source)) from None
 
 
@@ -289,6 +291,12 @@ def _check_source(source: str, endings: tuple[str, ...]) -> None:
         raise ConfigError(
             f"got {source!r}, wanted 'world:SPLIT', 'hub:NAME@SPLIT' or a file ending in {', '.join(endings)}"
         )
+
+
+def _few(overrides: Sequence[str]) -> str:
+    """The last overrides, which win, and how many came before them."""
+    before = len(overrides) - _SHOWN_OVERRIDES
+    return ", ".join(([f"{before} more overrides"] if before > 0 else []) + list(overrides[-_SHOWN_OVERRIDES:]))
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

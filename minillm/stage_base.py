@@ -140,6 +140,14 @@ class BaseStage(Settings, ABC):
         ``truncated`` and ``tempered`` say how text is drawn: some ids never; at another temperature than 1.
         """
 
+    def idle_settings(self, *, tempered: bool) -> dict[str, list[str]]:
+        """Settings that are not as by default and change nothing beside the others, by what makes them so.
+
+        ``tempered`` says that text is drawn at another temperature than 1.
+        """
+        by_default = type(self).model_fields["keep"].get_default()
+        return {"validate_every 0": ["keep"]} if self.validate_every == 0 and self.keep != by_default else {}
+
     @model_validator(mode="after")
     def _check_common(self) -> Self:
         if not is_component(self.name):

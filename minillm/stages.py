@@ -141,6 +141,12 @@ def unbiased_words(config: RunConfig, stage: Stage) -> str:
     return f"no ({', '.join(reasons)})" if reasons else "yes"
 
 
+def idle_words(config: RunConfig, stage: Stage) -> list[str]:
+    """A line for each reason why settings of the stage change nothing."""
+    idle = stage.idle_settings(tempered=config.decoding.tempered)
+    return [f"no effect here: {', '.join(names)} ({reason})" for reason, names in idle.items()]
+
+
 def _objective(
     config: RunConfig,
     stage: Stage,

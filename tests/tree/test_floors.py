@@ -23,7 +23,8 @@ FLOORS: dict[int, tuple[str, ...]] = {
     1: ("errors", "types"),
     2: ("sampling", "repetition", "divergences", "credit", "ridge", "policy_loss"),
     3: (
-        *("settings", "alarm_config", "published", "stage_base", "stage_config", "yaml_reader", "config"),
+        *("settings", "alarm_config", "published", "stage_base"),
+        *("minillm_settings", "stage_checks", "stage_config", "yaml_reader", "config"),
         *(
             "cards",
             "hub",

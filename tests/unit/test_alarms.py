@@ -57,6 +57,12 @@ def test_what_a_setting_leaves_out_is_the_alarms_own() -> None:
     assert AlarmsConfig(**alarms.model_dump()) == alarms
 
 
+def test_alarms_that_would_ring_at_every_length_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"short\.limit 3 with long\.limit 3: every length would ring"):
+        AlarmsConfig(short={"limit": 3.0})  # type: ignore[arg-type]
+    AlarmsConfig(short={"limit": 3.0}, long=None)  # type: ignore[arg-type]
+
+
 def test_a_limit_that_no_share_reaches_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"cut_share\.limit: got 2, wanted a share"):
         AlarmsConfig(cut_share={"limit": 2})  # type: ignore[arg-type]

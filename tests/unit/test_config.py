@@ -405,6 +405,14 @@ def test_every_setting_is_described() -> None:
     assert undescribed(found) == []
 
 
+def test_an_error_names_the_last_of_many_overrides(recipe: Path) -> None:
+    many = [f"seed={n}" for n in range(9)]
+    first = problem(recipe, *many, "stages.0.steps=0").split("\n")[0]
+    assert first.endswith(
+        "with 7 more overrides, seed=7, seed=8, stages.0.steps=0: stages.0.steps: got 0, wanted a number of at least 1"
+    )
+
+
 def test_an_undescribed_setting_is_noticed() -> None:
     class Bare(settings.Settings):
         x: int
@@ -419,7 +427,7 @@ def test_reading_a_configuration_needs_no_torch() -> None:
 
 
 def test_measures_are_the_ones_that_validation_reports() -> None:
-    assert set(stage_config.BETTER) == {
+    assert set(config.BETTER) == {
         "loss", "reverse_kl", "reverse_kl_per_token", "rouge_l",
         "validity", "distinct_4", "repetition_3", "mean_length",
     }  # fmt: skip
