@@ -19,6 +19,7 @@ from minillm.report import build_report, combine, write_report
 from minillm.results import asked_of, evaluate_into, judge_of, stored_results, versions
 from minillm.stages import Start, check_rows, idle_words, load_teacher, run_stage, unbiased_words
 from minillm.store import Clock, RunFolder, make_folder
+from minillm.text_stages import DistilStage
 from minillm.types import Purpose
 
 
@@ -214,6 +215,12 @@ def _require_references(config: RunConfig, validation: Split) -> None:
     """Raise ``DataError`` where a stage keeps by a measure that needs references and no validation row has one."""
     for stage in config.stages:
         found = any(p.response_ids if stage.keep.metric == "loss" else p.responses for p in validation.prompts)
+        follows = isinstance(stage, DistilStage) and stage.plan.student_share is None
+        if follows and not any(p.response_ids for p in validation.prompts):
+            raise DataError(
+                f"{validation.source}: no validation row has a response, and the share of the student's own text in "
+                f"stage {stage.name} follows the loss on those; set its student_share"
+            )
         if stage.validate_every and stage.keep.metric in {"loss", "rouge_l"} and not found:
             raise DataError(
                 f"{validation.source}: no validation row has a response, and stage {stage.name} "

@@ -15,7 +15,8 @@ from pydantic import field_validator, model_validator
 from minillm.errors import ConfigError, UnsupportedCombination, did_you_mean
 from minillm.settings import Count, Positive, PositiveShare, Seed, Settings, Text, Whole, headed
 from minillm.stage_base import BETTER, KeepConfig, OptimiserConfig, is_component
-from minillm.stage_config import MinillmStage, SftStage, Stage
+from minillm.stage_config import MinillmStage, Stage
+from minillm.text_stages import SftStage
 from minillm.yaml_reader import read_yaml, read_yaml_file, write_yaml
 
 __all__ = [

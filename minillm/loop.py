@@ -97,6 +97,7 @@ def run_steps(
                 done.seconds = clock()
                 folder.log({"kind": "validation", **_place(stage, done, student), **measured})
                 bar.say(f"{stage} {done.step}/{steps}  validation  " + _in_words(measured))
+                objective.hear(measured)
                 if keep.better(measured[keep.metric], done.best):
                     done.best, done.best_step, done.stale = measured[keep.metric], done.step, 0
                     done.best_figures = measured

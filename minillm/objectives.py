@@ -27,7 +27,7 @@ from minillm.models import ModelReader
 from minillm.order import GlobalOrder, occurrences, parts, share
 from minillm.policy_loss import clipped_surrogate
 from minillm.ranks import Ranks
-from minillm.references import SoftLabels, lm_losses
+from minillm.references import Lesson, TeacherText, learnt_tokens, likelihood, soft_labels, text_losses
 from minillm.repetition import repetition_rewards
 from minillm.scoring import HeadWeights, TeacherView, score
 from minillm.types import (
@@ -130,6 +130,9 @@ class Minillm:
         collected = Collected(targets=targets, anchor=anchor, step=step, mine=mine, sequences=len(rows))
         return collected, {**self._rollout_figures(targets, len(rows)), **level}
 
+    def hear(self, measured: Mapping[str, float]) -> None:
+        """Validation changes nothing here."""
+
     @contextmanager
     def learning(self, collected: Collected, student: Student) -> Iterator[Iterator[Update]]:
         """The passes over the same rollout; the teacher's head is gathered once for all of them."""
@@ -174,17 +177,17 @@ class Minillm:
 
         losses, anchor_sums = [loss_on(rows) for rows in batches], Sums({"lm": 0.0})
         if anchor:
-            more, anchor_sums = lm_losses(
-                anchor, student=student, ids=self._ids, ranks=self._ranks,
-                limits=limits_of(self._stage), weight=self._stage.lm_coefficient,
-                soft=None if self._stage.lm_teacher_share == 0 else self._soft(head),
+            more, anchor_sums = text_losses(
+                anchor, self._anchor_lesson(head), denominator=learnt_tokens(anchor), student=student, ids=self._ids,
+                ranks=self._ranks, limits=limits_of(self._stage), weight=self._stage.lm_coefficient, name="lm",
             )  # fmt: skip
             losses += more
         return Update(losses, lambda: self._update_figures(sums, anchor_sums))
 
-    def _soft(self, head: HeadWeights) -> SoftLabels:
-        """The teacher's part in the language-model loss."""
-        return SoftLabels(read=self._teacher.reader.read, head=head, share=self._stage.lm_teacher_share)
+    def _anchor_lesson(self, head: HeadWeights) -> Lesson:
+        if self._stage.lm_teacher_share == 0:
+            return likelihood()
+        return soft_labels(TeacherText(self._teacher.reader.read, head), share=self._stage.lm_teacher_share)
 
     def _teacher_level(self, rows: Sequence[tuple[int, int]]) -> dict[str, float]:
         """How long the teacher's own responses to some of the first prompts are, and how much they repeat: grammar

@@ -6,29 +6,34 @@ Legend: B rows, L positions, H hidden width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from minillm.batches import ExampleBatch, example_batch
-from minillm.config import SftStage
-from minillm.engines import Student
+from minillm.engines import Student, Teacher
 from minillm.micro_batches import Limits
 from minillm.order import WindowedOrder, share
 from minillm.ranks import Ranks
 from minillm.scoring import HeadWeights, TeacherView
+from minillm.text_stages import KdStage, ReferenceStage
 from minillm.types import Example, Ids, Prompt
 from minillm.updates import Loss, Sums, Update, in_step, limits_of, nobody
 
 
-class Sft:
-    """Cross-entropy on reference responses, averaged over the kept tokens of the whole step."""
+class References:
+    """A lesson on reference responses, averaged over the kept tokens of the whole step: fine-tuning, or word-level
+    distillation."""
 
-    def __init__(self, stage: SftStage, *, prompts: Sequence[Prompt], ids: Ids, ranks: Ranks, seed: int) -> None:
-        self._stage, self._prompts, self._ids, self._ranks = stage, prompts, ids, ranks
+    def __init__(
+        self, stage: ReferenceStage, *, prompts: Sequence[Prompt], ids: Ids, ranks: Ranks, seed: int,
+        teacher: Teacher | None = None,
+    ) -> None:  # fmt: skip
+        """``teacher`` for a ``KdStage``."""
+        self._stage, self._prompts, self._ids, self._ranks, self._teacher = stage, prompts, ids, ranks, teacher
         lengths = [len(prompt.ids) + len(prompt.response_ids) for prompt in prompts]
         self._order = WindowedOrder(
             lengths, batch=stage.batch, window=stage.length_window, seed=seed, purpose=f"{stage.name}/rows"
@@ -42,64 +47,105 @@ class Sft:
     @contextmanager
     def learning(self, collected: list[Prompt], student: Student) -> Iterator[list[Update]]:
         """One step on them."""
-        losses, sums = lm_losses(
-            collected,
-            student=student,
-            ids=self._ids,
-            ranks=self._ranks,
-            limits=limits_of(self._stage),
-            weight=1.0,
-        )
-        yield [Update(losses, lambda: {"loss": sums.over_ranks(self._ranks)["lm"]})]
+        with ExitStack() as stack:
+            lesson = likelihood()
+            if isinstance(self._stage, KdStage):
+                assert self._teacher is not None, "the configuration refuses a kd stage without a teacher"
+                head = stack.enter_context(self._teacher.head())
+                taught = TeacherText(read=self._teacher.reader.read, head=head)
+                lesson = soft_labels(taught, share=self._stage.teacher_share)
+            losses, sums = text_losses(
+                collected, lesson, denominator=learnt_tokens(collected), student=student, ids=self._ids,
+                ranks=self._ranks, limits=limits_of(self._stage),
+            )  # fmt: skip
+            yield [Update(losses, lambda: sums.over_ranks(self._ranks))]
+
+    def hear(self, measured: Mapping[str, float]) -> None:
+        """Validation changes nothing here."""
 
 
 @dataclass(frozen=True, slots=True)
-class SoftLabels:
-    """A teacher whose distribution takes a share of the reference's place."""
+class TeacherText:
+    """A teacher that reads given text."""
 
     read: Callable[[Tensor, Tensor], Tensor]
     head: HeadWeights
-    share: float
+
+    @torch.no_grad()
+    def view(self, inputs: Mapping[str, Tensor]) -> TeacherView:
+        """What it says about the tokens that are to be predicted."""
+        hidden_BLH = self.read(inputs["ids_BL"], inputs["mask_BL"])
+        return TeacherView(head=self.head, hidden_NH=hidden_BLH[inputs["predict_BL"].roll(-1, dims=1)])
 
 
-def lm_losses(
-    rows: Sequence[Example], *, student: Student, ids: Ids, ranks: Ranks, limits: Limits, weight: float,
-    soft: SoftLabels | None = None,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lesson:
+    """What is learnt at each token of a text."""
+
+    wanted: tuple[str, ...]
+    """Numbers of ``scoring.STATISTICS``."""
+    per_token: Callable[[Mapping[str, Tensor]], Tensor]
+    """From those of some tokens, each [n], to their share of the loss before it is divided, [n]."""
+    teacher: TeacherText | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Other fields of ``scoring.Task``: temperature, jsd_beta, skew."""
+
+
+def likelihood() -> Lesson:
+    """Cross-entropy with the text's own tokens."""
+    return Lesson(wanted=("logq",), per_token=lambda of: -of["logq"])
+
+
+def soft_labels(teacher: TeacherText, *, share: float) -> Lesson:
+    """Partly the forward KL from the teacher in its place (cross-entropy with the teacher's distribution less that
+    one's entropy)."""
+
+    def per_token(of: Mapping[str, Tensor]) -> Tensor:
+        return share * of["forward_kl"] - (1.0 - share) * of["logq"]
+
+    return Lesson(wanted=("logq", "forward_kl"), per_token=per_token, teacher=teacher)
+
+
+def learnt_tokens(rows: Sequence[Example]) -> float:
+    """Tokens that are learnt, of all rows; 1 where there is none, since it divides."""
+    return float(max(1, sum(len(row.response_ids) for row in rows)))
+
+
+def text_losses(
+    rows: Sequence[Example], lesson: Lesson, *, denominator: float, student: Student, ids: Ids, ranks: Ranks,
+    limits: Limits, weight: float = 1.0, name: str = "loss", views: dict[int, TeacherView] | None = None,
 ) -> tuple[list[Loss], Sums]:  # fmt: skip
-    """Micro-batch losses of this rank's share of ``rows``: cross-entropy over the kept tokens of *all* rows, times
-    ``weight``; with ``soft`` partly the forward KL from its teacher (cross-entropy less the teacher's entropy).
+    """Micro-batch losses of this rank's share of ``rows``: the lesson's sum over *all* rows' tokens by ``denominator``,
+    times ``weight``.
 
-    The sums hold the unweighted loss under ``lm``.
+    The sums hold the unweighted loss under ``name``. ``views`` keeps what the teacher says for a later pass over the
+    same rows.
     """
-    tokens = sum(len(row.response_ids) for row in rows)
     lengths = [len(row.ids) + len(row.response_ids) for row in rows]
     mine = share(range(len(rows)), lengths=lengths, rank=ranks.rank, ranks=ranks.size)
-    sums = Sums({"lm": 0.0})
+    sums = Sums({name: 0.0})
 
-    def loss_of(indices: Sequence[int]) -> Tensor:
+    def loss_of(number: int, indices: Sequence[int]) -> Tensor:
         inputs = nobody(ranks.device)
         if indices:
             inputs = _example_inputs(example_batch([rows[i] for i in indices], pad_id=ids.pad, device=ranks.device))
-        loss, _ = student.loss(**inputs, **_against(soft, inputs, tokens=max(tokens, 1)))
-        sums.add(lm=loss.detach())
+        view = None if views is None else views.get(number)
+        if lesson.teacher is not None and view is None:
+            view = lesson.teacher.view(inputs)
+            if views is not None:
+                views[number] = view
+        loss, _ = student.loss(
+            **inputs, wanted=lesson.wanted, teacher=view, **lesson.settings,
+            loss=lambda of, _: lesson.per_token(of).sum() / denominator,
+        )  # fmt: skip
+        sums.add(**{name: loss.detach()})
         return weight * loss
 
     cuts = in_step([lengths[i] for i in mine], limits=limits, student=student, ranks=ranks)
-    return [lambda picked=picked: loss_of([mine[at] for at in picked]) for picked in cuts], sums  # type: ignore[misc]
-
-
-def _against(soft: SoftLabels | None, inputs: Mapping[str, Tensor], *, tokens: int) -> dict[str, Any]:
-    """What a forward over references asks of the loss core."""
-    if soft is None:
-        return {"wanted": ("logq",), "loss": lambda of, _: -of["logq"].sum() / tokens}
-    with torch.no_grad():
-        hidden_BLH = soft.read(inputs["ids_BL"], inputs["mask_BL"])
-    view = TeacherView(head=soft.head, hidden_NH=hidden_BLH[inputs["predict_BL"].roll(-1, dims=1)])
-
-    def loss(of: Mapping[str, Tensor], _: slice) -> Tensor:
-        return (soft.share * of["forward_kl"] - (1.0 - soft.share) * of["logq"]).sum() / tokens
-
-    return {"wanted": ("logq", "forward_kl"), "teacher": view, "loss": loss}
+    return [
+        lambda number=number, picked=picked: loss_of(number, [mine[at] for at in picked])  # type: ignore[misc]
+        for number, picked in enumerate(cuts)
+    ], sums
 
 
 def _example_inputs(batch: ExampleBatch) -> dict[str, Tensor]:

@@ -5,60 +5,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
 from minillm.minillm_settings import MinillmSettings
 from minillm.published import OFFICIAL, PublishedConfig
-from minillm.settings import Count, Text
-from minillm.stage_base import BaseStage, KeepConfig
 from minillm.stage_checks import CHAINED, check_minillm, idle_settings
+from minillm.text_stages import GkdStage, ImitkdStage, KdStage, RklStage, SftStage, SkewFklStage, SkewRklStage
 
 _PLENTY = 20.0
 """Nats within which products of weights are held: what is cut beyond the default could not be averaged anyway."""
-
-
-class SftStage(BaseStage):
-    """Supervised fine-tuning on the reference responses."""
-
-    kind: Literal["sft"] = "sft"
-    """Says which kind of stage this is."""
-    name: Text = "sft"
-    """Names the stage in folders, logs and random keys; different from the other stages' names."""
-    steps: Count
-    """Optimiser steps."""
-    batch: Count
-    """Rows per optimiser step, all ranks together."""
-    length_window: Count = 1
-    """Batches whose rows are sorted by length together: more pads less, but makes the rows of a batch alike, which cost
-    more than it saved when measured (docs/LOG.md). 1 leaves the order random; packing leaves little padding anyway."""
-    keep: KeepConfig = KeepConfig()
-    """Which weights the stage hands on; lowest validation loss, as official."""
-
-    measures = ("loss",)
-    headline = ("loss", "grad_norm")
-    on_policy = False
-    wants_teacher = False
-
-    @property
-    def rows_per_step(self) -> int:
-        """Its batch."""
-        return self.batch
-
-    @property
-    def updates_per_step(self) -> int:
-        """One."""
-        return 1
-
-    @property
-    def responses_needed(self) -> Literal["none", "some", "all"]:
-        """Nothing else is learnt from."""
-        return "all"
-
-    def bias_reasons(self, *, truncated: bool, tempered: bool) -> list[str] | None:
-        """It estimates no such gradient."""
-        return None
 
 
 class MinillmStage(MinillmSettings):
@@ -120,5 +77,8 @@ class MinillmStage(MinillmSettings):
         return self
 
 
-Stage = Annotated[SftStage | MinillmStage, Field(discriminator="kind")]
+Stage = Annotated[
+    SftStage | KdStage | ImitkdStage | GkdStage | RklStage | SkewFklStage | SkewRklStage | MinillmStage,
+    Field(discriminator="kind"),
+]
 """Any kind of stage, as the run's file names it by ``kind``."""

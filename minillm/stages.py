@@ -10,7 +10,8 @@ import torch
 
 from minillm.alarms import Alarms
 from minillm.cards import Card
-from minillm.config import MinillmStage, RunConfig, SftStage, Stage
+from minillm.config import MinillmStage, RunConfig, Stage
+from minillm.distillation import Distil
 from minillm.engines import Student, Teacher
 from minillm.loop import Keep, Progressed, Validate, run_steps
 from minillm.models import ModelFacts, load
@@ -18,8 +19,9 @@ from minillm.objectives import Minillm
 from minillm.preflight import Pair, decoding_record, require_rows
 from minillm.publish import publish_student
 from minillm.ranks import Ranks
-from minillm.references import Sft
+from minillm.references import References
 from minillm.store import RunFolder
+from minillm.text_stages import DistilStage, ReferenceStage
 from minillm.types import Examples, Prompt
 from minillm.updates import Objective
 
@@ -159,9 +161,14 @@ def _objective(
 ) -> Objective:
     """The one place that knows which objective a kind of stage has."""
     rows = usable(stage, prompts)
-    if isinstance(stage, SftStage):
-        return Sft(stage, prompts=rows, ids=pair.ids, ranks=ranks, seed=config.seed)
+    if isinstance(stage, ReferenceStage):
+        return References(stage, prompts=rows, ids=pair.ids, ranks=ranks, seed=config.seed, teacher=teacher)
     assert teacher is not None, "the configuration refuses a stage that wants a teacher where there is none"
+    if isinstance(stage, DistilStage):
+        return Distil(
+            stage, prompts=rows, decoding=decoding_record(config.decoding), teacher=teacher, ids=pair.ids, ranks=ranks,
+            seed=config.seed,
+        )  # fmt: skip
     return Minillm(
         stage,
         prompts=rows,

@@ -5,7 +5,7 @@ Legend: B rows, L positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from torch import Tensor
 from minillm.engines import Student
 from minillm.micro_batches import Limits, cut
 from minillm.ranks import Ranks
-from minillm.stage_config import MinillmStage, SftStage
+from minillm.stage_base import BaseStage
 
 Loss = Callable[[], Tensor]
 
@@ -56,6 +56,9 @@ class Objective(Protocol):
         """The optimiser steps of one loop step, in order, each asked for when the one before is made; what they share
         (a gathered head) lives as long as the block."""
 
+    def hear(self, measured: Mapping[str, float]) -> None:
+        """What validation found, for an objective that follows it."""
+
 
 def in_step(lengths: Sequence[int], *, limits: Limits, student: Student, ranks: Ranks) -> list[list[int]]:
     """This rank's rows, by index, in micro-batches: as many on every rank as the one with the most needs, since each
@@ -64,7 +67,7 @@ def in_step(lengths: Sequence[int], *, limits: Limits, student: Student, ranks: 
     return cuts + [[] for _ in range(ranks.most(len(cuts)) - len(cuts))]
 
 
-def limits_of(stage: SftStage | MinillmStage) -> Limits:
+def limits_of(stage: BaseStage) -> Limits:
     """How large a stage lets a micro-batch be."""
     return Limits(rows=stage.micro_batch, places=stage.micro_tokens)
 

@@ -93,9 +93,10 @@ def fine_tuning(settings: str, *, rows_at_once: int = 0) -> Found:
     with Trained(settings=settings) as work:
         rows, errors = prompts(work.made.eos), []
         for update in range(UPDATES):
-            losses, _ = references.lm_losses(
-                rows, student=work.student, ids=work.ids, ranks=work.ranks, limits=Limits(rows=rows_at_once), weight=1.0
-            )
+            losses, _ = references.text_losses(
+                rows, references.likelihood(), denominator=references.learnt_tokens(rows), student=work.student,
+                ids=work.ids, ranks=work.ranks, limits=Limits(rows=rows_at_once),
+            )  # fmt: skip
             got = work.student.update(losses)
             want = work.step_twin(cross_entropy(work.twin, rows), rate=rate(update))
             errors += [abs(mine - theirs) for mine, theirs in zip(got, want, strict=True)]

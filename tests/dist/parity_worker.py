@@ -30,13 +30,20 @@ CORPUS: dict[str, dict[str, Any]] = {
     "alone": {**corpus_twin.ALONE, "inner_epochs": 1, "lm_teacher_share": 0.5, "optimiser": corpus_twin.OPTIMISER},
 }
 """Runs whose language-model loss is on a text file: beside the policy gradient, and alone as its twin has it."""
+NEIGHBOURS: dict[str, dict[str, Any]] = {
+    "kd": {"kind": "kd"},
+    "gkd": {"kind": "gkd", "inner_epochs": 2},
+    "skewed": {"kind": "skew_rkl", "student_share": 0.7, "replay": 4, "keep": {"metric": "reverse_kl"}},
+}
+"""Stages of other kinds, with fewer fresh rows in some batches than there are ranks."""
 
 
 def config(folder: Path, cell: str) -> RunConfig:
-    """The run of a cell ``STAGE-PLACEMENT``, such as ``zero2-zero3``, ``STAGE-PLACEMENT-averaged``, ``…-CREDIT`` or
-    ``…-CORPUS``."""
+    """The run of a cell ``STAGE-PLACEMENT``, such as ``zero2-zero3``, ``STAGE-PLACEMENT-averaged``, ``…-CREDIT``,
+    ``…-CORPUS`` or ``…-NEIGHBOUR``."""
     stage, placement, *rest = cell.removesuffix(AVERAGED).split("-")
     prompts = str(folder / "prompts.jsonl")
+    neighbour = {name: {"run_stages": (_neighbour(name),)} for name in rest if name in NEIGHBOURS}
     corpus: dict[str, Any] = {"corpus": str(folder / "corpus.txt"), "corpus_length": BLOCK}
     changes: dict[str, Any] = {
         "lm_coefficient": 0.5,
@@ -44,7 +51,7 @@ def config(folder: Path, cell: str) -> RunConfig:
         "inner_epochs": 2,
     }
     for name in rest:
-        changes.update({**CREDIT, **CORPUS}[name])
+        changes.update({**CREDIT, **CORPUS, **neighbour}[name])
     if rest == ["official"]:
         del changes["lm_coefficient"]
     return tiny.minillm_config(
@@ -74,6 +81,13 @@ def config(folder: Path, cell: str) -> RunConfig:
         # Three rows, one at a time: the second rank has none for the last batch.
         run_evaluation={"seeds": (10,), "batch": 1, "bootstrap": 10},
     )
+
+
+def _neighbour(name: str) -> dict[str, Any]:
+    optimiser = {"lr": 3e-3, "schedule": "constant"}
+    return {"steps": STEPS, "batch": 5, "micro_batch": 2, "optimiser": optimiser, "validate_every": STEPS} | NEIGHBOURS[
+        name
+    ]
 
 
 def write_inputs(folder: Path) -> None:

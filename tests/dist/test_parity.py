@@ -19,6 +19,7 @@ STAGES = ("zero0", "zero1", "zero2", "zero3")
 PLACEMENTS = ("replicated", "zero3")
 CELLS = [f"{stage}-{placement}" for stage in STAGES for placement in PLACEMENTS]
 CREDIT = [f"zero2-replicated-{name}" for name in parity_worker.CREDIT]
+NEIGHBOURS = ["zero2-zero3-kd", "zero2-replicated-gkd", "zero3-zero3-skewed"]
 BESIDE, ALONE = "zero2-replicated-text", "zero3-zero3-alone"
 """Runs with a corpus: one beside the policy gradient, and one that learns from nothing else."""
 BROKEN = "zero2-replicated" + parity_worker.AVERAGED
@@ -32,6 +33,8 @@ SAME = (
     "mean_length",
     "advantage_std",
     "grad_norm",
+    "sampled_tokens",
+    "kept_rows",
 )
 OWN_COUNT = {"teacher_forwards"}
 """Of a rank, not of the text."""
@@ -45,11 +48,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All cells on two ranks in one launch, and the first on one process."""
     folder = tmp_path_factory.mktemp("parity")
     parity_worker.write_inputs(folder)
-    printed = start_ranks("tests.dist.parity_worker", str(folder), *CELLS, *CREDIT, BESIDE, ALONE, BROKEN)
+    printed = start_ranks("tests.dist.parity_worker", str(folder), *CELLS, *CREDIT, *NEIGHBOURS, BESIDE, ALONE, BROKEN)
     (folder / "printed.txt").write_text(printed, encoding="utf-8")
     alone = parity_worker.config(folder, "zero0-replicated")
     distill(alone.model_copy(update={"name": "alone"}))
-    for cell in (*CREDIT, BESIDE):
+    for cell in (*CREDIT, *NEIGHBOURS, BESIDE):
         distill(parity_worker.config(folder, cell).model_copy(update={"name": f"alone-{cell}"}))
     return folder
 
@@ -77,6 +80,14 @@ def test_two_ranks_of_any_stage_have_the_losses_of_one_process(runs: Path, cell:
 def test_credit_from_the_rows_of_two_ranks_is_that_of_one_process(runs: Path, cell: str) -> None:
     assert not disagreements(runs, f"alone-{cell}", cell)
     assert {"long_loss", "advantage_std", "grad_norm"} <= disagreements(runs, "alone", cell)
+
+
+@pytest.mark.parametrize("cell", NEIGHBOURS)
+def test_the_neighbours_on_two_ranks_have_the_losses_of_one_process(runs: Path, cell: str) -> None:
+    assert not disagreements(runs, f"alone-{cell}", cell)
+    assert all(line["loss"] > 0 for line in figures(runs, cell))
+    if cell.endswith("skewed"):
+        assert {line["kept_rows"] for line in figures(runs, cell)} > {0.0}
 
 
 def test_two_ranks_share_the_blocks_of_a_corpus_without_changing_the_losses(runs: Path) -> None:
@@ -166,6 +177,8 @@ def teacher_shares(runs: Path, placement: str) -> list[float]:
 def test_a_sharded_teacher_keeps_half_of_its_bytes_on_each_of_two_ranks(runs: Path) -> None:
     """The control: a replicated one keeps all of them."""
     sharded, whole = teacher_shares(runs, "zero3"), teacher_shares(runs, "replicated")
-    assert len(sharded) == 2 * (len(STAGES) + 1) and len(whole) == 2 * (len(STAGES) + len(CREDIT) + 2)
+    launched = [*CELLS, *CREDIT, *NEIGHBOURS, BESIDE, ALONE, BROKEN]
+    in_shards = sum(cell.split("-")[1] == "zero3" for cell in launched)
+    assert (len(sharded), len(whole)) == (2 * in_shards, 2 * (len(launched) - in_shards))
     assert all(0.5 <= share < 0.52 for share in sharded), sharded
     assert set(whole) == {1.0}

@@ -23,7 +23,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     1: ("errors", "types"),
     2: ("sampling", "repetition", "divergences", "credit", "ridge", "policy_loss"),
     3: (
-        *("settings", "alarm_config", "published", "stage_base"),
+        *("settings", "alarm_config", "published", "stage_base", "text_stages", "text_mix"),
         *("minillm_settings", "stage_checks", "stage_config", "yaml_reader", "config"),
         *(
             "cards",
@@ -47,6 +47,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "alarms",
         "updates",
         "references",
+        "distillation",
         "objectives",
         "loop",
         "stages",

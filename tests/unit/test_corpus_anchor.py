@@ -141,12 +141,12 @@ class Work:
         """Names of the rows of every update."""
         found: list[list[str]] = []
 
-        def note(rows: Sequence[Any], **_: Any) -> Any:
+        def note(rows: Sequence[Any], *_: Any, **__: Any) -> Any:
             found.append([row.uid for row in rows])
             return [lambda: torch.zeros((), requires_grad=True)], None
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("minillm.objectives.lm_losses", note)
+            patch.setattr("minillm.objectives.text_losses", note)
             for step in range(steps):
                 collected, _ = self.objective.collect(step, self.student)
                 with self.objective.learning(collected, self.student) as updates:

@@ -50,6 +50,9 @@ class FakeObjective:
     def learning(self, collected: int, student: Any) -> Iterator[Iterator[Update]]:
         yield (self._update(collected, n) for n in range(2))
 
+    def hear(self, measured: Mapping[str, float]) -> None:
+        self.order.append("hear")
+
     def _update(self, collected: int, n: int) -> Update:
         self.order.append(f"losses {collected}.{n}")
         return Update([lambda: torch.tensor(1.0)], lambda: {"loss": float(collected * 10 + n)})
@@ -150,7 +153,7 @@ def test_if_every_validation_is_no_number_the_last_student_is_published(run: Cal
 def test_a_step_collects_then_learns_and_is_logged_once(run: Callable[..., Run]) -> None:
     done = run([5.0, 4.0], steps=2)
     assert done.objective.order == [
-        "collect 0", "losses 0.0", "losses 0.1", "collect 1", "losses 1.0", "losses 1.1",
+        "collect 0", "losses 0.0", "losses 0.1", "hear", "collect 1", "losses 1.0", "losses 1.1", "hear",
     ]  # fmt: skip
     lines = tiny.logged(done.folder.path)
     assert [(line["stage"], line["step"], line["update"]) for line in lines] == [("a", 1, 2), ("a", 2, 4)]

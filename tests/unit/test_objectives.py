@@ -30,7 +30,7 @@ from minillm.order import parts
 from minillm.preflight import require_rows
 from minillm.prompts import prepare
 from minillm.ranks import Ranks
-from minillm.references import Sft, lm_losses
+from minillm.references import References, learnt_tokens, likelihood, text_losses
 from minillm.rows import Row
 from minillm.stages import Start, run_stage
 from minillm.types import Decoding, Ids, Prompt, Rollout
@@ -140,7 +140,7 @@ def minillm(folder: Path, teacher: Teacher, prompts: list[Prompt]) -> Callable[.
 
 def sft(folder: Path, prompts: list[Prompt], *, student: str = "student", **changes: Any) -> Work:
     stage = SftStage(**{"steps": 3, "batch": 7, "optimiser": OPTIMISER, **changes})
-    return Work(folder / student, Sft(stage, prompts=prompts, ids=IDS, ranks=RANKS, seed=3), updates=3)
+    return Work(folder / student, References(stage, prompts=prompts, ids=IDS, ranks=RANKS, seed=3), updates=3)
 
 
 def differences(
@@ -338,9 +338,10 @@ def test_the_gradient_of_fine_tuning_is_the_same_for_every_budget_of_tokens(
         sizes = read_by(work)
 
         def gradients(rows: Sequence[Prompt], budget: int) -> list[Tensor]:
-            losses, _ = lm_losses(
-                rows, student=work.student, ids=IDS, ranks=RANKS, limits=Limits(places=budget), weight=1.0
-            )
+            losses, _ = text_losses(
+                rows, likelihood(), denominator=learnt_tokens(rows), student=work.student, ids=IDS, ranks=RANKS,
+                limits=Limits(places=budget),
+            )  # fmt: skip
             return work.gradients(losses)
 
         want = gradients(prompts, 0)
@@ -384,9 +385,10 @@ def test_ranks_share_a_language_model_step_without_changing_it(
     with sft(folder, prompts) as work:
 
         def gradients(ranks: Any) -> list[Tensor]:
-            losses, sums = lm_losses(
-                prompts[:rows], student=work.student, ids=IDS, ranks=ranks, limits=limits, weight=0.7
-            )
+            losses, sums = text_losses(
+                prompts[:rows], likelihood(), denominator=learnt_tokens(prompts[:rows]), student=work.student, ids=IDS,
+                ranks=ranks, limits=limits, weight=0.7, name="lm",
+            )  # fmt: skip
             counts.append(len(losses))
             found = work.gradients(losses)
             total.append(sums.values["lm"])

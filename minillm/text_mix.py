@@ -1,0 +1,74 @@
+"""Whose text each row of a batch is: a reference, the student's own, or one of the student's that was kept.
+
+All draws are keyed (design D3): a batch is a function of seed, step and what came before, whatever the ranks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+Source = Literal["reference", "fresh", "kept"]
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A response that a model wrote, as an ``Example``."""
+
+    uid: str
+    ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    """With the closing EOS, unless it was cut."""
+
+
+def sources(step: int, rows: int, *, student_share: float, fresh_share: float, key: str) -> list[Source]:
+    """Where each row of a batch comes from: a keyed coin decides whether it is the student's, another one whether that
+    is fresh."""
+    found: list[Source] = []
+    for row in range(rows):
+        own, fresh = uniform(f"{key}/{step}/{row}/own"), uniform(f"{key}/{step}/{row}/fresh")
+        found.append("reference" if own >= student_share else "fresh" if fresh < fresh_share else "kept")
+    return found
+
+
+def uniform(key: str) -> float:
+    """A number in [0, 1) that is a function of its key."""
+    digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
+    return random.Random(int.from_bytes(digest, "big")).random()
+
+
+@dataclass(slots=True)
+class Replay:
+    """The student's last ``capacity`` responses, oldest first (DistiLLM's buffer, Ko et al. 2024)."""
+
+    capacity: int
+    rows: list[Written] = field(default_factory=list)
+
+    def add(self, rows: Iterable[Written]) -> None:
+        """Keeps them; the oldest make room."""
+        self.rows = [*self.rows, *rows][-self.capacity :] if self.capacity else []
+
+    def draw(self, key: str) -> Written:
+        """One of them, by a keyed number; there must be one."""
+        return self.rows[int(uniform(key) * len(self.rows))]
+
+
+@dataclass(slots=True)
+class FollowedShare:
+    """The chance of a row being the student's: rises by ``step`` (to 1 at most) where the validation loss has risen by
+    ``rise`` since its last rise, at first since the first validation (Ko et al. 2024, adaptive student text)."""
+
+    share: float
+    step: float
+    rise: float
+    since: float | None = None
+
+    def hear(self, loss: float) -> None:
+        """The loss of one validation, nats a token."""
+        if self.since is None:
+            self.since = loss
+        elif loss >= self.since + self.rise:
+            self.share, self.since = min(1.0, self.share + self.step), loss
