@@ -42,7 +42,8 @@ class References:
     def collect(self, step: int, student: Student) -> tuple[list[Prompt], dict[str, float]]:
         """The step's rows, the same list on every rank."""
         rows = [self._prompts[index] for index in self._order.batch(step)]
-        return rows, {"tokens": float(sum(len(row.ids) + len(row.response_ids) for row in rows))}
+        learnt = sum(len(row.response_ids) for row in rows)
+        return rows, {"tokens": float(sum(len(row.ids) for row in rows) + learnt), "response_tokens": float(learnt)}
 
     @contextmanager
     def learning(self, collected: list[Prompt], student: Student) -> Iterator[list[Update]]:

@@ -63,7 +63,7 @@ def asked(study: StudyConfig, arm: str, seed: int) -> Asked:
     student = study.student_config(seed) if study.makes(arm, "student") else None
     return Asked(
         arm=arm, seed=seed, file=study.cell_file(arm, seed), run=run, teacher=teacher, student=student,
-        made_from=_made_from(run, student=student, teacher=teacher),
+        made_from=made_from(run, student=student, teacher=teacher),
     )  # fmt: skip
 
 
@@ -142,7 +142,7 @@ _OF_THE_STUDY = {"name": "cell", "student": "its-own", "teacher": "its-own"}
 """Stand for what a cell's settings leave out, so that they are a whole run's."""
 
 
-def _made_from(run: RunConfig, *, student: RunConfig | None, teacher: RunConfig | None) -> dict[str, str]:
+def made_from(run: RunConfig, *, student: RunConfig | None, teacher: RunConfig | None) -> dict[str, str]:
     """Digests of all that a run reads beside its settings; a model that another run makes counts by that run's."""
     found = {
         f"{split} data": _source_digest(source) for split in SOURCES if (source := getattr(run.data, split)) is not None
@@ -162,7 +162,7 @@ def _settings(config: RunConfig) -> dict[str, Any]:
 
 def _recipe_digest(config: RunConfig) -> str:
     """Names the student that a run will make."""
-    return _digest([_settings(config), _made_from(config, student=None, teacher=None)])
+    return _digest([_settings(config), made_from(config, student=None, teacher=None)])
 
 
 @lru_cache(maxsize=64)

@@ -3,21 +3,59 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from minillm.config import RunConfig, load_config
-from minillm.errors import ConfigError, did_you_mean
-from minillm.settings import Seed, Settings, Text, headed
-from minillm.stage_base import is_component
+from minillm.errors import ConfigError, DataError, did_you_mean
+from minillm.settings import Positive, Seed, Settings, Text, headed
+from minillm.stage_base import BETTER, is_component
 from minillm.yaml_reader import read_yaml_file
 
 STUDENTS, TEACHER = "student", "teacher"
 """Names below the study's that no arm may have: the models that the study makes for itself stand there."""
 OF_THE_CELL = ("name", "seed")
 """Settings that a study gives to each cell itself."""
+
+
+PilotSteps = Annotated[int, Field(strict=True, ge=2)]
+
+
+class BudgetConfig(Settings):
+    """What training may cost in every cell; the steps of the last stage follow from it."""
+
+    unit: Literal["updates", "tokens", "seconds"]
+    """'updates' of the student; 'tokens' of the responses that it learns from, each counted once however often it is
+    learnt from; 'seconds' of the clock, validations aside."""
+    amount: Positive
+    """Of these."""
+    pilot: PilotSteps = 8
+    """Steps, from 2, of a short run of each arm from which tokens and seconds a step are told."""
+
+
+class SearchConfig(Settings):
+    """The same number of tries for every arm, judged on validation prompts."""
+
+    setting: Text = "stages.0.optimiser.lr"
+    """What is tried, by path."""
+    values: tuple[Positive, ...]
+    """Its values."""
+    metric: Text = "reverse_kl"
+    """The measure that decides, of the validation prompts at the first of the evaluation's seeds and temperatures."""
+    seed: Seed = 0
+    """Training seed of the tries; none of the study's."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.values) < 2 or len(set(self.values)) < len(self.values):
+            raise ConfigError(f"values: got {list(self.values)}, wanted at least two, each once")
+        if BETTER.get(self.metric) is None or self.metric == "loss":
+            known = ", ".join(name for name, better in BETTER.items() if better and name != "loss")
+            raise ConfigError(f"metric {self.metric!r}: wanted a measure of text with a better side: {known}")
+        return self
 
 
 class StudyConfig(Settings):
@@ -39,6 +77,10 @@ class StudyConfig(Settings):
     """What is compared: a name, and the settings that this arm replaces, by path."""
     compare_with: Text
     """The arm that the others are compared with, seed by seed."""
+    budget: BudgetConfig | None = None
+    """Sets the steps of every cell; null leaves the recipe's and the arms'."""
+    search: SearchConfig | None = None
+    """Sets one setting of each arm before its cells are made; null leaves all as they are."""
     results: Text
     """Folder of the cells: one small JSON an arm and seed, made to be committed."""
 
@@ -67,6 +109,10 @@ class StudyConfig(Settings):
             own = [path for path in (*self.settings, *replaced) if path in OF_THE_CELL]
             if own:
                 raise ConfigError(f"arms.{arm}: '{own[0]}' is set by the study itself; leave it out")
+        if self.search is not None and self.search.seed in self.seeds:
+            raise ConfigError(
+                f"search.seed {self.search.seed} is one of the study's; wanted another, or luck would decide"
+            )
         if self.compare_with not in self.arms:
             raise ConfigError(
                 f"compare_with: no arm {self.compare_with!r} among {', '.join(self.arms) or 'none'}"
@@ -97,14 +143,39 @@ class StudyConfig(Settings):
         return getattr(self, role) is not None and role not in {**self.settings, **self.arms[arm]}
 
     def cell_config(self, arm: str, seed: int) -> RunConfig:
-        """The run of one cell."""
+        """The run of one cell, with what tuning found for its arm."""
+        return self.arm_config(arm, seed, name=self.run_name(arm, seed), changes=self.tuned(arm))
+
+    def arm_config(self, arm: str, seed: int, *, name: str, changes: Mapping[str, Any]) -> RunConfig:
+        """A run of an arm with a few more changes."""
         made = {"student": self.student_config(seed), "teacher": self.teacher_config()}
         replaced: dict[str, Any] = {
             role: f"{run.out}/{run.name}/student" for role, run in made.items() if run is not None
         }
-        replaced |= {**self.settings, **self.arms[arm], "name": self.run_name(arm, seed), "seed": seed}
+        replaced |= {**self.settings, **self.arms[arm], **changes, "name": name, "seed": seed}
         overrides = [f"{path}={json.dumps(value, ensure_ascii=False)}" for path, value in replaced.items()]
         return load_config(self.recipe, overrides)
+
+    @property
+    def tunes(self) -> bool:
+        """Whether arms are tuned before their cells are made."""
+        return self.budget is not None or self.search is not None
+
+    def tuning_file(self, arm: str) -> Path:
+        """Where is kept what tuning found for an arm."""
+        return Path(self.results) / "tuning" / f"{arm}.json"
+
+    def tuned(self, arm: str) -> dict[str, Any]:
+        """The settings that tuning found for an arm, by path; none where it has not been tuned yet. ``DataError`` where
+        the file is something else."""
+        file = self.tuning_file(arm)
+        if not self.tunes or not file.is_file():
+            return {}
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))["settings"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{file}: not what tuning of a study found; move it away") from error
+        return dict(found)
 
 
 def load_study(path: Path) -> StudyConfig:
@@ -122,9 +193,16 @@ def load_study(path: Path) -> StudyConfig:
     study.teacher_config()
     for arm in study.arms:
         try:
-            config = study.cell_config(arm, study.seeds[0])
+            config = study.arm_config(arm, study.seeds[0], name="checked", changes=_tried(study))
         except ConfigError as error:
             raise type(error)(f"{path}: arm {arm}: {error}") from None
         if config.data.test is None:
             raise ConfigError(f"{path}: {study.recipe} has no data.test; a study needs prompts to evaluate on")
+        if study.search is not None and config.data.validation is None:
+            raise ConfigError(f"{path}: {study.recipe} has no data.validation; a search needs prompts to judge by")
     return study
+
+
+def _tried(study: StudyConfig) -> dict[str, Any]:
+    """One of the values that a search tries, so that its path is checked."""
+    return {} if study.search is None else {study.search.setting: study.search.values[0]}

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from minillm import api
-from minillm.config import RunConfig
-from minillm.errors import Alarmed, DataError, NonFinite, RunExists
-from minillm.measures import LENGTH_BUCKETS, ratios_of, reference_bucket, temperature_key
+from minillm.errors import DataError
 from minillm.ranks import Ranks
-from minillm.report_files import read_course, read_samples
-from minillm.results import versions
 from minillm.rows import counted
-from minillm.statistics import mean_over_seeds
-from minillm.store import RunFolder, make_folder
+from minillm.store import make_folder
 from minillm.study.cells import Asked, asked, code_digest, differs, forget_digests, sort_out, write_cell
 from minillm.study.config import StudyConfig
+from minillm.study.make import log_into, make, make_model
+from minillm.study.tuning import tune, untuned
 
 SHOWN = ("validity", "rouge_l", "reverse_kl")
 """Measures in the line of a finished cell, where it has them."""
@@ -41,15 +34,16 @@ def run_study(
     if ranks.first:
         make_folder(Path(study.results), setting="results")
     code_digest()  # of the code that runs, before anybody changes it
+    _tune(study, arms, again=again, ranks=ranks, say=tell)
     todo = _todo(study, arms=arms, seeds=seeds, again=again, say=tell)
     began, made = time.monotonic(), set[str]()
     for number, wanted in enumerate(todo, start=1):
-        with _log_into(Path(wanted.run.out) / f"{wanted.run.name}.log", first=ranks.first):
+        with log_into(Path(wanted.run.out) / f"{wanted.run.name}.log", first=ranks.first):
             for needed in (wanted.teacher, wanted.student):
                 if needed is not None and needed.name not in made:
-                    _make_model(needed, ranks=ranks)
+                    make_model(needed, ranks=ranks)
                     made.add(needed.name)
-            found = _make(wanted.run, ranks=ranks)
+            found = make(wanted.run, ranks=ranks)
         forget_digests()
         if differs({"config": wanted.config, "made_from": wanted.made_from}, asked(study, wanted.arm, wanted.seed)):
             raise DataError(f"{wanted.file}: its recipe, models or data changed while it was made; it is not kept")
@@ -61,16 +55,13 @@ def run_study(
         ranks.barrier()
 
 
-def _make_model(needed: RunConfig, *, ranks: Ranks) -> None:
-    """A teacher or student of the study's own, unless it is there; only one of several processes makes it."""
-    folder = Path(needed.out) / needed.name
-    with _alone(folder.with_name(f".{folder.name}.lock"), ranks=ranks):
-        try:
-            api.distill(needed)
-        except RunExists as error:  # of another recipe, or from other data, than now
-            if ranks.first:
-                print(f"made anew: {error}", flush=True)
-            api.distill(needed, fresh=True)
+def _tune(study: StudyConfig, arms: Sequence[str], *, again: bool, ranks: Ranks, say: Callable[[str], None]) -> None:
+    """Settles what the budget and the search leave open, for the arms where that is not there."""
+    open_arms = {arm: [] for arm in arms} if again and study.tunes else untuned(study, arms)
+    for arm, changed in open_arms.items():
+        if changed:
+            say(f"{study.tuning_file(arm)}: made again, since it differs in {', '.join(changed)}")
+        tune(study, arm, ranks=ranks, say=say)
 
 
 def _todo(
@@ -91,79 +82,6 @@ def _todo(
     return [wanted for wanted, _ in lacking]
 
 
-def _make(config: RunConfig, *, ranks: Ranks) -> dict[str, Any]:
-    """Trains and evaluates one cell: what it found, or why it failed."""
-    folder = RunFolder(Path(config.out) / config.name, writes=False)
-    training = config.model_copy(update={"data": config.data.model_copy(update={"test": None})})
-    out, began, reason = folder.path / "evaluation", time.process_time(), None
-    spent: float | None = None
-    try:
-        api.distill(training, fresh=True)
-        spent = time.process_time() - began
-        api.evaluate(folder.student, config, out=out, fresh=True)
-    except (NonFinite, Alarmed) as error:
-        reason = f"{type(error).__name__}: {error}".split("\n")[0]
-    spent = time.process_time() - began if spent is None else spent
-    cpu_seconds = round(float(ranks.sum([spent])[0]), 1)
-    found: dict[str, Any] = {
-        "state": "done" if reason is None else "failed", "reason": reason, "date": time.strftime("%Y-%m-%d"),
-        "training": {"cpu_seconds": cpu_seconds, "ranks": ranks.size, **_course(folder.path / "metrics.jsonl")},
-        "versions": versions(),
-    }  # fmt: skip
-    if reason is None:
-        found["temperatures"] = _measures(read_samples(out))
-    return found
-
-
-def _course(metrics: Path) -> dict[str, Any]:
-    """What a cell's log says of its training: how much, the validations, which alarms first rang when."""
-    kinds: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "alarm": []}
-    for line in read_course(metrics).rows if metrics.is_file() else ():  # none where the first step failed
-        kinds[line["kind"]].append(line)
-    alarms: dict[str, int] = {}
-    for line in kinds["alarm"]:
-        alarms.setdefault(line["name"], line["step"])
-    train, dropped = kinds["train"], {"kind", "stage", "seconds", "update"}
-    return {
-        "steps": len(train),
-        "updates": train[-1]["update"] if train else 0,
-        "tokens": round(sum(line["tokens"] for line in train)),
-        "alarms": alarms,
-        "validations": [
-            {name: _short(value) for name, value in line.items() if name not in dropped and value is not None}
-            for line in kinds["validation"]
-        ],
-    }
-
-
-def _measures(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means at each temperature, of all prompts and by the length of the reference."""
-    found: dict[str, Any] = {}
-    for key in dict.fromkeys(temperature_key(row["temperature"]) for row in samples):
-        rows = [row for row in samples if temperature_key(row["temperature"]) == key]
-        buckets = {name: [row for row in rows if reference_bucket(row) == name] for name in LENGTH_BUCKETS}
-        found[key] = {
-            **_means(rows),
-            "by_length": {name: {"prompts": _prompts(own), **_means(own)} for name, own in buckets.items() if own},
-        }
-    return found
-
-
-def _prompts(rows: Sequence[dict[str, Any]]) -> int:
-    return len({row["uid"] for row in rows})
-
-
-def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Those that there are: of responses of a word or two, say, there is no distinct-4."""
-    means = {name: mean_over_seeds(ratio) for name, ratio in ratios_of(rows).items()}
-    return {name: _short(mean) for name, mean in means.items() if not math.isnan(mean)}
-
-
-def _short(value: float) -> float:
-    """Five significant digits: more than any of these figures is sure of."""
-    return float(f"{value:.5g}")
-
-
 def _in_words(found: dict[str, Any]) -> str:
     training = found["training"]
     if found["reason"] is not None:
@@ -175,28 +93,3 @@ def _in_words(found: dict[str, Any]) -> str:
 
 def _quiet(line: str) -> None:
     """For the ranks that do not speak."""
-
-
-@contextlib.contextmanager
-def _alone(lock: Path, *, ranks: Ranks) -> Iterator[None]:
-    """No other process is inside at the same time; the first rank waits for all of its own."""
-    if ranks.first:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        if ranks.first:
-            file = stack.enter_context(lock.open("w"))
-            fcntl.flock(file, fcntl.LOCK_EX)  # closing the file lets go of it
-        ranks.barrier()
-        yield
-        ranks.barrier()
-
-
-@contextlib.contextmanager
-def _log_into(file: Path, *, first: bool) -> Iterator[None]:
-    """What the cell's runs print goes into a file beside their folder."""
-    if not first:
-        yield
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-        yield

@@ -15,6 +15,7 @@ from typing import Any
 from minillm.measures import MEASURES
 from minillm.study.cells import sort_out
 from minillm.study.config import StudyConfig
+from minillm.study.tuning import untuned
 
 T_975 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
 """The 97.5 % point of Student's t by degrees of freedom, from 0."""
@@ -31,6 +32,8 @@ def read_cells(study: StudyConfig) -> tuple[dict[str, dict[int, dict[str, Any]]]
     for (arm, seed), cell in there.items():
         found[arm][seed] = cell
     notes = [f"{at.file}: left out, since it differs in {', '.join(names)}" for at, names in lacking if names]
+    stale = {arm: changed for arm, changed in untuned(study, list(study.arms)).items() if changed}
+    notes += [f"{study.tuning_file(arm)}: out of date, since it differs in {', '.join(c)}" for arm, c in stale.items()]
     if older:
         notes.append(f"{older} cells were made by another version of the code")
     return found, notes

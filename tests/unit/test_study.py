@@ -154,14 +154,14 @@ def test_what_a_cell_is_made_from_includes_what_names_stand_for(place: Path, fin
 
 def test_a_recipe_that_changes_while_a_cell_is_made_spoils_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = load_study(study_file(place, name="spoilt", student=None, seeds=[1], arms={"short": {}}))
-    recipe, made = place / "distil.yaml", run_module._make
+    recipe, made = place / "distil.yaml", run_module.make
     text = recipe.read_text(encoding="utf-8")
 
     def meanwhile(config: RunConfig, *, ranks: Ranks) -> dict[str, Any]:
         recipe.write_text(text.replace("steps: 2", "steps: 4"), encoding="utf-8")
         return made(config, ranks=ranks)
 
-    monkeypatch.setattr(run_module, "_make", meanwhile)
+    monkeypatch.setattr(run_module, "make", meanwhile)
     try:
         with pytest.raises(DataError, match="changed while it was made"):
             make(study)

@@ -1,0 +1,132 @@
+"""Making one cell: its models, its training, its evaluation, and what its log says of them."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from minillm import api
+from minillm.config import RunConfig
+from minillm.errors import Alarmed, NonFinite, RunExists
+from minillm.measures import LENGTH_BUCKETS, ratios_of, reference_bucket, temperature_key
+from minillm.ranks import Ranks
+from minillm.report_files import read_course, read_samples
+from minillm.results import versions
+from minillm.statistics import mean_over_seeds
+from minillm.store import RunFolder
+
+
+def make_model(needed: RunConfig, *, ranks: Ranks) -> None:
+    """A teacher or student of the study's own, unless it is there; only one of several processes makes it."""
+    folder = Path(needed.out) / needed.name
+    with _alone(folder.with_name(f".{folder.name}.lock"), ranks=ranks):
+        try:
+            api.distill(needed)
+        except RunExists as error:  # of another recipe, or from other data, than now
+            if ranks.first:
+                print(f"made anew: {error}", flush=True)
+            api.distill(needed, fresh=True)
+
+
+def make(config: RunConfig, *, ranks: Ranks, evaluated: bool = True) -> dict[str, Any]:
+    """Trains one cell, and evaluates it: what it found, or why it failed."""
+    folder = RunFolder(Path(config.out) / config.name, writes=False)
+    training = config.model_copy(update={"data": config.data.model_copy(update={"test": None})})
+    out, began, reason = folder.path / "evaluation", time.process_time(), None
+    spent: float | None = None
+    try:
+        api.distill(training, fresh=True)
+        spent = time.process_time() - began
+        if evaluated:
+            api.evaluate(folder.student, config, out=out, fresh=True)
+    except (NonFinite, Alarmed) as error:
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+    spent = time.process_time() - began if spent is None else spent
+    cpu_seconds = round(float(ranks.sum([spent])[0]), 1)
+    found: dict[str, Any] = {
+        "state": "done" if reason is None else "failed", "reason": reason, "date": time.strftime("%Y-%m-%d"),
+        "training": {"cpu_seconds": cpu_seconds, "ranks": ranks.size, **_course(folder.path / "metrics.jsonl")},
+        "versions": versions(),
+    }  # fmt: skip
+    if reason is None and evaluated:
+        found["temperatures"] = _measures(read_samples(out))
+    return found
+
+
+def _course(metrics: Path) -> dict[str, Any]:
+    """What a cell's log says of its training: how much, the validations, which alarms first rang when."""
+    kinds: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "alarm": []}
+    for line in read_course(metrics).rows if metrics.is_file() else ():  # none where the first step failed
+        kinds[line["kind"]].append(line)
+    alarms: dict[str, int] = {}
+    for line in kinds["alarm"]:
+        alarms.setdefault(line["name"], line["step"])
+    train, dropped = kinds["train"], {"kind", "stage", "seconds", "update"}
+    return {
+        "steps": len(train),
+        "updates": train[-1]["update"] if train else 0,
+        "tokens": round(sum(line.get("response_tokens", line["tokens"]) for line in train)),
+        "alarms": alarms,
+        "validations": [
+            {name: _short(value) for name, value in line.items() if name not in dropped and value is not None}
+            for line in kinds["validation"]
+        ],
+    }
+
+
+def _measures(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means at each temperature, of all prompts and by the length of the reference."""
+    found: dict[str, Any] = {}
+    for key in dict.fromkeys(temperature_key(row["temperature"]) for row in samples):
+        rows = [row for row in samples if temperature_key(row["temperature"]) == key]
+        buckets = {name: [row for row in rows if reference_bucket(row) == name] for name in LENGTH_BUCKETS}
+        found[key] = {
+            **_means(rows),
+            "by_length": {name: {"prompts": _prompts(own), **_means(own)} for name, own in buckets.items() if own},
+        }
+    return found
+
+
+def _prompts(rows: Sequence[dict[str, Any]]) -> int:
+    return len({row["uid"] for row in rows})
+
+
+def _means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Those that there are: of responses of a word or two, say, there is no distinct-4."""
+    means = {name: mean_over_seeds(ratio) for name, ratio in ratios_of(rows).items()}
+    return {name: _short(mean) for name, mean in means.items() if not math.isnan(mean)}
+
+
+def _short(value: float) -> float:
+    """Five significant digits: more than any of these figures is sure of."""
+    return float(f"{value:.5g}")
+
+
+@contextlib.contextmanager
+def _alone(lock: Path, *, ranks: Ranks) -> Iterator[None]:
+    """No other process is inside at the same time; the first rank waits for all of its own."""
+    if ranks.first:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if ranks.first:
+            file = stack.enter_context(lock.open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)  # closing the file lets go of it
+        ranks.barrier()
+        yield
+        ranks.barrier()
+
+
+@contextlib.contextmanager
+def log_into(file: Path, *, first: bool) -> Iterator[None]:
+    """What the cell's runs print goes into a file beside their folder."""
+    if not first:
+        yield
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        yield

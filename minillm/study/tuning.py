@@ -1,0 +1,181 @@
+"""What is settled for an arm before its cells are made: as many steps as the budget has, and the best of a few values
+of one setting. Kept beside the cells, and not made again while what it was made from stays.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minillm.config import RunConfig
+from minillm.errors import ConfigError, DataError
+from minillm.measures import temperature_key
+from minillm.ranks import Ranks
+from minillm.report_files import read_course
+from minillm.stage_base import BETTER
+from minillm.store import make_folder, record_text, write_text
+from minillm.study.cells import SCHEMA, Asked, code_digest, differs, made_from
+from minillm.study.config import BudgetConfig, SearchConfig, StudyConfig
+from minillm.study.make import log_into, make, make_model
+
+NEEDED = {"settings", "config", "made_from", "asked"}
+
+
+def untuned(study: StudyConfig, arms: Sequence[str]) -> dict[str, list[str]]:
+    """The arms that have to be tuned, each with what changed since it was (nothing where it never was)."""
+    found: dict[str, list[str]] = {}
+    for arm in arms if study.tunes else ():
+        stored = _stored(study.tuning_file(arm))
+        if stored is None:
+            found[arm] = []
+            continue
+        wanted = _asked(study, arm)
+        changed = differs(stored, wanted) + ([] if stored["asked"] == _question(study) else ["budget or search"])
+        if changed:
+            found[arm] = changed
+    return found
+
+
+def tune(study: StudyConfig, arm: str, *, ranks: Ranks, say: Callable[[str], None]) -> None:
+    """Makes the pilot and the tries of an arm and keeps what they found.
+
+    Raises ``ConfigError`` where not one step fits the budget, or every try fails.
+    """
+    wanted = _asked(study, arm)
+    settings: dict[str, Any] = {}
+    found: dict[str, Any] = {}
+    with log_into(Path(wanted.run.out) / f"{wanted.run.name}.log", first=ranks.first):
+        for needed in (wanted.teacher, wanted.student):
+            if needed is not None:
+                make_model(needed, ranks=ranks)
+        if study.budget is not None:
+            found["pilot"] = _pilot(study, arm, study.budget, ranks=ranks)
+            settings |= found["pilot"]["settings"]
+        if study.search is not None:
+            found["tries"] = _tries(study, arm, study.search, settings, ranks=ranks)
+    if study.search is not None:
+        best = _best(found["tries"], study.search, arm=arm)
+        settings[study.search.setting] = best
+        edge = best in {min(study.search.values), max(study.search.values)}
+        say(f"tuned {arm}: {_in_words(settings)}" + (", at the edge of what was tried" if edge else ""))
+    else:
+        say(f"tuned {arm}: {_in_words(settings)}")
+    if ranks.first:
+        file = study.tuning_file(arm)
+        make_folder(file.parent, setting="results")
+        record = {
+            "schema": SCHEMA, "arm": arm, "settings": settings, **found, "asked": _question(study),
+            "made_from": wanted.made_from, "code": code_digest(), "config": wanted.config,
+        }  # fmt: skip
+        write_text(file, record_text(record))
+    ranks.barrier()
+
+
+def _question(study: StudyConfig) -> dict[str, Any]:
+    """What tuning is asked, as JSON has it."""
+    asked = study.model_dump(mode="json", include={"budget", "search"})
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def _asked(study: StudyConfig, arm: str) -> Asked:
+    """The run of an arm before it is tuned, at the seed of the tries."""
+    seed = study.seeds[0] if study.search is None else study.search.seed
+    run = study.arm_config(arm, seed, name=study.run_name("tuning", arm), changes={})
+    teacher = study.teacher_config() if study.makes(arm, "teacher") else None
+    student = study.student_config(seed) if study.makes(arm, "student") else None
+    return Asked(
+        arm=arm, seed=seed, file=study.tuning_file(arm), run=run, teacher=teacher, student=student,
+        made_from=made_from(run, student=student, teacher=teacher),
+    )  # fmt: skip
+
+
+def _stored(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file}: not JSON: {error}; move it away") from error
+    if not isinstance(stored, dict) or not stored.keys() >= NEEDED:
+        raise DataError(f"{file}: not what tuning of a study found; move it away")
+    return stored
+
+
+def _pilot(study: StudyConfig, arm: str, budget: BudgetConfig, *, ranks: Ranks) -> dict[str, Any]:
+    """How many steps of the last stage the budget has, from what a few of them cost."""
+    seed = study.seeds[0] if study.search is None else study.search.seed
+    plain = study.arm_config(arm, seed, name=study.run_name("tuning", arm, "pilot"), changes={})
+    at = f"stages.{len(plain.stages) - 1}"
+    stage = plain.stages[-1]
+    short = {f"{at}.steps": budget.pilot, f"{at}.optimiser.warmup_steps": 0}
+    if stage.validate_every > 0:  # once, at the end: a stage may need that it validates
+        short[f"{at}.validate_every"] = budget.pilot
+    run = study.arm_config(arm, seed, name=plain.name, changes=short)
+    made = make(run, ranks=ranks, evaluated=False)
+    lines = [line for line in _train_lines(run) if line["stage"] == stage.name]
+    if len(lines) < budget.pilot:
+        why = made["reason"] or f"{len(lines)} steps were made; see {run.out}/{run.name}"
+        raise ConfigError(f"arm {arm}: its pilot of {budget.pilot} steps failed: {why}")
+    cost = {
+        "updates": stage.updates_per_step,
+        "tokens": sum(line.get("response_tokens", line["tokens"]) for line in lines) / len(lines),
+        # From the first step's end on: it loads and warms up what the others find ready.
+        "seconds": (lines[-1]["seconds"] - lines[0]["seconds"]) / (len(lines) - 1),
+    }[budget.unit]
+    steps = math.floor(budget.amount / cost + 1e-9)
+    if steps < 1:
+        raise ConfigError(
+            f"arm {arm}: a step costs {cost:.4g} {budget.unit}, and the budget has {budget.amount:g}; "
+            "give it more, or the arm smaller steps"
+        )
+    return {"steps": budget.pilot, f"{budget.unit}_per_step": cost, "settings": {f"{at}.steps": steps}}
+
+
+def _tries(
+    study: StudyConfig, arm: str, search: SearchConfig, settings: Mapping[str, Any], *, ranks: Ranks
+) -> list[dict[str, Any]]:
+    """Every value, and what it came to on the validation prompts; None where its training failed."""
+    found = []
+    for number, value in enumerate(search.values):
+        run = study.arm_config(
+            arm, search.seed, name=study.run_name("tuning", arm, f"try_{number}"),
+            changes={**settings, search.setting: value},
+        )  # fmt: skip
+        made = make(_judged_by_validation(run), ranks=ranks)
+        measured = None
+        if made["state"] == "done":
+            key = temperature_key(run.evaluation.temperatures[0])
+            measured = made["temperatures"][key].get(search.metric)
+            if measured is None:
+                raise ConfigError(f"search.metric {search.metric!r}: arm {arm} has no such measure")
+        found.append({"value": value, search.metric: measured, "reason": made["reason"]})
+    return found
+
+
+def _best(tries: Sequence[Mapping[str, Any]], search: SearchConfig, *, arm: str) -> float:
+    lasting = {each["value"]: each[search.metric] for each in tries if each[search.metric] is not None}
+    if not lasting:
+        raise ConfigError(f"arm {arm}: every value of {search.setting} failed: {tries[0]['reason']}")
+    pick = max if BETTER[search.metric] == "max" else min
+    return float(pick(lasting, key=lambda value: lasting[value]))
+
+
+def _judged_by_validation(run: RunConfig) -> RunConfig:
+    """The run with its validation prompts in the place of the test's, one sample each at the first temperature."""
+    data = run.data.model_copy(update={"test": run.data.validation, "test_limit": run.data.validation_limit})
+    once = run.evaluation.model_copy(
+        update={"seeds": run.evaluation.seeds[:1], "temperatures": run.evaluation.temperatures[:1]}
+    )
+    return run.model_copy(update={"data": data, "evaluation": once})
+
+
+def _train_lines(run: RunConfig) -> list[dict[str, Any]]:
+    rows = read_course(Path(run.out) / run.name / "metrics.jsonl").rows
+    return [line for line in rows if line["kind"] == "train"]
+
+
+def _in_words(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{path} {value:g}" for path, value in settings.items())

@@ -1,0 +1,152 @@
+"""Promises: a budget sets the steps of every arm, a search tries the same values for each, and both are kept and not
+made again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minillm.errors import ConfigError, DataError
+from minillm.ranks import Ranks
+from minillm.study import tuning
+from minillm.study.config import StudyConfig, load_study
+from minillm.study.table import read_cells
+from minillm.study.tuning import tune, untuned
+from tests.unit.test_study import make, place, study_file
+
+__all__ = ["place"]  # a fixture
+WILD = 1e30
+"""A learning rate that wrecks its run."""
+ARMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "twice": {"stages.0.inner_epochs": 2},
+    "supervised": {"stages": [{"kind": "sft", "steps": 2, "batch": 4, "optimiser": {"lr": 1e-2}}]},
+}
+
+
+def study(place: Path, name: str, **changes: Any) -> StudyConfig:
+    values = {"name": name, "student": None, "arms": ARMS, "compare_with": "plain", "seeds": [1], **changes}
+    return load_study(study_file(place, **values))
+
+
+def settle(chosen: StudyConfig, arm: str) -> dict[str, Any]:
+    tune(chosen, arm, ranks=Ranks(), say=lambda line: None)
+    return dict(json.loads(chosen.tuning_file(arm).read_text(encoding="utf-8")))
+
+
+def test_updates_are_counted_without_guessing(place: Path) -> None:
+    chosen = study(place, "updates", budget={"unit": "updates", "amount": 7, "pilot": 2})
+    steps = {arm: settle(chosen, arm)["settings"]["stages.0.steps"] for arm in ARMS}
+    assert steps == {"plain": 7, "twice": 3, "supervised": 7}
+
+
+def test_tokens_are_those_of_responses_each_counted_once(place: Path) -> None:
+    chosen = study(place, "tokens", budget={"unit": "tokens", "amount": 1000, "pilot": 3})
+    for arm in ARMS:
+        found = settle(chosen, arm)
+        cost, steps = found["pilot"]["tokens_per_step"], found["settings"]["stages.0.steps"]
+        assert steps * cost <= 1000 < (steps + 1) * cost
+        rows = 4 if arm == "supervised" else 8
+        assert rows <= cost <= rows * 6  # of six tokens at most; without the prompts
+    assert settle(chosen, "plain")["pilot"]["tokens_per_step"] == pytest.approx(
+        settle(chosen, "twice")["pilot"]["tokens_per_step"], rel=0.3
+    )
+
+
+def test_seconds_leave_out_what_a_run_starts_with(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = study(place, "seconds", budget={"unit": "seconds", "amount": 10, "pilot": 3})
+    lines = [{"kind": "train", "stage": "minillm", "seconds": s, "tokens": 1} for s in (50.0, 50.5, 51.0)]
+    monkeypatch.setattr(tuning, "_train_lines", lambda run: lines)
+    assert settle(chosen, "plain")["settings"]["stages.0.steps"] == 20
+
+
+def test_a_budget_that_holds_no_step_is_told(place: Path) -> None:
+    chosen = study(place, "small", budget={"unit": "tokens", "amount": 1, "pilot": 2})
+    with pytest.raises(ConfigError, match=r"arm plain: a step costs .* tokens, and the budget has 1; give it more"):
+        settle(chosen, "plain")
+
+
+@pytest.fixture(scope="module")
+def searched(place: Path) -> StudyConfig:
+    prompts = str(place / "prompts.jsonl")
+    settings = {"data.validation": prompts, "data.validation_limit": 6, "stages.0.steps": 3}
+    return study(
+        place, "searched", settings=settings, arms={"plain": {}, "twice": ARMS["twice"]},
+        search={"values": [1e-8, 3e-2, WILD], "metric": "reverse_kl"},
+    )  # fmt: skip
+
+
+def test_a_search_takes_the_value_that_is_best_on_validation(searched: StudyConfig) -> None:
+    found = settle(searched, "plain")
+    assert [each["value"] for each in found["tries"]] == [1e-8, 3e-2, WILD]
+    idle, good, wild = (each["reverse_kl"] for each in found["tries"])
+    assert wild is None and found["tries"][2]["reason"]
+    assert good < idle
+    assert found["settings"] == {"stages.0.optimiser.lr": 3e-2}
+    assert searched.cell_config("plain", 1).stages[0].optimiser.lr == 3e-2
+    assert searched.cell_config("twice", 1).stages[0].optimiser.lr == 1e-2  # not tuned yet: the recipe's
+
+
+def test_cells_are_made_with_what_was_found_and_nothing_twice(searched: StudyConfig) -> None:
+    make(searched)
+    cells, notes = read_cells(searched)
+    assert not notes
+    assert all(cell["config"]["stages"][0]["optimiser"]["lr"] == 3e-2 for of in cells.values() for cell in of.values())
+    again = make(searched)
+    assert not any("tuned" in line for line in again)
+    assert again[-1].endswith("0 cells to make, 2 there already")
+
+
+def test_another_question_is_tuned_anew_and_told(place: Path, searched: StudyConfig) -> None:
+    make(searched)
+    other = searched.model_copy(
+        update={"search": searched.search.model_copy(update={"values": (1e-8, 2e-2)})}  # type: ignore[union-attr]
+    )
+    assert untuned(other, ["plain"]) == {"plain": ["budget or search"]}
+    assert untuned(searched, ["plain"]) == {}
+    changed = searched.model_copy(update={"settings": {**searched.settings, "stages.0.steps": 4}})
+    assert untuned(changed, ["plain"]) == {"plain": ["stages.0.steps"]}
+    _, notes = read_cells(other)
+    assert any("out of date, since it differs in budget or search" in note for note in notes)
+
+
+def test_if_every_value_fails_the_arm_is_named(place: Path) -> None:
+    prompts = str(place / "prompts.jsonl")
+    chosen = study(
+        place, "wild", settings={"data.validation": prompts, "data.validation_limit": 4, "stages.0.inner_epochs": 2},
+        arms={"plain": {}}, search={"values": [WILD, 10 * WILD]},
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"arm plain: every value of stages\.0\.optimiser\.lr failed: NonFinite"):
+        settle(chosen, "plain")
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"search": {"values": [1e-3]}}, "values: got .0.001., wanted at least two"),
+        ({"search": {"values": [1e-3, 2e-3], "metric": "mean_length"}}, "wanted a measure of text with a better side"),
+        ({"search": {"values": [1e-3, 2e-3], "seed": 1}}, "search.seed 1 is one of the study's"),
+        ({"search": {"values": [1e-3, 2e-3], "setting": "stages.0.lrr"}}, "stages.0.lrr: no setting of this name"),
+        ({"search": {"values": [1e-3, 2e-3]}}, "has no data.validation; a search needs prompts to judge by"),
+        ({"budget": {"unit": "epochs", "amount": 1}}, "budget.unit: got 'epochs'"),
+        (
+            {"budget": {"unit": "updates", "amount": 5, "pilot": 1}},
+            "pilot: got 1, wanted a number of at least 2",
+        ),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(place: Path, changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        study(place, "wrong", **changes)
+
+
+def test_a_file_that_is_no_tuning_is_told(place: Path) -> None:
+    chosen = study(place, "broken", budget={"unit": "updates", "amount": 5})
+    chosen.tuning_file("plain").parent.mkdir(parents=True)
+    for text in ("{", "[]", "{}"):
+        chosen.tuning_file("plain").write_text(text, encoding="utf-8")
+        with pytest.raises(DataError, match="move it away"):
+            untuned(chosen, ["plain"])
