@@ -101,6 +101,8 @@ class DataConfig(Settings):
     """What happens to rows that cannot be read: stop, or leave them out; counted and printed."""
     max_broken: Whole = 0
     """Most rows that 'broken: skip' may leave out."""
+    train_responses: Count | None = None
+    """Use the responses of the first N rows of train; all others are prompts alone. All have theirs where not given."""
     validation_limit: Count | None = None
     """Use the first N rows of the validation split; all where not given."""
     test_limit: Count | None = None

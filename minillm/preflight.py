@@ -3,6 +3,7 @@ files."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -163,6 +164,10 @@ def read_split(
     if limit is not None and limit < len(rows):
         words.append(f"{name}: the first {limit:,} of {len(rows):,} rows (limit set by data.{name}_limit)")
         rows = rows[:limit]
+    kept = data.train_responses
+    if name == "train" and kept is not None and kept < len(rows):
+        rows = [*rows[:kept], *(dataclasses.replace(row, responses=()) for row in rows[kept:])]
+        words.append(f"train: the responses of the first {kept:,} rows (set by data.train_responses)")
     prompts, report = _prepared(rows, config, pair=pair, need_response=need_response, name=name)
     return Split(source=source, prompts=prompts, sha256=data_hash(prompts), words=(*words, str(report)))
 

@@ -89,7 +89,11 @@ def stage(**changes: Any) -> MinillmStage:
         ("stages=[]", "stages: got an empty list, wanted at least one stage"),
         ("stages=[3]", "stages.0: got 3, wanted a mapping of names to values"),
         ("stages=[{}]", "stages.0: 'kind' is missing"),
-        ("stages.0.kind=minilm", "stages.0.kind: got 'minilm', wanted 'sft', 'minillm'; did you mean 'minillm'?"),
+        (
+            "stages.0.kind=minilm",
+            "stages.0.kind: got 'minilm', wanted 'sft', 'kd', 'imitkd', 'gkd', 'rkl', 'skew_fkl', 'skew_rkl', 'minillm'; "
+            "did you mean 'minillm'?",
+        ),
         ("stages.0.importance=coins", "'per_decision' or 'truncated'; did you mean 'coin'?"),
         ("evaluation.seeds=[]", "evaluation.seeds: got an empty list"),
         ("evaluation.seeds=[1,1]", "evaluation.seeds: got [1, 1], wanted each value once"),

@@ -21,6 +21,7 @@ from minillm.distillation import Distil
 from minillm.engines import Teacher
 from minillm.errors import ConfigError, UnsupportedCombination
 from minillm.objectives import Minillm
+from minillm.preflight import check_pair, read_split
 from minillm.references import References
 from minillm.text_mix import FollowedShare, Replay, Written, sources
 from minillm.text_stages import (
@@ -34,6 +35,7 @@ from minillm.text_stages import (
     SkewRklStage,
 )
 from minillm.types import Decoding, Example, Prompt
+from tests import tiny
 from tests.unit.test_objectives import IDS, OPTIMISER, PLAIN, RANKS, REAL, Work, folder, prompts, teacher
 
 __all__ = ["folder", "prompts", "teacher"]  # fixtures
@@ -292,3 +294,22 @@ def test_a_step_of_few_own_rows_still_works(folder: Path, prompts: list[Prompt],
             with work.objective.learning(text, work.student) as updates:
                 for update in updates:
                     assert work.student.update(update.losses)[0] > 0
+
+
+@pytest.mark.parametrize("limit", [2, 5, 100])
+def test_responses_may_be_fewer_than_prompts(limit: int, folder: Path, tmp_path: Path) -> None:
+    rows = tiny.save_prompts(tmp_path / "prompts.jsonl")
+    config = tiny.minillm_config(
+        tmp_path, teacher=folder / "teacher", student=folder / "student", prompts=rows,
+        run_data={"train": str(rows), "max_prompt_tokens": 8, "train_responses": limit},
+    )  # fmt: skip
+    pair = check_pair(config)
+    split = read_split(config, str(rows), pair=pair, name="train", need_response=False)
+    answered = [bool(prompt.response_ids) for prompt in split.prompts]
+    kept = min(limit, len(answered))
+    assert answered == [True] * kept + [False] * (len(answered) - kept)
+    said = any(f"the responses of the first {limit} rows (set by data.train_responses)" in line for line in split.words)
+    assert said == (limit < len(answered))
+    # Validation and test keep all of theirs.
+    test = read_split(config, str(rows), pair=pair, name="test", need_response=False)
+    assert all(prompt.response_ids for prompt in test.prompts)
