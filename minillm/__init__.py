@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from minillm.api import build_report, distill, evaluate
+    from minillm.api import build_report, distill, evaluate, generate
     from minillm.config import RunConfig, dump_config, load_config
 
-__all__ = ["RunConfig", "__version__", "build_report", "distill", "dump_config", "evaluate", "load_config"]
+__all__ = ["RunConfig", "__version__", "build_report", "distill", "dump_config", "evaluate", "generate", "load_config"]
 
 
 def __getattr__(name: str) -> Any:
@@ -30,7 +30,7 @@ def __getattr__(name: str) -> Any:
         from minillm import report
 
         return report.build_report
-    if name in {"distill", "evaluate"}:
+    if name in {"distill", "evaluate", "generate"}:
         from minillm import api
 
         return getattr(api, name)

@@ -11,6 +11,7 @@ from minillm.config import RunConfig, Stage, dump_config
 from minillm.engines import Student, Teacher
 from minillm.errors import DataError, RunExists
 from minillm.evaluation import Record, validator
+from minillm.generation import generate
 from minillm.model_card import CardFacts, render
 from minillm.models import fingerprint, inspect
 from minillm.preflight import Anchor, Pair, Split, check_pair, read_anchor, read_split
@@ -322,4 +323,4 @@ def _say(ranks: Ranks, line: str) -> None:
         print(line, flush=True)
 
 
-__all__ = ["Record", "build_report", "distill", "evaluate"]
+__all__ = ["Record", "build_report", "distill", "evaluate", "generate"]

@@ -35,6 +35,8 @@ Examples:
   minillm evaluate runs/mine/student --out runs/mine/again \\
     --config recipes/quickstart/minillm.yaml
   minillm report a=runs/a b=runs/b --difference a,b --out runs/a-and-b
+  minillm generate runs/quickstart/teacher/student --out taught.jsonl \\
+    --config recipes/quickstart/minillm.yaml
   minillm world --out world
   minillm diagnose --config recipes/quickstart/minillm.yaml \\
     student=runs/mine/student --prompts 128
@@ -141,6 +143,35 @@ def evaluate(
     from minillm import api
 
     api.evaluate(model, settings, out=out, fresh=fresh)
+
+
+@app.command()
+def generate(  # noqa: PLR0917 (typer reads options from parameters)
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a teacher card or a hub name.")],
+    config: Config,
+    out: Annotated[Path, typer.Option("--out", help="File of rows to write, ending in .jsonl.")],
+    overrides: Overrides = None,
+    split: Annotated[str, typer.Option("--split", help="Whose prompts: train, validation or test.")] = "train",
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Responses to each prompt.")] = 1,
+    keep_cut: Annotated[
+        bool, typer.Option("--keep-cut", help="Also write responses that were cut or are empty.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over: replace the file that is there.")] = False,
+) -> None:
+    """Have a model answer prompts, as rows to train on.
+
+    The prompts are those of a configuration's split, drawn as its decoding section says. The file says beside it, in
+    FILE.manifest.json, which weights wrote it. Interrupted, the same command goes on where it stopped.
+
+    \b
+    Example:
+      minillm generate runs/quickstart/teacher/student --split train \\
+        --out taught.jsonl --config recipes/quickstart/minillm.yaml
+    """
+    settings = _load(config, overrides)
+    from minillm import api
+
+    api.generate(model, settings, out=out, split=split, samples=samples, keep_cut=keep_cut, fresh=fresh)
 
 
 @app.command()
@@ -332,7 +363,8 @@ def _guarded(command: Callable[..., object]) -> int:
     # typer turns an interruption that reaches it into this code.
     if result == INTERRUPTED:
         print(
-            "interrupted; the same command starts from the beginning again (a study keeps its finished cells)",
+            "interrupted; the same command starts from the beginning again "
+            "(a study keeps its finished cells, generate its answers)",
             file=sys.stderr,
         )
     return result if isinstance(result, int) else 0

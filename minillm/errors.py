@@ -24,6 +24,10 @@ class DataError(MinillmError, ValueError):
     """A prompt file is missing, broken or holds nothing that can be used."""
 
 
+class ManifestError(DataError):
+    """Generated text has no manifest, a broken one, or one that was written with other text."""
+
+
 class ModelError(MinillmError, ValueError):
     """A model folder cannot be read safely, or its model cannot do what the run asks of it."""
 

@@ -84,22 +84,10 @@ def check_pair(config: RunConfig, *, student: str | None = None) -> Pair:
             f"student {student_card.name}: placement {student_card.placement!r} is a teacher's setting; where "
             "a student's weights live is engine.student's to say (zero0 to zero3); take it out of the card"
         )
-    if teacher_card is not None and teacher_card.placement == "offload":
-        raise UnsupportedCombination(
-            f"teacher {teacher_card.name}: placement 'offload' is not built yet; wanted replicated or zero3"
-        )
-    if teacher_card is not None and teacher_card.build is not None:
-        raise ModelError(
-            f"teacher {teacher_card.name}: its card builds a model with random weights, which has nothing to teach.\n"
-            "  give a card with 'model', a model folder or a hub name"
-        )
+    if teacher_card is not None:
+        _check_teacher(teacher_card)
     student_facts = inspect(student_card)
     teacher_facts = None if teacher_card is None else inspect(teacher_card)
-    if teacher_card is not None and teacher_card.placement == "zero3" and teacher_card.dtype == "float64":
-        raise UnsupportedCombination(
-            f"teacher {teacher_card.name}: placement zero3 with dtype float64: DeepSpeed shards "
-            "float32 and bfloat16 only; set dtype: float32, or placement: replicated"
-        )
     longest = config.data.max_prompt_tokens + config.decoding.max_new_tokens
     student_facts.require_positions(longest, what="student")
     real = real_ids(student_facts.tokenizer)
@@ -112,16 +100,54 @@ def check_pair(config: RunConfig, *, student: str | None = None) -> Pair:
         teacher_rows=student_rows if teacher_facts is None else teacher_facts.config.vocab_size,
         student_rows=student_rows,
     )
-    eos = eos_ids(student_facts.tokenizer, student_facts.generation)
-    pad = student_facts.tokenizer.pad_token_id
     return Pair(
         student_card=student_card,
         student=student_facts,
         teacher_card=teacher_card,
         teacher=teacher_facts,
         real_ids=real,
-        ids=Ids(eos=eos, pad=eos[0] if pad is None else pad),
+        ids=_special_ids(student_facts),
     )
+
+
+def check_alone(config: RunConfig, model: str) -> Pair:
+    """One model that answers for itself, as both halves of a pair: its own tokenizer decides, not the run's.
+
+    Text has no ids, so it may teach a student with another vocabulary. Raises as ``check_pair`` does.
+    """
+    card = load_card(model, kind="teachers")
+    _check_teacher(card, role="model")
+    facts = inspect(card)
+    facts.require_positions(config.data.max_prompt_tokens + config.decoding.max_new_tokens, what="model")
+    real, rows = real_ids(facts.tokenizer), facts.config.vocab_size
+    check_heads(real_ids=real, teacher_rows=rows, student_rows=rows)
+    return Pair(
+        student_card=card, student=facts, teacher_card=card, teacher=facts, real_ids=real, ids=_special_ids(facts)
+    )
+
+
+def _special_ids(facts: ModelFacts) -> Ids:
+    eos = eos_ids(facts.tokenizer, facts.generation)
+    pad = facts.tokenizer.pad_token_id
+    return Ids(eos=eos, pad=eos[0] if pad is None else pad)
+
+
+def _check_teacher(card: Card, *, role: str = "teacher") -> None:
+    """Raise where a model with this card cannot teach."""
+    if card.placement == "offload":
+        raise UnsupportedCombination(
+            f"{role} {card.name}: placement 'offload' is not built yet; wanted replicated or zero3"
+        )
+    if card.build is not None:
+        raise ModelError(
+            f"{role} {card.name}: its card builds a model with random weights, which has nothing to teach.\n"
+            "  give a card with 'model', a model folder or a hub name"
+        )
+    if card.placement == "zero3" and card.dtype == "float64":
+        raise UnsupportedCombination(
+            f"{role} {card.name}: placement zero3 with dtype float64: DeepSpeed shards "
+            "float32 and bfloat16 only; set dtype: float32, or placement: replicated"
+        )
 
 
 def _check_sampling(config: RunConfig) -> None:

@@ -36,6 +36,7 @@ class Purpose(StrEnum):
     COIN = "coin"
     VALIDATION = "validation"
     EVALUATION = "evaluation"
+    GENERATION = "generation"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,8 @@ PROBES = (
 """Texts on which normalisers and pre-tokenisers are known to part ways: case, spaces, accents, digits, scripts."""
 OWN_WORDS = 200
 """How many of the vocabulary's own tokens make up one more probe."""
+_BRACKETS = set("<>[]|")
+"""In which special tokens are written."""
 _REMEDY = "both models must read the same ids: load the student with the teacher's tokenizer, or pick another pair"
 
 
@@ -55,6 +59,19 @@ def agree(teacher_tokenizer: PreTrainedTokenizerBase, student_tokenizer: PreTrai
     _agree_on_specials(pair, teacher_tokenizer, student_tokenizer)
     _agree_on_probes(pair, teacher_tokenizer, student_tokenizer)
     return count
+
+
+def identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what ``agree`` compares: tokenizers that agree have the same, in whatever files they stand.
+
+    The pad is left out, which one of two that agree may lack.
+    """
+    tokens = _tokens(tokenizer)
+    ends = (tokenizer.eos_token_id, tokenizer.bos_token_id)
+    # Nothing in brackets: that may be the pad of one, and plain text for the other.
+    own = [token for _, token in sorted(tokens.items()) if not _BRACKETS & set(token)][:OWN_WORDS]
+    read = [_probe(tokenizer, text) for text in (*PROBES, " ".join(own))]
+    return hashlib.sha256(json.dumps([sorted(tokens.items()), ends, read]).encode()).hexdigest()
 
 
 def real_ids(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -8,7 +8,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from minillm import vocabulary
 from minillm.errors import ModelError, VocabularyMismatch
-from minillm.vocabulary import agree, check_heads, eos_ids
+from minillm.vocabulary import agree, check_heads, eos_ids, identity
 
 LETTERS = [*"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 .,'!"]
 WORDS = ["<unk>", "<pad>", "<eos>", "<bos>", *LETTERS]
@@ -108,6 +108,20 @@ def test_without_the_probes_they_would_pass(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(vocabulary, "PROBES", ())
     monkeypatch.setattr(vocabulary, "OWN_WORDS", 0)
     assert agree(made(), made(lower=True)) == agree(made(), made(split=r"\S+|\s")) == len(WORDS)
+
+
+def test_tokenizers_that_agree_have_one_identity_and_others_another() -> None:
+    assert identity(made()) == identity(made(name="elsewhere")) == identity(made(pad_token=None))
+    others = [
+        made(swapped(7, 9)),
+        made([*WORDS, "ä"]),
+        made(eos_token="<bos>"),
+        made(lower=True),
+        made(split=r"\S+|\s"),
+        closed(),
+        closed(lower=True),
+    ]
+    assert len({identity(each) for each in [made(), *others]}) == len(others) + 1
 
 
 def closed(*, lower: bool = False, unknown: bool = False) -> PreTrainedTokenizerFast:

@@ -1,0 +1,311 @@
+"""Text that a model writes: its answers to the prompts of a run's split, as rows that training reads.
+
+For distillation on whole sequences: the teacher answers, and the student is trained on the answers. What is drawn
+depends on the question (``generated.Question``) and on nothing else: not on batches, ranks or interruptions.
+
+Legend: B rows of a batch, T response positions. A *cell* is (place of a prompt in its split, which of its samples).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minillm.batches import prompt_batch
+from minillm.config import RunConfig
+from minillm.decode import roll_out
+from minillm.errors import ConfigError, DataError, did_you_mean
+from minillm.generated import (
+    SUFFIX,
+    Counts,
+    Manifest,
+    Question,
+    differences,
+    manifest_of,
+    read_generated,
+    read_manifest,
+)
+from minillm.generation_parts import Answer, Cell, Parts
+from minillm.models import ModelReader, fingerprint
+from minillm.preflight import Pair, Split, check_alone, decoding_record, read_split
+from minillm.progress import Progress
+from minillm.prompts import encode
+from minillm.ranks import Ranks
+from minillm.records import Row, shown
+from minillm.results import versions
+from minillm.rows import counted, read_rows
+from minillm.stages import load_teacher
+from minillm.store import make_folder, require_writable, write_text
+from minillm.types import DrawKey, Prompt, Purpose, Stop
+from minillm.vocabulary import identity
+
+SPLITS = ("train", "validation", "test")
+OWN_FIELDS = ("row", "sample", "stop", "tokens")
+"""What each written row says of its answer, beside prompt and response."""
+
+
+def generate(
+    model: str | Path,
+    config: RunConfig,
+    *,
+    out: str | Path,
+    split: str = "train",
+    samples: int = 1,
+    keep_cut: bool = False,
+    fresh: bool = False,
+) -> Manifest:
+    """Has a model answer the prompts of a split, and writes rows to train on, with their manifest beside them.
+
+    ``config`` says which prompts, which template and how text is drawn; its models are not read. Goes on where an
+    earlier call with the same question stopped; a file that is done is left as it is. Raises ``DataError`` where
+    ``out`` holds anything else, unless ``fresh``, and where no response is fit to be learnt from.
+    """
+    out = Path(out)
+    source = _source(config, split, out=out, samples=samples)
+    pair = check_alone(config, str(model))
+    limit = {"validation": config.data.validation_limit, "test": config.data.test_limit}.get(split)
+    prompts = read_split(config, source, pair=pair, name=split, need_response=False, limit=limit)
+    rows = {row.uid: row for row in _rows(config, source)}
+    asked = question(config, pair, prompts, samples=samples)
+    ranks = Ranks(threads=config.threads)
+    parts = Parts(out, writes=ranks.first)
+    if not fresh and _done(out, asked, keep_cut=keep_cut):
+        _say(ranks, f"{out}: generated already; --fresh starts over")
+        return read_generated(out)
+    answers = {} if fresh else parts.read(asked)
+    if ranks.first:
+        make_folder(out.parent, setting="--out")
+        require_writable(out)
+    ranks.barrier()  # every rank has read what is there
+    if ranks.first and fresh:
+        for old in (out, manifest_of(out)):
+            old.unlink(missing_ok=True)
+    _introduce(config, pair, prompts, rows, answers, ranks=ranks)
+    parts.open(asked, keep=bool(answers))
+    cells = [(place, sample) for place in range(len(prompts.prompts)) for sample in range(samples)]
+    if missing := [cell for cell in cells if cell not in answers]:
+        answers |= _answer(missing, config, pair, prompts.prompts, ranks=ranks, parts=parts)
+    if ranks.first:
+        fields = [_fields(rows[prompt.uid]) for prompt in prompts.prompts]
+        _write(out, [answers[cell] for cell in cells], fields, model=str(model), asked=asked, keep_cut=keep_cut)
+        parts.remove()
+    ranks.barrier()
+    return read_generated(out)
+
+
+def question(config: RunConfig, pair: Pair, split: Split, *, samples: int) -> Question:
+    """What a model is asked, as the manifest says it."""
+    return Question(
+        weights=fingerprint(pair.student_card),
+        tokenizer=identity(pair.tokenizer),
+        dtype=pair.student_card.dtype,
+        source=split.source,
+        data=split.sha256,
+        template=config.data.template,
+        decoding=config.decoding,
+        samples=samples,
+        seed=config.seed,
+    )
+
+
+def _source(config: RunConfig, split: str, *, out: Path, samples: int) -> str:
+    """Where the split comes from; ``ConfigError`` or ``DataError`` for what was asked for wrongly."""
+    if split not in SPLITS:
+        raise ConfigError(f"--split {split!r}: wanted one of {', '.join(SPLITS)}{did_you_mean(split, SPLITS)}")
+    if samples < 1:
+        raise ConfigError(f"--samples {samples}: wanted at least 1")
+    if out.suffix != SUFFIX:
+        raise ConfigError(f"--out {str(out)!r}: wanted a file ending in {SUFFIX}, which training reads")
+    source: str | None = getattr(config.data, split)
+    if source is None:
+        raise DataError(f"data.{split} is missing; wanted the prompts to answer")
+    return source
+
+
+def _rows(config: RunConfig, source: str) -> list[Row]:
+    """The rows as their source has them: prompts as they are trained on hold the template's text only."""
+    rows, _ = read_rows(source, broken=config.data.broken, max_broken=config.data.max_broken)
+    return rows
+
+
+def _done(out: Path, asked: Question, *, keep_cut: bool) -> bool:
+    """Whether the answers to this question are there already; ``DataError`` where something else is."""
+    if not out.exists():
+        return False  # the manifest is written first: alone it means nothing
+    remedy = "nothing was touched.\n  give another --out, or --fresh to replace it"
+    found = read_manifest(out) if out.is_file() else None
+    if found is None:
+        raise DataError(f"{out} is there and has no manifest, so it is not generated text; {remedy}")
+    differs = differences(found.asked, asked) + (["--keep-cut"] if found.keep_cut != keep_cut else [])
+    if differs:
+        raise DataError(f"{out} holds other generated text (it differs in: {', '.join(differs)}); {remedy}")
+    read_generated(out)
+    return True
+
+
+def _introduce(
+    config: RunConfig, pair: Pair, split: Split, rows: Mapping[str, Row], answers: Mapping[Cell, Answer], *,
+    ranks: Ranks,
+) -> None:  # fmt: skip
+    for line in split.words:
+        _say(ranks, line)
+    card = pair.student_card
+    if card.template not in {None, config.data.template}:
+        _say(ranks, f"note: {card.name} was made for template '{card.template}', data.template is not")
+    taken = [name for prompt in split.prompts for name in rows[prompt.uid].extra if name in OWN_FIELDS]
+    for name in sorted(set(taken)):
+        _say(ranks, f"note: field {shown(name)} of {counted(taken.count(name), 'row')} is replaced by the answer's own")
+    if answers:
+        _say(ranks, f"an earlier call left {counted(len(answers), 'answer')}; going on from there")
+
+
+def _answer(
+    cells: Sequence[Cell], config: RunConfig, pair: Pair, prompts: Sequence[Prompt], *, ranks: Ranks, parts: Parts
+) -> dict[Cell, Answer]:
+    """Answers to all of these cells, on every rank; each batch of all ranks is kept on disk as soon as it is there."""
+    model = load_teacher(pair, ranks=ranks, say=lambda line: _say(ranks, line))
+    # Rows of similar length stand side by side, and each rank takes every n-th.
+    cells = sorted(cells, key=lambda cell: (len(prompts[cell[0]].ids), cell))
+    mine = cells[ranks.rank :: ranks.size]
+    pieces = -(-ranks.most(len(mine)) // config.evaluation.batch)
+    bar = Progress(f"generate {pair.student_card.name}", total=pieces, unit="batches", shown=ranks.first)
+    answers: dict[Cell, Answer] = {}
+    tokens = cut = 0
+    try:
+        for piece in range(pieces):
+            batch = mine[piece * len(mine) // pieces : (piece + 1) * len(mine) // pieces]
+            new: list[Answer] = ranks.gather_objects(
+                _draw(batch, config, pair, prompts, reader=model.reader, ranks=ranks)
+            )
+            parts.append(new)
+            answers |= {answer.cell: answer for answer in new}
+            tokens += sum(answer.tokens for answer in new)
+            cut += sum(answer.stop == Stop.LENGTH for answer in new)
+            bar.advance(piece + 1, {"length": tokens / len(answers), "cut": cut / len(answers)})
+    finally:
+        bar.close()
+        model.close()
+    return answers
+
+
+def _draw(
+    cells: Sequence[Cell], config: RunConfig, pair: Pair, prompts: Sequence[Prompt], *, reader: ModelReader,
+    ranks: Ranks,
+) -> list[Answer]:  # fmt: skip
+    """This rank's answers to one batch; with no cells it still keeps step with the other ranks."""
+    batch = prompt_batch(
+        [prompts[place] for place, _ in cells], [sample for _, sample in cells], pad_id=pair.ids.pad,
+        device=reader.device,
+    )  # fmt: skip
+    rollout = ranks.together(
+        lambda: roll_out(
+            batch,
+            student=reader,
+            decoding=decoding_record(config.decoding),
+            key=DrawKey(seed=config.seed, stage="", purpose=Purpose.GENERATION, rollout=0),
+            eos_ids=pair.ids.eos,
+            pad_id=pair.ids.pad,
+            anyone=ranks.anyone if reader.lockstep else bool,
+        )
+    )
+    kept = [int(length) - (stop != Stop.LENGTH) for length, stop in zip(rollout.length_B, rollout.stop_B, strict=True)]
+    ids: list[list[int]] = [rollout.response_BT[row, :length].tolist() for row, length in enumerate(kept)]
+    texts = [_text(each, pair) for each in ids]
+    read = encode(texts, pair.tokenizer, uids=batch.uid_B)
+    return [
+        Answer(cell=cell, text=text, stop=str(stop), tokens=len(drawn), respelt=list(again) != drawn)
+        for cell, text, stop, drawn, again in zip(cells, texts, rollout.stop_B, ids, read, strict=True)
+    ]
+
+
+def _text(ids: list[int], pair: Pair) -> str:
+    """What the ids say, spaces at its ends too: what is in the text is what is learnt."""
+    text = str(pair.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return text.replace("\x00", "")  # a byte that a model may draw and no prompt file may hold
+
+
+def _fields(row: Row) -> dict[str, Any]:
+    """What a written row takes over: prompt and other fields as they were, and never a reference response."""
+    taken: dict[str, Any] = {name: value for name, value in row.extra.items() if name not in OWN_FIELDS}
+    if row.messages:
+        taken["messages"] = [{"role": role, "content": content} for role, content in row.messages]
+    for name in ("prompt", "instruction"):
+        if (value := getattr(row, name)) is not None:
+            taken[name] = value
+    if row.input:
+        taken["input"] = row.input
+    return {"uid": row.uid, **taken}
+
+
+def _write(
+    out: Path, answers: Sequence[Answer], fields: Sequence[Mapping[str, Any]], *, model: str, asked: Question,
+    keep_cut: bool,
+) -> None:  # fmt: skip
+    """The file and its manifest; ``DataError`` where nothing is fit to be written."""
+    cut = sum(answer.stop == Stop.LENGTH for answer in answers)
+    empty = sum(answer.bare for answer in answers)
+    kept = [answer for answer in answers if keep_cut or not (answer.bare or answer.stop == Stop.LENGTH)]
+    if not kept:
+        raise DataError(
+            f"{model}: of {counted(len(answers), 'response')} none is fit to be learnt from ({cut:,} cut at "
+            f"{asked.decoding.max_new_tokens:,} tokens, {empty:,} empty); {out} was not written\n"
+            "  raise decoding.max_new_tokens (with --fresh), or give --keep-cut: no answer is drawn again for it"
+        )
+    text = "".join(_line(answer, fields[answer.cell[0]], many=asked.samples > 1) for answer in kept)
+    manifest = Manifest(
+        model=model,
+        asked=asked,
+        keep_cut=keep_cut,
+        counts=Counts(
+            asked=len(answers), written=len(kept), cut=cut, empty=empty, respelt=sum(answer.respelt for answer in kept)
+        ),
+        mean_length=round(sum(answer.tokens for answer in kept) / len(kept), 3),
+        sha256=hashlib.sha256(text.encode()).hexdigest(),
+        versions=versions(),
+        date=time.strftime("%Y-%m-%d"),
+    )
+    # First, so that text without a manifest is never ours.
+    write_text(manifest_of(out), json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n")
+    write_text(out, text)
+    _tell(out, manifest)
+
+
+def _line(answer: Answer, fields: Mapping[str, Any], *, many: bool) -> str:
+    """One row of the file. Where a prompt has several samples their number is part of the row's own name."""
+    uid, sample = fields["uid"], answer.cell[1]
+    record = {
+        **fields,
+        "uid": f"{uid}#{sample}" if many else uid,
+        "response": answer.text,
+        "row": uid,
+        "sample": sample,
+        "stop": answer.stop,
+        "tokens": answer.tokens,
+    }
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _tell(out: Path, manifest: Manifest) -> None:
+    """What was written and what was not, in words."""
+    counts, longest = manifest.counts, manifest.asked.decoding.max_new_tokens
+    print(f"{out}: {counts.written:,} of {counted(counts.asked, 'response')}, {manifest.mean_length:.1f} tokens each")
+    if counts.cut:
+        what = (
+            "kept (--keep-cut); training closes them with an end token that the model never drew"
+            if manifest.keep_cut
+            else "left out, since an end token there would be a lie; raise decoding.max_new_tokens, or --keep-cut"
+        )
+        print(f"  {counts.cut:,} cut at {longest:,} tokens: {what}")
+    if counts.empty:
+        print(f"  {counts.empty:,} empty: {'kept (--keep-cut)' if manifest.keep_cut else 'left out'}")
+    if counts.respelt:
+        print(f"  {counts.respelt:,} of those written are read back as other token ids than were drawn")
+
+
+def _say(ranks: Ranks, line: str) -> None:
+    if ranks.first:
+        print(line, flush=True)
