@@ -14,7 +14,7 @@ from minillm.evaluation import Record, validator
 from minillm.generation import generate
 from minillm.model_card import CardFacts, render
 from minillm.models import fingerprint, inspect
-from minillm.preflight import Anchor, Pair, Split, check_pair, read_anchor, read_split
+from minillm.preflight import Anchor, Pair, Split, check_pair, read_anchor, read_split, read_teacher_text
 from minillm.ranks import Ranks
 from minillm.report import build_report, combine, write_report
 from minillm.results import asked_of, evaluate_into, judge_of, stored_results, versions
@@ -36,7 +36,7 @@ def distill(config: RunConfig, *, fresh: bool = False) -> Path:
     anchor = read_anchor(config, pair=pair)
     ranks = Ranks(threads=config.threads)
     for stage in config.stages:
-        check_rows(stage, splits["train"].prompts, ranks=ranks)
+        check_rows(stage, splits[stage.reads].prompts, ranks=ranks)
     folder = RunFolder(Path(config.out) / config.name, writes=ranks.first)
     made_from = _made_from(pair, splits, anchor)
     interrupted = not fresh and folder.status().get("state") == "running"
@@ -110,7 +110,7 @@ def _train_and_evaluate(
             stage,
             start=start,
             pair=pair,
-            prompts=splits["train"].prompts,
+            prompts=splits[stage.reads].prompts,
             teacher=teacher,
             validate=_validator(config, stage, pair=pair, split=splits.get("validation"), teacher=teacher, ranks=ranks),
             ranks=ranks,
@@ -118,7 +118,7 @@ def _train_and_evaluate(
             into=into,
             model_card=lambda student, scores, stage=stage, card=start.card: render(  # type: ignore[misc]
                 _card_facts(
-                    config, stage, pair, splits["train"], anchor, start=card.name, student=student, teacher=teacher
+                    config, stage, pair, splits[stage.reads], anchor, start=card.name, student=student, teacher=teacher
                 ),
                 scores,
                 step=student.updates_done,
@@ -184,22 +184,12 @@ def evaluate(model: str | Path, config: RunConfig, *, out: str | Path, fresh: bo
 
 def _read_splits(config: RunConfig, pair: Pair) -> dict[str, Split]:
     data = config.data
-    assert data.train is not None, "the configuration refuses a run without training rows"
-    needed = {stage.name: config.responses_needed(stage) for stage in config.stages}
-    learners = [name for name, which in needed.items() if which != "none"]
-    always = all(which == "all" for which in needed.values())
-    train = read_split(config, data.train, pair=pair, name="train", need_response=always)
-    answered = sum(bool(prompt.response_ids) for prompt in train.prompts)
-    if learners and not answered:
-        raise DataError(
-            f"{data.train}: no row has a response of at most {config.decoding.max_new_tokens} tokens, and stage "
-            f"{learners[0]} learns from responses\n  give the rows a 'response' field, or raise decoding.max_new_tokens"
-        )
-    if learners and answered < len(train.prompts):
-        of_all = f"{answered:,} of {len(train.prompts):,} rows have a response"
-        told = f"train: {of_all}; stage {', '.join(learners)} learns from those"
-        train = dataclasses.replace(train, words=(*train.words, told))
-    splits = {"train": train}
+    readers = {stage.reads for stage in config.stages}
+    splits = {}
+    if "train" in readers:
+        splits["train"] = _read_train(config, pair)
+    if "teacher_text" in readers:
+        splits["teacher_text"] = read_teacher_text(config, pair=pair)
     if data.validation is not None and any(stage.validate_every for stage in config.stages):
         splits["validation"] = read_split(
             config, data.validation, pair=pair, name="validation", need_response=False, limit=data.validation_limit
@@ -210,6 +200,26 @@ def _read_splits(config: RunConfig, pair: Pair) -> dict[str, Split]:
             config, data.test, pair=pair, name="test", need_response=False, limit=data.test_limit
         )
     return splits
+
+
+def _read_train(config: RunConfig, pair: Pair) -> Split:
+    data = config.data
+    assert data.train is not None, "the configuration refuses a run without training rows"
+    needed = {stage.name: config.responses_needed(stage) for stage in config.stages if stage.reads == "train"}
+    learners = [name for name, which in needed.items() if which != "none"]
+    always = all(which == "all" for which in needed.values())
+    train = read_split(config, data.train, pair=pair, name="train", need_response=always, limit=data.train_limit)
+    answered = sum(bool(prompt.response_ids) for prompt in train.prompts)
+    if learners and not answered:
+        raise DataError(
+            f"{data.train}: no row has a response of at most {config.decoding.max_new_tokens} tokens, and stage "
+            f"{learners[0]} learns from responses\n  give the rows a 'response' field, or raise decoding.max_new_tokens"
+        )
+    if learners and answered < len(train.prompts):
+        of_all = f"{answered:,} of {len(train.prompts):,} rows have a response"
+        told = f"train: {of_all}; stage {', '.join(learners)} learns from those"
+        train = dataclasses.replace(train, words=(*train.words, told))
+    return train
 
 
 def _require_references(config: RunConfig, validation: Split) -> None:
@@ -305,6 +315,9 @@ def _introduce(config: RunConfig, pair: Pair, splits: Mapping[str, Split], ancho
         _say(ranks, line)
     if anchor is None and config.data.corpus is not None:
         _say(ranks, f"corpus: {config.data.corpus} is not read; no stage has an lm_coefficient above 0")
+    for name in ("train", "teacher_text"):
+        if getattr(config.data, name) is not None and name not in splits:
+            _say(ranks, f"data.{name} is not read; no stage learns from it")
     for stage in config.stages:
         if words := unbiased_words(config, stage):
             _say(ranks, f"stage {stage.name}: gradient unbiased: {words}")

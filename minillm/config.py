@@ -80,7 +80,10 @@ class DataConfig(Settings):
     """
 
     train: Text | None = None
-    """Rows to train on; every stage needs them."""
+    """Rows to train on; every stage needs them but seqkd."""
+    teacher_text: Text | None = None
+    """Responses that the teacher wrote, as 'minillm generate' left them with their manifest: what seqkd stages learn
+    from."""
     validation: Text | None = None
     """Rows for choosing the best step; needed where a stage has validate_every above 0."""
     test: Text | None = None
@@ -101,12 +104,21 @@ class DataConfig(Settings):
     """What happens to rows that cannot be read: stop, or leave them out; counted and printed."""
     max_broken: Whole = 0
     """Most rows that 'broken: skip' may leave out."""
+    train_limit: Count | None = None
+    """Use the first N rows of the training split; all where not given."""
     train_responses: Count | None = None
     """Use the responses of the first N rows of train; all others are prompts alone. All have theirs where not given."""
     validation_limit: Count | None = None
     """Use the first N rows of the validation split; all where not given."""
     test_limit: Count | None = None
     """Use the first N rows of the test split; all where not given."""
+
+    @field_validator("teacher_text")
+    @classmethod
+    def _generated(cls, source: str | None) -> str | None:
+        if source is not None and not source.endswith(".jsonl"):
+            raise ConfigError(f"got {source!r}, wanted a .jsonl file that 'minillm generate' wrote")
+        return source
 
     @field_validator("train", "validation", "test")
     @classmethod
@@ -221,8 +233,14 @@ class RunConfig(Settings):
     def _check(self) -> Self:
         if not self.stages:
             raise ConfigError("stages: got an empty list, wanted at least one stage")
-        if self.data.train is None:
+        readers = {stage.reads: stage.kind for stage in self.stages}
+        if self.data.train is None and "train" in readers:
             raise ConfigError("data.train is missing; every stage trains on its rows")
+        if self.data.teacher_text is None and "teacher_text" in readers:
+            raise ConfigError(
+                "data.teacher_text is missing; a seqkd stage trains on what the teacher wrote; make it with "
+                "'minillm generate'"
+            )
         names = [stage.name for stage in self.stages]
         for index, stage in enumerate(self.stages):
             at = f"stages.{index} ('{stage.name}')"

@@ -67,7 +67,8 @@ def generate(
     out = Path(out)
     source = _source(config, split, out=out, samples=samples)
     pair = check_alone(config, str(model))
-    limit = {"validation": config.data.validation_limit, "test": config.data.test_limit}.get(split)
+    data = config.data
+    limit = {"train": data.train_limit, "validation": data.validation_limit, "test": data.test_limit}[split]
     prompts = read_split(config, source, pair=pair, name=split, need_response=False, limit=limit)
     rows = {row.uid: row for row in _rows(config, source)}
     asked = question(config, pair, prompts, samples=samples)

@@ -13,8 +13,9 @@ from minillm.cards import Card, load_card
 from minillm.config import DecodingConfig, RunConfig
 from minillm.corpus import blocks_of
 from minillm.engine_settings import read_engine_settings, zero_stage
-from minillm.errors import DataError, ModelError, UnsupportedCombination
-from minillm.models import ModelFacts, inspect
+from minillm.errors import DataError, ManifestError, ModelError, UnsupportedCombination
+from minillm.generated import read_generated
+from minillm.models import ModelFacts, fingerprint, inspect
 from minillm.prompts import PrepareReport, data_hash, prepare
 from minillm.records import Document, Row
 from minillm.rows import counted, read_corpus, read_rows
@@ -214,6 +215,31 @@ def _prepared(
         need_response=need_response,
         name=name,
     )
+
+
+def read_teacher_text(config: RunConfig, *, pair: Pair) -> Split:
+    """The responses that a seqkd stage learns from, proved to be generated text, and the run's teacher's if it names
+    one.
+
+    Raises ``DataError``, or its child ``ManifestError``, where the file is missing, was edited, has no manifest, or was
+    written by another model or under another template.
+    """
+    source = config.data.teacher_text
+    assert source is not None, "the configuration refuses a seqkd stage without it"
+    manifest = read_generated(source)
+    if manifest.template != config.data.template:
+        raise ManifestError(
+            f"{source}: its prompts were read with template '{manifest.template}', and data.template is "
+            f"'{config.data.template}'; set the same, or generate it again"
+        )
+    if pair.teacher_card is not None and manifest.weights != fingerprint(pair.teacher_card):
+        raise ManifestError(
+            f"{source}: written by {manifest.model} with weights {manifest.weights}, and the run's teacher "
+            f"{pair.teacher_card.name} has {fingerprint(pair.teacher_card)}; name that teacher, or let this one write"
+        )
+    split = read_split(config, source, pair=pair, name="teacher text", need_response=True)
+    told = f"teacher text: {manifest.counts.written:,} responses of {manifest.model} to {manifest.asked.source}"
+    return dataclasses.replace(split, words=(told, *split.words))
 
 
 def read_anchor(config: RunConfig, *, pair: Pair) -> Anchor | None:

@@ -116,7 +116,9 @@ class BaseStage(Settings, ABC):
     """Whether the student learns on its own text: then validation generates too, and nothing is dropped out, since the
     weights that drew a token must be those that learn from it."""
     wants_teacher: ClassVar[bool]
-    """Whether the stage distils a teacher."""
+    """Whether the stage asks a teacher while it trains."""
+    reads: ClassVar[Literal["train", "teacher_text"]] = "train"
+    """Which rows of ``data`` it learns from."""
 
     @property
     @abstractmethod

@@ -12,7 +12,16 @@ from pydantic import Field, model_validator
 from minillm.minillm_settings import MinillmSettings
 from minillm.published import OFFICIAL, PublishedConfig
 from minillm.stage_checks import CHAINED, check_minillm, idle_settings
-from minillm.text_stages import GkdStage, ImitkdStage, KdStage, RklStage, SftStage, SkewFklStage, SkewRklStage
+from minillm.text_stages import (
+    GkdStage,
+    ImitkdStage,
+    KdStage,
+    RklStage,
+    SeqkdStage,
+    SftStage,
+    SkewFklStage,
+    SkewRklStage,
+)
 
 _PLENTY = 20.0
 """Nats within which products of weights are held: what is cut beyond the default could not be averaged anyway."""
@@ -78,7 +87,7 @@ class MinillmStage(MinillmSettings):
 
 
 Stage = Annotated[
-    SftStage | KdStage | ImitkdStage | GkdStage | RklStage | SkewFklStage | SkewRklStage | MinillmStage,
+    SftStage | SeqkdStage | KdStage | ImitkdStage | GkdStage | RklStage | SkewFklStage | SkewRklStage | MinillmStage,
     Field(discriminator="kind"),
 ]
 """Any kind of stage, as the run's file names it by ``kind``."""

@@ -67,6 +67,18 @@ class SftStage(ReferenceStage):
     wants_teacher: ClassVar[bool] = False
 
 
+class SeqkdStage(ReferenceStage):
+    """Sequence-level distillation (Kim and Rush 2016): fine-tuning on responses that the teacher wrote."""
+
+    kind: Literal["seqkd"] = "seqkd"
+    """Says which kind of stage this is."""
+    name: Text = "seqkd"
+    """Names the stage in folders, logs and random keys; different from the other stages' names."""
+
+    wants_teacher: ClassVar[bool] = False
+    reads: ClassVar[Literal["train", "teacher_text"]] = "teacher_text"
+
+
 class KdStage(ReferenceStage):
     """Word-level distillation (Hinton et al. 2015; Sanh et al. 2019): the teacher's distribution at each token of the
     reference responses."""

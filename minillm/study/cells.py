@@ -26,13 +26,16 @@ from minillm.world import rows
 SCHEMA = 1
 NO_PART = ("name", "out", "threads", "student", "teacher")
 """Settings of a run that change no result, and the names of models, which the digests of what they name stand for."""
+SINCE = ("data.teacher_text", "data.train_limit", "data.train_responses")
+"""Settings that came after the first cells were committed. At null, as which they change nothing, they have no part in
+the digest of a recipe, or every model that a study made before them would count as another."""
 NO_RESULT = (
     *("bench/", "diagnose/", "selftest/", "study/command.py", "study/config.py", "study/table.py", "cli.py"),
     *("report.py", "report_html.py", "report_style.py", "report_text.py", "report_words.py", "plots.py"),
     *("progress.py", "terminal.py", "model_card.py"),
 )
 """Files and folders of the library that decide nothing about a cell."""
-SOURCES = ("train", "validation", "test", "corpus")
+SOURCES = ("train", "teacher_text", "validation", "test", "corpus")
 """Settings of ``data`` that name something to read."""
 
 
@@ -63,7 +66,7 @@ def asked(study: StudyConfig, arm: str, seed: int) -> Asked:
     student = study.student_config(seed) if study.makes(arm, "student") else None
     return Asked(
         arm=arm, seed=seed, file=study.cell_file(arm, seed), run=run, teacher=teacher, student=student,
-        made_from=made_from(run, student=student, teacher=teacher),
+        made_from=made_from(run, student=student, teacher=teacher, taught=taught_digest(study, arm)),
     )  # fmt: skip
 
 
@@ -142,11 +145,17 @@ _OF_THE_STUDY = {"name": "cell", "student": "its-own", "teacher": "its-own"}
 """Stand for what a cell's settings leave out, so that they are a whole run's."""
 
 
-def made_from(run: RunConfig, *, student: RunConfig | None, teacher: RunConfig | None) -> dict[str, str]:
-    """Digests of all that a run reads beside its settings; a model that another run makes counts by that run's."""
-    found = {
-        f"{split} data": _source_digest(source) for split in SOURCES if (source := getattr(run.data, split)) is not None
-    }
+def made_from(
+    run: RunConfig, *, student: RunConfig | None, teacher: RunConfig | None, taught: str | None = None
+) -> dict[str, str]:
+    """Digests of all that a run reads beside its settings; a model that another run makes counts by that run's, and so
+    does text that the study makes (``taught``)."""
+    sources = {split: getattr(run.data, split) for split in SOURCES}
+    if taught is not None:
+        del sources["teacher_text"]
+    found = {f"{split} data": _source_digest(source) for split, source in sources.items() if source is not None}
+    if taught is not None:
+        found["teacher_text data"] = taught
     found["engine"] = _digest(read_engine_settings(run.engine.student))
     found["student"] = _model_digest(run.student, "students") if student is None else _recipe_digest(student)
     if teacher is not None:
@@ -156,13 +165,29 @@ def made_from(run: RunConfig, *, student: RunConfig | None, teacher: RunConfig |
     return found
 
 
+def taught_digest(study: StudyConfig, arm: str) -> str | None:
+    """Names the text that the study's teacher writes, known before it is written; None for an arm that needs none."""
+    if not study.learns_from_taught(arm) or study.taught is None:
+        return None
+    run, teacher = study.taught_config(), study.teacher_config()
+    assert run.data.train is not None and run.teacher is not None, "a recipe that distils has both"
+    writer = _model_digest(run.teacher, "teachers") if teacher is None else _recipe_digest(teacher)
+    asked = [study.taught.model_dump(), run.decoding.model_dump(), run.data.template, run.data.max_prompt_tokens]
+    return _digest([writer, _source_digest(run.data.train), run.seed, asked])
+
+
 def _settings(config: RunConfig) -> dict[str, Any]:
     return {name: value for name, value in config.model_dump(mode="json").items() if name not in NO_PART}
 
 
 def _recipe_digest(config: RunConfig) -> str:
     """Names the student that a run will make."""
-    return _digest([_settings(config), made_from(config, student=None, teacher=None)])
+    settings = _settings(config)
+    for path in SINCE:
+        section, name = path.split(".")
+        if settings[section][name] is None:
+            del settings[section][name]
+    return _digest([settings, made_from(config, student=None, teacher=None)])
 
 
 @lru_cache(maxsize=64)

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from minillm.config import RunConfig, load_config
 from minillm.errors import ConfigError, DataError, did_you_mean
-from minillm.settings import Positive, Seed, Settings, Text, headed
+from minillm.settings import Count, Positive, Seed, Settings, Text, headed
 from minillm.stage_base import BETTER, is_component
 from minillm.yaml_reader import read_yaml_file
 
@@ -58,6 +58,15 @@ class SearchConfig(Settings):
         return self
 
 
+class TaughtConfig(Settings):
+    """Text that the teacher writes once, for arms that learn from it."""
+
+    rows: Count
+    """It answers the first so many rows of the recipe's training data."""
+    samples: Count = 1
+    """Answers to each."""
+
+
 class StudyConfig(Settings):
     """What is compared with what, and where its cells are kept."""
 
@@ -69,6 +78,9 @@ class StudyConfig(Settings):
     """A run file that makes the teacher first, once; null takes the one that the recipe names."""
     student: Text | None = None
     """A run file that makes each training seed a student of its own first; null starts all from the recipe's."""
+    taught: TaughtConfig | None = None
+    """What the teacher answers, once, into runs/studies/NAME/taught.jsonl, for arms whose data.teacher_text names
+    that file."""
     seeds: tuple[Seed, ...]
     """Training seeds: of rollouts, order and, with 'student', of the student's own start."""
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -131,6 +143,23 @@ class StudyConfig(Settings):
     def teacher_config(self) -> RunConfig | None:
         """The run that makes the teacher; None where the study makes none."""
         return None if self.teacher is None else load_config(self.teacher, [f"name={self.run_name(TEACHER)}"])
+
+    @property
+    def taught_file(self) -> str:
+        """Where the teacher's text is, if the study makes some."""
+        return f"runs/{self.run_name('taught.jsonl')}"
+
+    def taught_config(self) -> RunConfig:
+        """The run whose training prompts the teacher answers."""
+        assert self.taught is not None
+        teacher = self.teacher_config()
+        made = [] if teacher is None else [f"teacher={teacher.out}/{teacher.name}/student"]
+        changes = [f"{path}={json.dumps(value, ensure_ascii=False)}" for path, value in self.settings.items()]
+        return load_config(self.recipe, [*made, *changes, f"data.train_limit={self.taught.rows}"])
+
+    def learns_from_taught(self, arm: str) -> bool:
+        """Whether an arm's cells need the text that the study makes."""
+        return self.taught is not None and self.arms[arm].get("data.teacher_text") == self.taught_file
 
     def student_config(self, seed: int) -> RunConfig | None:
         """The run that makes the student that a training seed starts from; None where the study makes none."""

@@ -12,13 +12,15 @@ from typing import Any
 
 from minillm import api
 from minillm.config import RunConfig
-from minillm.errors import Alarmed, NonFinite, RunExists
+from minillm.errors import Alarmed, DataError, NonFinite, RunExists
+from minillm.generation import generate
 from minillm.measures import LENGTH_BUCKETS, ratios_of, reference_bucket, temperature_key
 from minillm.ranks import Ranks
 from minillm.report_files import read_course, read_samples
 from minillm.results import versions
 from minillm.statistics import mean_over_seeds
 from minillm.store import RunFolder
+from minillm.study.config import StudyConfig
 
 
 def make_model(needed: RunConfig, *, ranks: Ranks) -> None:
@@ -31,6 +33,20 @@ def make_model(needed: RunConfig, *, ranks: Ranks) -> None:
             if ranks.first:
                 print(f"made anew: {error}", flush=True)
             api.distill(needed, fresh=True)
+
+
+def make_text(study: StudyConfig, *, ranks: Ranks) -> None:
+    """What the teacher answers, for arms that learn from it, unless it is there; the teacher must be."""
+    assert study.taught is not None
+    run, file = study.taught_config(), Path(study.taught_file)
+    assert run.teacher is not None, "a recipe that distils names a teacher"
+    with _alone(file.with_name(f".{file.name}.lock"), ranks=ranks):
+        try:
+            generate(run.teacher, run, out=file, samples=study.taught.samples)
+        except DataError as error:  # other text than is wanted now
+            if ranks.first:
+                print(f"written anew: {error}", flush=True)
+            generate(run.teacher, run, out=file, samples=study.taught.samples, fresh=True)
 
 
 def make(config: RunConfig, *, ranks: Ranks, evaluated: bool = True) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from minillm.rows import counted
 from minillm.store import make_folder
 from minillm.study.cells import Asked, asked, code_digest, differs, forget_digests, sort_out, write_cell
 from minillm.study.config import StudyConfig
-from minillm.study.make import log_into, make, make_model
+from minillm.study.make import log_into, make, make_model, make_text
 from minillm.study.tuning import tune, untuned
 
 SHOWN = ("validity", "rouge_l", "reverse_kl")
@@ -43,6 +43,8 @@ def run_study(
                 if needed is not None and needed.name not in made:
                     make_model(needed, ranks=ranks)
                     made.add(needed.name)
+            if study.learns_from_taught(wanted.arm):
+                make_text(study, ranks=ranks)
             found = make(wanted.run, ranks=ranks)
         forget_digests()
         if differs({"config": wanted.config, "made_from": wanted.made_from}, asked(study, wanted.arm, wanted.seed)):

@@ -17,9 +17,9 @@ from minillm.ranks import Ranks
 from minillm.report_files import read_course
 from minillm.stage_base import BETTER
 from minillm.store import make_folder, record_text, write_text
-from minillm.study.cells import SCHEMA, Asked, code_digest, differs, made_from
+from minillm.study.cells import SCHEMA, Asked, code_digest, differs, made_from, taught_digest
 from minillm.study.config import BudgetConfig, SearchConfig, StudyConfig
-from minillm.study.make import log_into, make, make_model
+from minillm.study.make import log_into, make, make_model, make_text
 
 NEEDED = {"settings", "config", "made_from", "asked"}
 
@@ -51,6 +51,8 @@ def tune(study: StudyConfig, arm: str, *, ranks: Ranks, say: Callable[[str], Non
         for needed in (wanted.teacher, wanted.student):
             if needed is not None:
                 make_model(needed, ranks=ranks)
+        if study.learns_from_taught(arm):
+            make_text(study, ranks=ranks)
         if study.budget is not None:
             found["pilot"] = _pilot(study, arm, study.budget, ranks=ranks)
             settings |= found["pilot"]["settings"]
@@ -88,7 +90,7 @@ def _asked(study: StudyConfig, arm: str) -> Asked:
     student = study.student_config(seed) if study.makes(arm, "student") else None
     return Asked(
         arm=arm, seed=seed, file=study.tuning_file(arm), run=run, teacher=teacher, student=student,
-        made_from=made_from(run, student=student, teacher=teacher),
+        made_from=made_from(run, student=student, teacher=teacher, taught=taught_digest(study, arm)),
     )  # fmt: skip
 
 

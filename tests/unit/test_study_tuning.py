@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from minillm.errors import ConfigError, DataError
+from minillm.generated import read_generated
 from minillm.ranks import Ranks
 from minillm.study import tuning
 from minillm.study.config import StudyConfig, load_study
@@ -150,3 +151,23 @@ def test_a_file_that_is_no_tuning_is_told(place: Path) -> None:
         chosen.tuning_file("plain").write_text(text, encoding="utf-8")
         with pytest.raises(DataError, match="move it away"):
             untuned(chosen, ["plain"])
+
+
+def test_an_arm_may_learn_from_what_the_studys_teacher_wrote(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    text = "runs/studies/taught/taught.jsonl"
+    supervised = {"kind": "seqkd", "steps": 2, "batch": 2, "optimiser": {"lr": 1e-2}}
+    arms: dict[str, dict[str, Any]] = {"plain": {}, "seqkd": {"data.teacher_text": text, "stages": [supervised]}}
+    chosen = study(place, "taught", arms=arms, taught={"rows": 20, "samples": 2})
+    make(chosen)
+    cells, notes = read_cells(chosen)
+    assert not notes
+    stored = cells["seqkd"][1]
+    assert stored["state"] == "done"
+    assert "teacher_text data" in stored["made_from"] and "teacher_text data" not in cells["plain"][1]["made_from"]
+    assert read_generated(text).asked.samples == 2
+    # Known before it is written: the table needs no text. More of it is other text.
+    Path(text).unlink()
+    assert not read_cells(chosen)[1]
+    more = chosen.model_copy(update={"taught": chosen.taught.model_copy(update={"rows": 21})})  # type: ignore[union-attr]
+    assert any("differs in teacher_text data" in note for note in read_cells(more)[1])
