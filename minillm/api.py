@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from minillm.results import asked_of, evaluate_into, judge_of, stored_results, v
 from minillm.stages import Start, check_rows, idle_words, load_teacher, run_stage, unbiased_words
 from minillm.store import Clock, RunFolder, make_folder
 from minillm.text_stages import DistilStage
+from minillm.trackers import require_packages, tracked
 from minillm.types import Purpose
 
 
@@ -31,6 +33,7 @@ def distill(config: RunConfig, *, fresh: bool = False) -> Path:
     one that was interrupted starts again. ``fresh`` starts over. Errors are those of ``minillm.errors``, and anything
     wrong with files or settings is found before any model is loaded.
     """
+    require_packages(config.trackers)
     pair = check_pair(config)
     splits = _read_splits(config, pair)
     anchor = read_anchor(config, pair=pair)
@@ -50,16 +53,16 @@ def distill(config: RunConfig, *, fresh: bool = False) -> Path:
         _say(ranks, f"{folder.path}: an earlier run did not end; this one starts again from its beginning")
     folder.set_status(state="running", made_from=made_from, seconds={}, ranks=ranks.size, versions=versions())
     _introduce(config, pair, splits, anchor, ranks)
-    teacher = None
-    if _needs_teacher(config, splits):
-        teacher = load_teacher(pair, ranks=ranks, say=lambda line: _say(ranks, line))
-    try:
+    with contextlib.ExitStack() as stack:
+        settings = config.model_dump(mode="json")
+        stack.enter_context(tracked(folder, config.trackers, run=config.name, settings=settings, ranks=ranks))
+        teacher = None
+        if _needs_teacher(config, splits):
+            teacher = load_teacher(pair, ranks=ranks, say=lambda line: _say(ranks, line))
+            stack.callback(teacher.close)
         seconds = _train_and_evaluate(
             config, pair=pair, splits=splits, anchor=anchor, teacher=teacher, ranks=ranks, folder=folder
         )
-    finally:
-        if teacher is not None:
-            teacher.close()
     if ranks.first:
         _write_run_report(config, folder, seconds)
     folder.set_status(state="done", seconds=seconds)

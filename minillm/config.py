@@ -209,6 +209,9 @@ class RunConfig(Settings):
     """DeepSpeed settings of the student."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """How the result is measured."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where the log's figures go beside metrics.jsonl, changing no result; each needs its package, such as
+    pip install 'minillm[wandb]'."""
 
     @property
     def anchored(self) -> tuple[MinillmStage, ...]:
@@ -219,6 +222,13 @@ class RunConfig(Settings):
         """Of the rows in data.train that the stage draws from, which must have a reference response."""
         anchored_elsewhere = self.data.corpus is not None and isinstance(stage, MinillmStage)
         return "none" if anchored_elsewhere else stage.responses_needed
+
+    @field_validator("trackers")
+    @classmethod
+    def _each_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(names)) < len(names):
+            raise ConfigError(f"got {list(names)}, wanted each tracker once")
+        return names
 
     @field_validator("name")
     @classmethod

@@ -63,6 +63,10 @@ class Alarmed(MinillmError):
     exit_code = 4
 
 
+class TrackerError(MinillmError, RuntimeError):
+    """A tracker that the run asks for is not installed or does not start."""
+
+
 class RunExists(MinillmError, FileExistsError):
     """The run folder holds another run, and nothing in it was touched."""
 

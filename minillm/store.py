@@ -1,6 +1,7 @@
 """What a run leaves behind: its folder, its log, and files that are never half written.
 
-runs/NAME/{config.yaml, run.json, metrics.jsonl, samples.jsonl, stages/, student/, results.json, report.html}
+runs/NAME/{config.yaml, run.json, metrics.jsonl, samples.jsonl, stages/, student/, results.json, report.html,
+tensorboard/}
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class RunFolder:
     def __init__(self, path: Path, *, writes: bool) -> None:
         self.path = path
         self._writes = writes
+        self._listeners: list[Callable[[Mapping[str, Any]], None]] = []
 
     @property
     def student(self) -> Path:
@@ -64,7 +66,7 @@ class RunFolder:
             make_folder(self.path, setting="out or name")
             for name in ("config.yaml", *RESULTS):
                 (self.path / name).unlink(missing_ok=True)
-            for name in ("student", "stages"):
+            for name in ("student", "stages", "tensorboard"):
                 shutil.rmtree(self.path / name, ignore_errors=True)
             write_text(stored, config_text)
         return False
@@ -100,6 +102,12 @@ class RunFolder:
         if self._writes:
             with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(_strict(record), allow_nan=False) + "\n")
+            for hear in self._listeners:
+                hear(record)
+
+    def listen(self, hear: Callable[[Mapping[str, Any]], None]) -> None:
+        """Calls ``hear`` with each record that is logged from now on, once its line is written."""
+        self._listeners.append(hear)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from minillm.study.config import StudyConfig
 from minillm.world import rows
 
 SCHEMA = 1
-NO_PART = ("name", "out", "threads", "student", "teacher")
+NO_PART = ("name", "out", "threads", "trackers", "student", "teacher")
 """Settings of a run that change no result, and the names of models, which the digests of what they name stand for."""
 SINCE = ("data.teacher_text", "data.train_limit", "data.train_responses")
 """Settings that came after the first cells were committed. At null, as which they change nothing, they have no part in
@@ -32,7 +32,8 @@ the digest of a recipe, or every model that a study made before them would count
 NO_RESULT = (
     *("bench/", "diagnose/", "selftest/", "study/command.py", "study/config.py", "study/table.py", "cli.py"),
     *("report.py", "report_html.py", "report_style.py", "report_text.py", "report_words.py", "plots.py"),
-    *("progress.py", "terminal.py", "model_card.py"),
+    *("progress.py", "terminal.py", "model_card.py", "trackers.py"),
+    *("generated.py", "generation.py", "generation_parts.py"),
 )
 """Files and folders of the library that decide nothing about a cell."""
 SOURCES = ("train", "teacher_text", "validation", "test", "corpus")

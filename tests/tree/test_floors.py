@@ -53,6 +53,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "model_card",
         "generated",
         "generation_parts",
+        "trackers",
     ),
     6: (
         "advantages",

@@ -98,6 +98,12 @@ def stage(**changes: Any) -> MinillmStage:
         ("evaluation.seeds=[]", "evaluation.seeds: got an empty list"),
         ("evaluation.seeds=[1,1]", "evaluation.seeds: got [1, 1], wanted each value once"),
         ("evaluation.seeds=[1,a]", "evaluation.seeds.1: got 'a', wanted a whole number"),
+        (
+            "trackers=[wandbb]",
+            "trackers.0: got 'wandbb', wanted 'tensorboard', 'wandb' or 'trackio'; did you mean 'wandb'",
+        ),
+        ("trackers=[wandb,wandb]", "trackers: got ['wandb', 'wandb'], wanted each tracker once"),
+        ("trackers=wandb", "trackers: got 'wandb', wanted a list"),
         ("data.train=world:tran", "wanted world: and one of train, validation, test; did you mean 'train'?"),
         ("data.train=a.csv", "a file ending in .jsonl, .jsonl.gz, .parquet"),
         ("data.train=a.txt", "a file ending in .jsonl, .jsonl.gz, .parquet"),
@@ -441,4 +447,5 @@ def test_run_fields_are_the_documented_ones() -> None:
     """A new top-level setting is a decision: change this list with it."""
     assert list(RunConfig.model_fields) == [
         "name", "out", "seed", "threads", "student", "teacher", "data", "decoding", "stages", "engine", "evaluation",
+        "trackers",
     ]  # fmt: skip
