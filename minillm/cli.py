@@ -41,6 +41,7 @@ Examples:
   minillm diagnose --config recipes/quickstart/minillm.yaml \\
     student=runs/mine/student --prompts 128
   minillm study --config docs/results/long-horizon.yaml --show
+  minillm judge runs/a runs/b --url http://localhost:8000/v1 --model NAME
   minillm selftest --json selftest.json
   minillm bench loss --json bench.json
 
@@ -304,6 +305,55 @@ def study(  # noqa: PLR0917 (typer reads options from parameters)
     )  # fmt: skip
 
 
+@app.command()
+def judge(  # noqa: PLR0917 (typer reads options from parameters)
+    left: Annotated[Path, typer.Argument(metavar="A", help="Folder of an evaluation.")],
+    url: Annotated[str, typer.Option("--url", help="Base of the endpoint, such as http://localhost:8000/v1.")],
+    model: Annotated[str, typer.Option("--model", help="The judge's name there.")],
+    right: Annotated[Path | None, typer.Argument(metavar="B", help="Another evaluation, to compare with A.")] = None,
+    single: Annotated[bool, typer.Option("--single", help="Score A, and B, beside the references.")] = False,
+    seed: Annotated[int | None, typer.Option("--seed", help="The sampling seed to judge; else the lowest.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", help="The temperature to judge; else 1, or the highest.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Judge the first so many prompts only.")] = None,
+    template: Annotated[Path | None, typer.Option("--template", help="Text file of a question of your own.")] = None,
+    concurrency: Annotated[int, typer.Option("--concurrency", min=1, help="Requests under way at a time.")] = 4,
+    timeout: Annotated[float, typer.Option("--timeout", help="Seconds for one answer.")] = 60.0,
+    retries: Annotated[int, typer.Option("--retries", min=0, help="Further tries of one question.")] = 4,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Longest reply, reasons included.")] = 1024,
+    price_in: Annotated[float | None, typer.Option("--price-in", help="Money for a million prompt tokens.")] = None,
+    price_out: Annotated[float | None, typer.Option("--price-out", help="Money for a million reply tokens.")] = None,
+    max_cost: Annotated[
+        float | None, typer.Option("--max-cost", help="Most to spend: money with prices, else tokens.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the results; else one inside A.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Replace the results of another judging.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures into this file.")] = None,
+) -> None:
+    """Let a model behind a chat endpoint judge the responses.
+
+    One folder: each response is scored beside its reference, as in the paper. Two: they are compared, each pair in
+    both orders. A key is read from MINILLM_JUDGE_KEY, else OPENAI_API_KEY. Answers are kept: nothing is asked twice.
+
+    \b
+    Example:
+      minillm judge runs/mine/again --url http://localhost:8000/v1 \\
+        --model NAME --limit 50
+    """
+    from minillm.judge.command import run
+
+    run(
+        (left, right),
+        settings={
+            "url": url, "model": model, "concurrency": concurrency, "timeout": timeout, "retries": retries,
+            "max_tokens": max_tokens, "price_in": price_in, "price_out": price_out, "max_cost": max_cost,
+        },
+        single=single, seed=seed, temperature=temperature, limit=limit, template=template, out=out, fresh=fresh,
+        json_file=json_file,
+    )  # fmt: skip
+
+
 def _usable(file: Path | None) -> Path | None:
     if file is not None:
         from minillm.selftest.record import require_usable
@@ -364,7 +414,7 @@ def _guarded(command: Callable[..., object]) -> int:
     if result == INTERRUPTED:
         print(
             "interrupted; the same command starts from the beginning again "
-            "(a study keeps its finished cells, generate its answers)",
+            "(a study keeps its finished cells, generate and judge their answers)",
             file=sys.stderr,
         )
     return result if isinstance(result, int) else 0

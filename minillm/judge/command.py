@@ -1,0 +1,123 @@
+"""What the command ``judge`` does: refuses what could not be written, judges, prints the table."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from minillm.judge.run import default_out, judge
+from minillm.judge.settings import JudgeSettings
+from minillm.report_text import DASH, MINUS, plain
+from minillm.store import require_writable, write_text
+from minillm.terminal import print_table
+
+WIDTH = 80
+"""Columns of a line of words, as in a plain terminal."""
+
+
+def run(
+    folders: tuple[Path, Path | None],
+    *,
+    settings: Mapping[str, Any],
+    single: bool,
+    seed: int | None,
+    temperature: float | None,
+    limit: int | None,
+    template: Path | None,
+    out: Path | None,
+    fresh: bool,
+    json_file: Path | None,
+) -> dict[str, Any]:
+    """Prints the figures and where they are kept."""
+    chosen = JudgeSettings(**settings)
+    if json_file is not None:
+        require_writable(json_file)
+    out = default_out(*folders, single=single) if out is None else out
+    record = judge(
+        *folders, settings=chosen, single=single, seed=seed, temperature=temperature, limit=limit, template=template,
+        out=out, fresh=fresh, say=lambda line: print(line, flush=True),
+    )  # fmt: skip
+    if json_file is not None:
+        write_text(json_file, json.dumps(record, indent=2) + "\n")
+    names = ", ".join(record["endpoint"]["returned"]) or record["endpoint"]["model"]
+    print_table(plain(f"{record['prompts']} prompts, judged by {names}"), COLUMNS, table(record))
+    for line in words(record):
+        print(textwrap.fill(plain(line), width=WIDTH, subsequent_indent="  "))
+    print(f"{out / 'judge.json'}")
+    return record
+
+
+COLUMNS = ("", "figure", "95 % interval")
+
+
+def table(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """The rows of the table: a label, a figure, an interval over prompts."""
+    if record["mode"] == "pairwise":
+        labels = {"win": "A wins", "tie": "tie", "lose": "B wins", "net": f"A wins {MINUS} B wins"}
+        rows = [_row(label, record[name], scale=100, unit=" %") for name, label in labels.items()]
+        return [*rows, ("the orders disagree", _percent(record["position"]["share"]), "")]
+    sides = record.get("sides", [record])
+    rows = []
+    for letter, side in zip("AB", sides, strict=False):
+        rows += [
+            _row(f"score of {letter}", side["score"]),
+            _row("  its points, 1 to 10", side["response"]),
+            _row("  the references' points", side["reference"]),
+        ]
+        points = side["position"]["points"]
+        rows.append(("  points for being first", DASH if points is None else _number(points, signed=True), ""))
+    return [*rows, _row(f"A {MINUS} B, paired", record["difference"])] if "difference" in record else rows
+
+
+def words(record: Mapping[str, Any]) -> list[str]:
+    """What a reader of the table has to know."""
+    lines = []
+    if record["mode"] == "single":
+        lines.append("score: sum of the responses' points over that of the references', times 100")
+    else:
+        share = record["position"]["share"]
+        lines.append(
+            f"position bias: in {_percent(share)} of the pairs ({record['position']['disagreements']}) the verdict "
+            f"changed with the order; they count as ties ({_percent(record['position']['first'])} of the pairs went to "
+            f"whatever stood first, {_percent(record['position']['second'])} to whatever stood second)"
+        )
+    for letter, side in zip("AB", record.get("sides", [record]), strict=False):
+        if side["unjudged"]:
+            whose = f" of {letter}" if "sides" in record else ""
+            lines.append(f"unjudged: {side['unjudged']} of {record['prompts']} prompts{whose}, in no figure")
+    for reason, count in record["unanswered"].items():
+        lines.append(f"  {count} questions: {reason}")
+    if record["defused"]:
+        lines.append(
+            f"{record['defused']} questions held text that looks like a tag or a chat marker of ours; it was defused "
+            "(column 'defused' of judgements.jsonl)"
+        )
+    cost = record["cost"]
+    money = "" if cost["money"] is None else f", {cost['money']:g} in money"
+    assumed = f" ({cost['assumed_tokens']:,} of them assumed)" if cost["assumed_tokens"] else ""
+    lines.append(
+        f"cost: {cost['requests']:,} requests ({cost['cached']:,} answers from the cache), {cost['prompt_tokens']:,} "
+        f"tokens of prompts and {cost['completion_tokens']:,} of replies{assumed}{money}; {record['seconds']:g} s"
+    )
+    if cost["stopped_by_limit"]:
+        lines.append("stopped by the cost limit; with a higher --max-cost the same command goes on from there")
+    return lines + [f"note: {note}" for note in record["notes"]]
+
+
+def _row(label: str, estimate: Mapping[str, Any], *, scale: float = 1, unit: str = "") -> tuple[str, str, str]:
+    mean, ends = estimate["mean"], estimate["ci95"]
+    shown = DASH if mean is None else _number(scale * mean) + unit
+    return label, shown, DASH if ends is None else f"{_number(scale * ends[0])} to {_number(scale * ends[1])}{unit}"
+
+
+def _number(value: float, *, signed: bool = False) -> str:
+    if round(value, 2) == 0:
+        return "0.00"
+    return f"{value:{'+' if signed else ''}.2f}".replace("-", MINUS)
+
+
+def _percent(share: float | None) -> str:
+    return DASH if share is None else f"{100 * share:.1f} %"

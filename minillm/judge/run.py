@@ -1,0 +1,280 @@
+"""Whole evaluation folders judged: questions in both orders, asked side by side, and the record of what came back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minillm.errors import ConfigError, DataError
+from minillm.judge import figures
+from minillm.judge.ask import NOT_ASKED, Answer, Asker, Messages
+from minillm.judge.cache import Cache
+from minillm.judge.client import ChatClient, http_library
+from minillm.judge.cost import Meter
+from minillm.judge.prompts import FORMS, question, read_template
+from minillm.judge.samples import Side, read_sides
+from minillm.judge.settings import EndpointError, JudgeSettings, read_key
+from minillm.progress import Progress
+from minillm.report_text import plain
+from minillm.store import Clock, make_folder, write_jsonl, write_text
+
+SCHEMA = 1
+ORDERS = ("left first", "right first")
+SHOWN_LINES = 3
+"""Broken lines of the cache that are named."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """One request to be made: a prompt, a pair of answers, an order."""
+
+    side: int
+    """Whose response is the left answer."""
+    place: int
+    order: int
+    uid: str
+    messages: Messages
+    defused: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """All that is to be asked. ``uids`` are those of the prompts that can be judged."""
+
+    mode: str
+    sides: Sequence[Side]
+    uids: tuple[str, ...]
+    without_reference: int
+    questions: tuple[Question, ...]
+    asked: dict[str, Any]
+
+
+def judge(
+    left: str | Path,
+    right: str | Path | None = None,
+    *,
+    settings: JudgeSettings,
+    single: bool = False,
+    seed: int | None = None,
+    temperature: float | None = None,
+    limit: int | None = None,
+    template: str | Path | None = None,
+    out: str | Path | None = None,
+    fresh: bool = False,
+    resamples: int = 2000,
+    say: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Judges the responses of one or two evaluation folders; the record, as it is written to ``out/judge.json``.
+
+    One folder, or ``single``: each response is scored beside its reference. Two folders: their responses are
+    compared. The key comes from the environment. ``say`` hears notes, and None keeps silent, the progress too.
+    Raises ``EndpointError`` where the endpoint is of no use, and leaves what ``out`` held before; answers that came
+    are kept in ``out/cache.jsonl``.
+    """
+    clock, told = Clock(), say or (lambda _: None)
+    http_library()
+    key = read_key(settings)
+    folders = [Path(left)] if right is None else [Path(left), Path(right)]
+    sides = read_sides(folders, seed=seed, temperature=temperature)
+    text = read_template(None if template is None else Path(template))
+    work = _work(sides, single=single or right is None, template=text, limit=limit, settings=settings)
+    out = default_out(*folders, single=single) if out is None else Path(out)
+    _require_own(out, work.asked, fresh=fresh)
+    make_folder(out, setting="--out")
+    cache, meter = Cache(out / "cache.jsonl"), Meter(settings)
+    for line in _first_words(work, cache, settings, key):
+        told(line)
+    with ChatClient(settings, key=key) as client:
+        answers = _ask_all(work, Asker(client, cache, meter, settings=settings, form=FORMS[work.mode]), shown=say)
+        notes = list(client.notes)
+    _require_some(work, answers, settings)
+    record = {
+        "schema": SCHEMA,
+        "mode": work.mode,
+        "asked": work.asked,
+        **_figures(work, answers, resamples=resamples),
+        **_counts(work, answers),
+        "endpoint": {"url": settings.shown, "model": settings.model, "returned": _returned(answers)},
+        "cost": {**meter.record(), "cached": sum(answer.cached for answer in answers)},
+        "notes": notes + ([f"{len(cache.broken)} broken lines of the cache were passed over"] if cache.broken else []),
+        "bootstrap": {"resamples": resamples, "seed": 0},
+        "seconds": round(clock(), 2),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    write_jsonl(out / "judgements.jsonl", _rows(work, answers))
+    write_text(out / "judge.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
+    return record
+
+
+def default_out(left: Path, right: Path | None = None, *, single: bool = False) -> Path:
+    """Where results go without --out: into the (left) evaluation's folder."""
+    if right is None:
+        return left / "judge"
+    other = right.resolve().name
+    return left / (f"judge-beside-{other}" if single else f"judge-against-{other}")
+
+
+def _work(sides: Sequence[Side], *, single: bool, template: str, limit: int | None, settings: JudgeSettings) -> Work:
+    mode = "single" if single else "pairwise"
+    places = [n for n in range(len(sides[0].samples)) if not single or all(s.samples[n].reference for s in sides)]
+    if not places:
+        raise DataError(
+            f"{sides[0].folder}: no response has a reference to be scored beside; name two evaluations to compare them"
+        )
+    without, places = len(sides[0].samples) - len(places), places[:limit]
+    questions = []
+    # Prompt by prompt: what a cost limit leaves over is whole prompts.
+    for place, n in enumerate(places):
+        for number, side in enumerate(sides if single else sides[:1]):
+            ours = side.samples[n]
+            theirs = ours.reference if single else sides[1].samples[n].response
+            for order in range(len(ORDERS)):
+                first, second = (ours.response, theirs) if order == 0 else (theirs, ours.response)
+                messages, defused = question(template, FORMS[mode], prompt=ours.prompt, first=first, second=second)
+                questions.append(
+                    Question(side=number, place=place, order=order, uid=ours.uid, messages=messages, defused=defused)
+                )
+    asked = {
+        "mode": mode,
+        "evaluations": [{"folder": str(side.folder), "samples": side.sha256} for side in sides],
+        "seed": sides[0].seed,
+        "temperature": sides[0].temperature,
+        "endpoint": settings.shown,
+        "model": settings.model,
+        "template": hashlib.sha256(template.encode()).hexdigest(),
+    }
+    return Work(
+        mode=mode,
+        sides=sides,
+        uids=tuple(sides[0].samples[n].uid for n in places),
+        without_reference=without,
+        questions=tuple(questions),
+        asked=asked,
+    )
+
+
+def _require_own(out: Path, asked: dict[str, Any], *, fresh: bool) -> None:
+    """Refuses a folder with the results of another judging."""
+    file = out / "judge.json"
+    if fresh or not file.exists():
+        return
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))["asked"]
+        differing = [name for name in asked if stored.get(name) != asked[name]]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{file}: not the results of a judging; move it away or give --fresh") from None
+    if differing:
+        raise DataError(
+            f"{file} holds another judging, they differ in: {', '.join(differing)}\n"
+            "  name another --out, or replace it with --fresh"
+        )
+
+
+def _first_words(work: Work, cache: Cache, settings: JudgeSettings, key: str) -> list[str]:
+    side = work.sides[0]
+    lines = [
+        f"{len(work.uids)} prompts, seed {side.seed}, temperature {side.temperature:g}: {len(work.questions)} "
+        f"questions to {settings.model} at {settings.shown}, each pair in both orders"
+    ]
+    if work.without_reference and work.mode == "single":
+        lines.append(f"note: {work.without_reference} prompts without a reference are left out")
+    if cache.broken:
+        named = ", ".join(map(str, cache.broken[:SHOWN_LINES]))
+        lines.append(f"note: {len(cache.broken)} broken lines of cache.jsonl are passed over (line {named})")
+    if key and settings.bare:
+        lines.append("note: the key travels unencrypted; use an https address where there is one")
+    return [plain(line) for line in lines]
+
+
+def _ask_all(work: Work, asker: Asker, *, shown: Callable[[str], None] | None) -> list[Answer]:
+    """The answers in the order of the questions. What ends it early leaves the answers that came in the cache."""
+    answers: dict[int, Answer] = {}
+    bar = Progress("judge", total=len(work.questions), unit="answers", shown=shown is not None)
+    with ThreadPoolExecutor(max_workers=asker.workers, thread_name_prefix="judge") as pool:
+        try:
+            futures: dict[Future[Answer], int] = {
+                pool.submit(asker.ask, question.messages): n for n, question in enumerate(work.questions)
+            }
+            for done, future in enumerate(as_completed(futures), start=1):
+                answers[futures[future]] = future.result()
+                bar.advance(done, {})
+        except BaseException:
+            asker.stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        finally:
+            bar.close()
+    return [answers[n] for n in range(len(work.questions))]
+
+
+def _require_some(work: Work, answers: Sequence[Answer], settings: JudgeSettings) -> None:
+    """Raises unless some prompt has been judged: results of nothing replace nothing."""
+    if any(None not in pair for pairs in _pairs(work, answers) for pair in pairs):
+        return
+    reasons = Counter(answer.reason for answer in answers if answer.reason)
+    if set(reasons) == {NOT_ASKED}:
+        raise ConfigError(
+            f"max_cost: got {settings.max_cost:g}, less than judging one prompt may cost\n"
+            "  raise --max-cost, or lower --max-tokens"
+        )
+    told = plain(", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(SHOWN_LINES)))
+    raise EndpointError(f"{settings.shown}: no prompt could be judged: {told}\n  nothing was written but the cache")
+
+
+def _pairs(work: Work, answers: Sequence[Answer]) -> list[list[figures.Pair]]:
+    """Verdicts by side and prompt."""
+    sides = len(work.sides) if work.mode == "single" else 1
+    found = {(q.side, q.place, q.order): a.verdict for q, a in zip(work.questions, answers, strict=True)}
+    return [[(found[s, n, 0], found[s, n, 1]) for n in range(len(work.uids))] for s in range(sides)]
+
+
+def _figures(work: Work, answers: Sequence[Answer], *, resamples: int) -> dict[str, Any]:
+    pairs = _pairs(work, answers)
+    if work.mode == "pairwise":
+        return figures.pairwise(work.uids, pairs[0], resamples=resamples, seed=0)
+    found = [figures.single(work.uids, each, resamples=resamples, seed=0) for each in pairs]
+    if len(found) == 1:
+        return found[0]
+    both = figures.single_difference(work.uids, *pairs, resamples=resamples, seed=0)
+    return {"sides": found, "difference": both}
+
+
+def _counts(work: Work, answers: Sequence[Answer]) -> dict[str, Any]:
+    reasons = Counter(answer.reason for answer in answers if answer.verdict is None)
+    return {
+        "prompts": len(work.uids),
+        "without_reference": work.without_reference if work.mode == "single" else 0,
+        "unanswered": dict(reasons.most_common()),
+        "defused": sum(question.defused > 0 for question in work.questions),
+    }
+
+
+def _returned(answers: Sequence[Answer]) -> list[str]:
+    """The model's names as the endpoint gave them: an alias may mean another model next month."""
+    return sorted({answer.model for answer in answers if answer.model})
+
+
+def _rows(work: Work, answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    right = "reference" if work.mode == "single" else "B"
+    return [
+        {
+            "uid": question.uid,
+            "left": "AB"[question.side],
+            "right": right,
+            "order": ORDERS[question.order],
+            "verdict": answer.verdict,
+            "reason": answer.reason,
+            "model": answer.model,
+            "cached": answer.cached,
+            "defused": question.defused,
+            "reply": answer.reply,
+        }
+        for question, answer in zip(work.questions, answers, strict=True)
+    ]
