@@ -14,18 +14,22 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from minillm.batches import example_batch, prompt_batch
+from minillm.config import BETTER
 from minillm.decode import roll_out
 from minillm.engines import Student, Teacher
-from minillm.measures import ratios_of, repetition_3, rouge_l
+from minillm.measures import MEASURES, ratios_of
 from minillm.models import ModelReader
 from minillm.progress import Progress
 from minillm.ranks import Ranks
 from minillm.scoring import score
 from minillm.statistics import mean_over_seeds
+from minillm.text_measures import exact_match, repetition_3, rouge_l
 from minillm.types import Decoding, DrawKey, Ids, Prompt, Purpose, Rollout, Scored
 from minillm.world import check
 
 Record = dict[str, Any]
+VALIDATED = tuple(name for name in BETTER if name in MEASURES)
+"""What validation measures beside the loss: what ``keep`` may name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +98,9 @@ def validator(judge: Judge, *, ranks: Ranks, generate: bool, loss: bool) -> Call
                 records = sample_and_judge(
                     reader, judge, seeds=(0,), temperatures=(judge.decoding.temperature,), ranks=ranks
                 )
-                figures.update({name: mean_over_seeds(ratio) for name, ratio in ratios_of(records).items()})
+                figures.update(
+                    {name: mean_over_seeds(ratio) for name, ratio in ratios_of(records, names=VALIDATED).items()}
+                )
         return figures
 
     return measure
@@ -159,7 +165,7 @@ def _record(
     text = str(judge.tokenizer.decode(ids, skip_special_tokens=True)).strip()
     measures: dict[str, Any] = {"repetition_3": int(repetition_3(text))}
     if row.responses:
-        measures["rouge_l"] = rouge_l(text, row.responses)
+        measures.update(rouge_l=rouge_l(text, row.responses), exact_match=int(exact_match(text, row.responses)))
     if judge.in_world:
         verdict = check(row.text, text)
         measures.update(validity=int(verdict.valid), reason=verdict.reason)

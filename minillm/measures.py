@@ -1,4 +1,4 @@
-"""What a response is worth as text, and how the rows of samples.jsonl become measures of a model.
+"""How the rows of samples.jsonl become measures of a model.
 
 Shapes here: S sampling seeds, N prompts.
 
@@ -6,27 +6,32 @@ Every measure is a ratio whose numerators and denominators are added over the pr
 
     validity              valid responses           / responses      (micro-world only: its exact checker)
     rouge_l               ROUGE-L F                  / responses
+    exact_match           responses equal to a reference / responses
     reverse_kl            nats, student from teacher / responses
     reverse_kl_per_token  nats                       / tokens that the KL was summed over
-    distinct_4            distinct 4-grams of words  / 4-grams of words, over the seed's whole set
+    distinct_1 … 4        distinct n-grams of words  / n-grams of words, over the seed's whole set
+    self_bleu             BLEU-4 against all other responses of the seed / responses that have a word
     repetition_3          responses that repeat a 3-gram of words / responses
+    repeated_3            3-grams of words that stood earlier in their response / 3-grams of words
     mean_length           tokens without EOS         / responses
+    cut_share             responses that reached the limit / responses
 
-Words are what whitespace separates, as written. ROUGE-L alone has a tokenizer of its own (see ``rouge_l``).
+distinct_n and self_bleu depend on all responses of a seed together; a resample of prompts keeps what each response
+contributed to the whole set.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 
 from minillm.errors import DataError
+from minillm.self_bleu import self_bleu
 from minillm.statistics import Ratio, estimate
+from minillm.text_measures import distinct_contributions, repeated
 
 MAIN_TEMPERATURE = 1.0
 """The temperature of the headline figures, where it was evaluated."""
@@ -52,10 +57,13 @@ MEASURES: dict[str, Measure] = {
         label="validity", better="higher", digits=3, meaning="share of responses that pass the checker"
     ),
     "rouge_l": Measure(label="ROUGE-L", better="higher", digits=3, meaning="F of the best reference, 0 to 1"),
+    "exact_match": Measure(
+        label="exact match", better="higher", digits=3,
+        meaning="share of responses equal to a reference, up to case, punctuation and white space",
+    ),
     "reverse_kl": Measure(
         label="reverse KL", better="lower", digits=3, meaning="nats per response, student from teacher"
     ),
-    "reverse_kl_per_token": Measure(label="reverse KL/token", better="lower", digits=3, meaning="nats per token"),
     "distinct_4": Measure(
         label="distinct-4", better=None, digits=3, meaning="distinct 4-grams of words over all of them: variety"
     ),
@@ -65,49 +73,25 @@ MEASURES: dict[str, Measure] = {
     "mean_length": Measure(
         label="length", better=None, digits=2, meaning="tokens of a response, without the end token"
     ),
-}
+    "reverse_kl_per_token": Measure(label="reverse KL/token", better="lower", digits=3, meaning="nats per token"),
+    "distinct_1": Measure(label="distinct-1", better=None, digits=3, meaning="distinct words over all of them"),
+    "distinct_2": Measure(label="distinct-2", better=None, digits=3, meaning="the same of 2-grams"),
+    "distinct_3": Measure(label="distinct-3", better=None, digits=3, meaning="the same of 3-grams"),
+    "self_bleu": Measure(
+        label="self-BLEU", better=None, digits=3, meaning="BLEU-4 of a response against all others: likeness, 0 to 1"
+    ),
+    "repeated_3": Measure(
+        label="repeated-3", better=None, digits=3, meaning="share of 3-grams that stood earlier in their response"
+    ),
+    "cut_share": Measure(label="cut", better=None, digits=3, meaning="share of responses cut at the length limit"),
+}  # fmt: skip
 NAMES: tuple[str, ...] = tuple(MEASURES)
-
-
-def rouge_l(response: str, references: Sequence[str]) -> float:
-    """ROUGE-L F of the reference that fits best, 0 to 1, with Porter stemming, as ``rouge-score`` computes it.
-
-    Its tokenizer lower-cases and keeps runs of ASCII letters and digits only: accents split a word, and text in
-    another script has no tokens. Text without a token scores 0, also against a reference without one. Raises
-    ``DataError`` when there is no reference: the measure does not exist then, and 0 would be a lie.
-    """
-    if not references:
-        raise DataError("ROUGE-L got no reference, wanted at least one; leave the measure out for such rows")
-    return max(_rouge_l_of_tokens(_rouge_tokens(reference), _rouge_tokens(response)) for reference in references)
-
-
-def repetition_3(text: str) -> bool:
-    """True when some run of three words occurs twice in the text; False below four words."""
-    runs = ngrams(text, 3)
-    return len(set(runs)) < len(runs)
-
-
-def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
-    """The runs of ``n`` words in order, overlaps included; none in a text of fewer than ``n`` words."""
-    words = text.split()
-    return [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
-
-
-def ngram_counts(texts: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
-    """How often each run of ``n`` words occurs in all the texts together; no run crosses from one into the next."""
-    return Counter(run for text in texts for run in ngrams(text, n))
-
-
-def distinct_contributions(texts: Sequence[str], n: int) -> list[tuple[float, int]]:
-    """What each text adds to (distinct n-grams, n-grams) of the whole set.
-
-    An n-gram that occurs c times in the set gives 1/c to the text at each occurrence, so the first numbers add up
-    to the number of distinct n-grams. This makes the share a ratio over prompts that can be bootstrapped. A
-    resample keeps these contributions: recounting would see every prompt drawn twice as a repetition.
-    """
-    counts = ngram_counts(texts, n)
-    runs = [ngrams(text, n) for text in texts]
-    return [(sum(1.0 / counts[run] for run in own), len(own)) for own in runs]
+MAIN = ("validity", "rouge_l", "exact_match", "reverse_kl", "distinct_4", "repetition_3", "mean_length")
+"""The measures of a report's first table."""
+ALWAYS = tuple(name for name in MAIN if name != "exact_match")
+"""Those that the first table has a row for whether or not there is a figure."""
+OF_A_SET = {"distinct_1", "distinct_2", "distinct_3", "distinct_4", "self_bleu"}
+"""Measures of all responses of a seed together."""
 
 
 def temperature_key(temperature: float) -> str:
@@ -115,7 +99,7 @@ def temperature_key(temperature: float) -> str:
     return str(float(temperature))
 
 
-def ratios_of(samples: Sequence[dict[str, Any]]) -> dict[str, Ratio]:
+def ratios_of(samples: Sequence[dict[str, Any]], *, names: Sequence[str] = NAMES) -> dict[str, Ratio]:
     """The measures of one model at one temperature as ratios, from rows of samples.jsonl; absent ones left out.
 
     Prompts keep the order of the first seed. A measure that only some rows have counts those rows. Raises
@@ -125,17 +109,11 @@ def ratios_of(samples: Sequence[dict[str, Any]]) -> dict[str, Ratio]:
     by_seed = _by_seed(samples)
     uids = tuple(next(iter(by_seed.values())))
     grid = [[rows[uid] for uid in uids] for rows in by_seed.values()]
-    pairs: dict[str, list[list[tuple[float, float]]]] = {
-        name: [[_pair(row, name) for row in line] for line in grid] for name in NAMES if name != "distinct_4"
-    }
-    pairs["distinct_4"] = [
-        [(d, float(n)) for d, n in distinct_contributions([_field(row, "response") for row in line], 4)]
-        for line in grid
-    ]
     found: dict[str, Ratio] = {}
-    for name in NAMES:
-        value_SN2 = np.array(pairs[name], dtype=np.float64)
-        if name == "distinct_4" or value_SN2[..., 1].any():
+    for name in names:
+        pairs = [_of_set(line, name) if name in OF_A_SET else [_pair(row, name) for row in line] for line in grid]
+        value_SN2 = np.array(pairs, dtype=np.float64)
+        if name.startswith("distinct") or value_SN2[..., 1].any():
             found[name] = Ratio(
                 uids=uids,
                 seeds=tuple(by_seed),
@@ -186,10 +164,31 @@ def reference_bucket(row: dict[str, Any]) -> str | None:
     return next(name for name, (least, most) in LENGTH_BUCKETS.items() if least <= words <= most)
 
 
+def shown(models: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[str]]:
+    """The measures of a report's first table and those of its second: of the latter what some model has."""
+    there = {name for measures in models.values() for name, found in measures.items() if found.get("mean") is not None}
+    first = [name for name in MAIN if name in ALWAYS or name in there]
+    return first, [name for name in NAMES if name not in MAIN and name in there]
+
+
+def _of_set(line: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+    """What each row adds to a measure of all responses of its seed."""
+    texts = [str(_field(row, "response")) for row in line]
+    if name == "self_bleu":
+        return [(0.0, 0.0) if score is None else (score, 1.0) for score in self_bleu(texts)]
+    n = int(name.removeprefix("distinct_"))
+    return [(share, float(count)) for share, count in distinct_contributions(texts, n)]
+
+
 def _pair(row: dict[str, Any], name: str) -> tuple[float, float]:
     """What a row adds to a measure's numerator and denominator; (0, 0) where it does not have the measure."""
     if name == "mean_length":
         return float(_field(row, "tokens")), 1.0
+    if name == "cut_share":
+        return float(_field(row, "stop") == "length"), 1.0
+    if name == "repeated_3":
+        again, runs = repeated(str(_field(row, "response")), 3)
+        return float(again), float(runs)
     own = _field(row, "measures")
     if name == "reverse_kl_per_token":
         return (float(own["reverse_kl"]), float(_kl_tokens(row))) if own.get("reverse_kl") is not None else (0.0, 0.0)
@@ -230,35 +229,3 @@ def _field(row: dict[str, Any], name: str) -> Any:
     if name not in row:
         raise DataError(f"the sample of prompt {row.get('uid')!r} has no field {name!r}; evaluate the model again")
     return row[name]
-
-
-@lru_cache(maxsize=1 << 17)
-def _rouge_tokens(text: str) -> tuple[str, ...]:
-    # Stemming is nine tenths of the time, and a reference meets every seed, temperature and model again.
-    return tuple(_rouge_tokenizer().tokenize(text))
-
-
-@lru_cache(maxsize=1)
-def _rouge_tokenizer() -> Any:
-    from rouge_score.tokenizers import DefaultTokenizer
-
-    return DefaultTokenizer(use_stemmer=True)
-
-
-@lru_cache(maxsize=1 << 17)
-def _rouge_l_of_tokens(reference: tuple[str, ...], response: tuple[str, ...]) -> float:
-    return float(_rouge_scorer().score(reference, response)["rougeL"].fmeasure)
-
-
-@lru_cache(maxsize=1)
-def _rouge_scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rougeL"], tokenizer=_AlreadyTokens())
-
-
-class _AlreadyTokens:
-    """Hands ``RougeScorer`` tokens that were made (and kept) before."""
-
-    def tokenize(self, text: tuple[str, ...]) -> tuple[str, ...]:
-        return text

@@ -66,7 +66,7 @@ def repetition_rewards(response_BT: Tensor, mask_BT: Tensor, *, ngram: int) -> T
     """Where a token completes an n-gram that stands earlier in the same response, bool [B, T]; False off the mask.
 
     Only response tokens count, n-grams may overlap. The mask is that of a rollout: the first tokens of each row. A
-    response repeats an n-gram, in the sense of ``measures.repetition_3``, where a row has any.
+    response repeats an n-gram, in the sense of ``text_measures.repetition_3``, where a row has any.
     """
     require_shape("mask of the responses", mask_BT, tuple(response_BT.shape))
     assert ngram >= 1, ngram

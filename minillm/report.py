@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minillm.errors import ConfigError, DataError, did_you_mean
-from minillm.measures import MAIN_TEMPERATURE, MEASURES, NAMES, ratios_of, temperature_key
+from minillm.measures import MAIN, MAIN_TEMPERATURE, MEASURES, ratios_of, shown, temperature_key
 from minillm.report_files import SCHEMA, read_course, read_results, read_samples
 from minillm.report_html import page
 from minillm.report_text import AT_EACH_TEMPERATURE, DASH, MINUS, figure, interval, plain, reading
@@ -131,6 +131,8 @@ def print_tables(combined: Mapping[str, Any], console: Console) -> None:
         console.print(_main_table(combined))
         for key, pair in combined["pairs"].items():
             console.print(_difference_table(combined["differences"][key], pair, temperature=combined["temperature"]))
+        if shown(combined["models"])[1]:
+            console.print(_more_table(combined))
         if len(combined["temperatures"]) > 1:
             console.print(_temperature_table(combined))
     if combined["seconds"]:
@@ -223,7 +225,7 @@ def _main_table(combined: Mapping[str, Any]) -> Table:
         f"Held-out prompts at temperature {combined['temperature']} (95 % intervals over prompts)",
         ["", *combined["models"]],
     )
-    for name in NAMES:
+    for name in shown(combined["models"])[0]:
         cells = [_estimate_cell(measures.get(name), name) for measures in combined["models"].values()]
         table.add_row(MEASURES[name].label, *cells)
     return table
@@ -232,28 +234,48 @@ def _main_table(combined: Mapping[str, Any]) -> Table:
 def _difference_table(change: Mapping[str, Any], pair: Sequence[str], *, temperature: str) -> Table:
     title = f"{pair[0]} {MINUS} {pair[1]}, paired, at temperature {temperature}"
     table = _table(title, ["", "difference", "95 % interval", "interval"])
-    for name in (name for name in NAMES if name in change):
+    for name in (name for name in MAIN if name in change):
         mean = figure(change[name]["mean"], name, signed=True)
         table.add_row(MEASURES[name].label, mean, interval(change[name], name, signed=True), reading(change[name]))
     return table
 
 
-def _temperature_table(combined: Mapping[str, Any]) -> Table:
+def _more_table(combined: Mapping[str, Any]) -> Table:
+    """The other measures, without intervals: those are in the page and in the file."""
+    title, pairs = _starred(f"More measures at temperature {combined['temperature']}", combined)
+    table = _table(title, ["", *combined["models"], *pairs])
+    for name in shown(combined["models"])[1]:
+        table.add_row(MEASURES[name].label, *_plain_cells(combined["models"], combined["differences"], name, combined))
+    return table
+
+
+def _starred(title: str, combined: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """A table's title and its columns of differences; a single one is spelt out above a table, which then fits a
+    narrow terminal."""
     pairs = [f"{left} {MINUS} {right}" for left, right in combined["pairs"].values()]
-    title = "At each temperature" + ("; * the paired interval of a difference excludes zero" if pairs else "")
-    if len(pairs) == 1:  # spelt out above the table, which then fits a narrow terminal
-        title, pairs = (
-            f"At each temperature; difference: {pairs[0]}, * its paired interval excludes zero",
-            ["difference"],
-        )
+    if len(pairs) == 1:
+        return f"{title}; difference: {pairs[0]}, * its paired interval excludes zero", ["difference"]
+    return title + ("; * the paired interval of a difference excludes zero" if pairs else ""), pairs
+
+
+def _plain_cells(
+    models: Mapping[str, Any], differences: Mapping[str, Any], name: str, combined: Mapping[str, Any]
+) -> list[str]:
+    """A measure of each model of the report, and its differences with a star."""
+    cells = [figure(models.get(model, {}).get(name, {}).get("mean"), name) for model in combined["models"]]
+    for pair in combined["pairs"]:
+        change = differences.get(pair, {}).get(name, {"mean": None})
+        star = "*" if reading(change) == "excludes zero" else " "
+        cells.append(figure(change["mean"], name, signed=True) + star)
+    return cells
+
+
+def _temperature_table(combined: Mapping[str, Any]) -> Table:
+    title, pairs = _starred("At each temperature", combined)
     table = _table(title, ["", *combined["models"], *pairs])
     for key, found in combined["temperatures"].items():
         for name in AT_EACH_TEMPERATURE:
-            cells = [figure(found["models"].get(m, {}).get(name, {}).get("mean"), name) for m in combined["models"]]
-            for pair in combined["pairs"]:
-                change = found["differences"].get(pair, {}).get(name, {"mean": None})
-                star = "*" if reading(change) == "excludes zero" else " "
-                cells.append(figure(change["mean"], name, signed=True) + star)
+            cells = _plain_cells(found["models"], found["differences"], name, combined)
             label = f"{key if name == AT_EACH_TEMPERATURE[0] else '':4} {MEASURES[name].label}"
             table.add_row(label, *cells, end_section=name == AT_EACH_TEMPERATURE[-1])
     return table

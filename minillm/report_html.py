@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from minillm import plots
-from minillm.measures import MEASURES, NAMES
+from minillm.measures import MEASURES, shown
 from minillm.report_files import Course
 from minillm.report_style import STYLE
 from minillm.report_text import (
@@ -105,26 +105,32 @@ def _change_cell(change: Mapping[str, Any] | None, name: str) -> str:
 
 
 def _figures(combined: Mapping[str, Any], colour: Mapping[str, int]) -> str:
-    """The table and the bars at the main temperature."""
+    """The tables and the bars at the main temperature."""
     models = combined["models"]
     if not models:
         return ""
-    pairs = combined["pairs"]
+    main, more = shown(models)
+    drawings = [drawing for name in main if (drawing := _bars(models, name, colour))]
+    return _section(
+        f"Held-out prompts, temperature {combined['temperature']}",
+        _measure_table(combined, main)
+        + "<p class='note'>Below each figure: its 95 % bootstrap interval over prompts.</p>"
+        + _grid(drawings)
+        + (f"<h3>More measures</h3>{_measure_table(combined, more)}" if more else ""),
+    )
+
+
+def _measure_table(combined: Mapping[str, Any], names: Sequence[str]) -> str:
+    models, pairs = combined["models"], combined["pairs"]
     rows = [_head(["", *models, *(f"{left} {MINUS} {right}, paired" for left, right in pairs.values())])]
-    for name in NAMES:
+    for name in names:
         measure = MEASURES[name]
         way = f", {measure.better} is better" if measure.better else ""
         cells = [_estimate_cell(measures.get(name), name) for measures in models.values()]
         cells += [_change_cell(combined["differences"][pair].get(name), name) for pair in pairs]
         head = f'<th scope="row">{safe(measure.label)}<small>{safe(measure.meaning + way)}</small></th>'
         rows.append(f"<tr>{head}{''.join(cells)}</tr>")
-    drawings = [drawing for name in NAMES if (drawing := _bars(models, name, colour))]
-    return _section(
-        f"Held-out prompts, temperature {combined['temperature']}",
-        _scrolling("".join(rows))
-        + "<p class='note'>Below each figure: its 95 % bootstrap interval over prompts.</p>"
-        + _grid(drawings),
-    )
+    return _scrolling("".join(rows))
 
 
 def _bars(models: Mapping[str, Any], name: str, colour: Mapping[str, int]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from minillm.measures import MEASURES, NAMES
+from minillm.measures import ALWAYS, MEASURES, shown
 from minillm.report_text import DASH, MINUS, figure, interval, reading
 
 HARDLY = 0.02
@@ -212,7 +212,7 @@ def _limits(combined: Mapping[str, Any]) -> list[str]:
         f"{model} {MEASURES[name].label} on {estimate['prompts']}"
         for model, measures in combined["models"].items()
         for name, estimate in measures.items()
-        if name in MEASURES and "prompts" in estimate
+        if name in ALWAYS and "prompts" in estimate
     ]
     if partly:
         texts.append(f"Not every prompt carries every measure; prompts counted: {', '.join(partly)}.")
@@ -224,14 +224,13 @@ def _missing(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "validity": "needs the checker of the micro-world",
         "rouge_l": "needs reference responses",
         "reverse_kl": "needs a teacher",
-        "reverse_kl_per_token": "needs a teacher",
         "distinct_4": "needs responses of four words or more",
     }
     said = []
-    for name in NAMES:
+    for name in shown(models)[0]:
         without = [model for model, measures in models.items() if measures.get(name, {}).get("mean") is None]
         if without:
             who = "" if len(without) == len(models) else f" for {', '.join(without)}"
             reason = f" ({why[name]})" if name in why else ""
             said.append(f"{MEASURES[name].label}{who}{reason}")
-    return [f"{DASH} in the table means not computed: {'; '.join(said)}."] if said else []
+    return [f"{DASH} in the first table means not computed: {'; '.join(said)}."] if said else []

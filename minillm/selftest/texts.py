@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from minillm import measures, vocabulary
+from minillm import text_measures, vocabulary
 from minillm.errors import VocabularyMismatch
 from minillm.selftest.check import Check, Found
 from minillm.world import build_tokenizer
@@ -20,15 +20,15 @@ def rouge() -> Found:
         ("a dog", [cat], 0.0),
         ("The cats, sitting", ["the cat sits"], 1.0),
     )
-    return Found(max(abs(measures.rouge_l(text, refs) - want) for text, refs, want in cases), 1e-12)
+    return Found(max(abs(text_measures.rouge_l(text, refs) - want) for text, refs, want in cases), 1e-12)
 
 
 def variety() -> Found:
     """Distinct 4-grams over a set of texts, and repeated runs of three words."""
     texts = ["a b c d e", "a b c d", "e e"]
-    shares = measures.distinct_contributions(texts, 4)
+    shares = text_measures.distinct_contributions(texts, 4)
     wrong = abs(sum(share for share, _ in shares) - 2.0) + abs(sum(count for _, count in shares) - 3)
-    wrong += measures.repetition_3("a b c d") + (not measures.repetition_3("a b c a b c"))
+    wrong += text_measures.repetition_3("a b c d") + (not text_measures.repetition_3("a b c a b c"))
     return Found(wrong, 1e-12)
 
 

@@ -69,7 +69,8 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "terminal",
     ),
     7: (
-        *("measures", "evaluation", "generation", "results", "statistics", "plots", "diagnose", "judge"),
+        *("measures", "evaluation", "generation", "results", "statistics", "plots"),
+        *("diagnose", "judge", "text_measures", "self_bleu"),
         *("report", "report_files", "report_html", "report_style", "report_text", "report_words"),
     ),
     8: ("bench", "selftest", "study", "cli", "api", "__main__", "__init__"),

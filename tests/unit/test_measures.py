@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from typing import Any
@@ -10,17 +11,23 @@ import pytest
 
 from minillm.errors import DataError
 from minillm.measures import (
+    MAIN,
     MEASURES,
     NAMES,
-    distinct_contributions,
     measure_rows,
-    ngram_counts,
-    ngrams,
     ratios_of,
-    repetition_3,
-    rouge_l,
+    shown,
     summarise,
     temperature_key,
+)
+from minillm.text_measures import (
+    distinct_contributions,
+    exact_match,
+    ngram_counts,
+    ngrams,
+    repeated,
+    repetition_3,
+    rouge_l,
 )
 
 
@@ -70,6 +77,22 @@ def test_rouge_l_without_references_is_an_error_and_not_zero() -> None:
         rouge_l("the cat", [])
 
 
+def test_exact_match_sees_words_only_and_keeps_articles() -> None:
+    assert exact_match("  The cat,\n sat! ", ["a dog", "the CAT sat"])
+    assert exact_match("U.S.", ["us"])  # punctuation goes, and nothing takes its place
+    assert not exact_match("cat sat", ["the cat sat"])  # SQuAD's own would drop the article
+    assert not exact_match("the cat", ["the cat sat"])
+    assert not exact_match("", ["the cat"]) and exact_match("...", [""])
+    with pytest.raises(DataError, match="no reference"):
+        exact_match("the cat", [])
+
+
+def test_repeated_runs_are_those_that_stood_earlier() -> None:
+    assert repeated("a b c a b c", 3) == (1, 4)  # abc, bca, cab, abc
+    assert repeated("a a a a a", 3) == (2, 3)
+    assert repeated("a b", 3) == (0, 0)
+
+
 def test_ngrams_of_short_text_are_none() -> None:
     assert ngrams("a b", 3) == []
     assert ngrams("a b c d", 3) == [("a", "b", "c"), ("b", "c", "d")]
@@ -95,32 +118,54 @@ def test_distinct_contributions_add_up_to_the_distinct_share() -> None:
 
 def test_measures_follow_their_definitions() -> None:
     samples = [
-        row("a", response="a b c d e", validity=1, rouge_l=0.5, reverse_kl=2.0, kl_tokens=6),
-        row("b", response="a b c d", validity=0, rouge_l=0.7, reverse_kl=4.0, kl_tokens=4),
-        row("a", seed=20, response="a b a b a", validity=1, rouge_l=0.1, reverse_kl=1.0, kl_tokens=6),
-        row("b", seed=20, response="", validity=1, rouge_l=0.3, reverse_kl=0.0, kl_tokens=1),
+        row("a", response="a b c d e", validity=1, rouge_l=0.5, exact_match=1, reverse_kl=2.0, kl_tokens=6),
+        row("b", response="a b c d", validity=0, rouge_l=0.7, exact_match=0, reverse_kl=4.0, kl_tokens=4),
+        row("a", seed=20, response="a b a b a", validity=1, rouge_l=0.1, exact_match=0, reverse_kl=1.0, kl_tokens=6),
+        row("b", seed=20, response="", validity=1, rouge_l=0.3, exact_match=0, reverse_kl=0.0, kl_tokens=1),
     ]
+    samples[1]["stop"] = "length"
     found = measure_rows(samples, resamples=20, seed=0)
     assert tuple(found) == NAMES
     want = {
         "validity": [0.5, 1.0],
         "rouge_l": [0.6, 0.2],
+        "exact_match": [0.5, 0.0],
         "reverse_kl": [3.0, 0.5],
         "reverse_kl_per_token": [6 / 10, 1 / 7],
+        "distinct_1": [5 / 9, 2 / 5],
+        "distinct_2": [4 / 7, 2 / 4],
+        "distinct_3": [3 / 5, 2 / 3],
         "distinct_4": [2 / 3, 1.0],
         "repetition_3": [0.0, 0.5],
+        "repeated_3": [0.0, 1 / 3],
         "mean_length": [4.5, 2.5],
+        "cut_share": [0.5, 0.0],
     }
+    assert want.keys() == set(NAMES) - {"self_bleu"}
     for name, per_seed in want.items():
         assert found[name]["per_seed"] == pytest.approx(per_seed), name
         assert found[name]["mean"] == pytest.approx(sum(per_seed) / 2), name
         low, high = found[name]["ci95"]
         assert low <= high
+    # Precisions 4/5, 3/4, 2/3, 1/2 of "a b c d e"; all of "a b c d", which is shorter than its reference.
+    longer, shorter = (0.8 * 0.75 * (2 / 3) * 0.5) ** 0.25, math.exp(1 - 5 / 4)
+    assert found["self_bleu"]["per_seed"] == [pytest.approx((longer + shorter) / 2), None]
 
 
 def test_absent_measures_are_left_out() -> None:
     found = measure_rows([row("a"), row("b")], resamples=5, seed=0)
-    assert set(found) == {"distinct_4", "repetition_3", "mean_length"}
+    of_text = {f"distinct_{n}" for n in (1, 2, 3, 4)} | {"self_bleu", "repetition_3", "repeated_3"}
+    assert set(found) == of_text | {"mean_length", "cut_share"}
+
+
+def test_two_tables_hold_what_there_is() -> None:
+    found = measure_rows([row("a"), row("b")], resamples=5, seed=0)
+    first, second = shown({"one": found, "two": {}})
+    assert first == [name for name in MAIN if name != "exact_match"]
+    assert second == [name for name in NAMES if name in found and name not in MAIN]
+    matched = measure_rows([row("a", exact_match=1)], resamples=5, seed=0)
+    assert shown({"one": found, "two": matched})[0] == list(MAIN)
+    assert shown({})[1] == []
 
 
 def test_a_measure_of_some_rows_counts_those_rows_and_says_so() -> None:

@@ -17,12 +17,13 @@ import pytest
 
 from minillm import plots
 from minillm.errors import ConfigError, DataError
-from minillm.measures import NAMES, repetition_3, summarise
+from minillm.measures import NAMES, summarise
 from minillm.report import combine, print_tables, write_report
 from minillm.report_files import read_course, read_results, read_samples
 from minillm.report_html import page
 from minillm.report_text import clean, figure, plain, reading, safe
 from minillm.report_words import describe
+from minillm.text_measures import repetition_3
 
 pytestmark = pytest.mark.pictures
 
@@ -54,6 +55,7 @@ def evaluation(
                 response = " ".join(words if good else [*words, "and", str(skill)])
                 response = (texts or {}).get("response", response)
                 own: dict[str, Any] = {"repetition_3": int(repetition_3(response)), "rouge_l": 0.6 + 0.02 * good}
+                own |= {"exact_match": int(dice.random() < 0.1)}
                 own |= {"validity": int(good), "reason": "" if good else "fact"} if world else {}
                 kl = {"reverse_kl": 5 * (0.95 - skill) + dice.random(), "kl_tokens": len(words) + 1}
                 own |= kl if teacher else {}
@@ -413,6 +415,21 @@ def test_one_model_without_teacher_shows_dashes_and_says_why(tmp_path: Path) -> 
         assert "there is none to compare it with" in shown
     assert "At several temperatures" not in text
     assert "<h2>Training" not in text
+
+
+def test_the_first_table_has_the_main_measures_and_a_second_one_the_others(
+    tmp_path: Path, whole: dict[str, Any]
+) -> None:
+    text, told = written(tmp_path, whole), printed(whole)
+    main, _, more = text.partition("<h3>More measures</h3>")
+    first, _, second = told.partition("More measures at temperature 1.0")
+    for label, rows in (("exact match", (1, 0)), ("self-BLEU", (0, 1)), ("cut", (0, 1)), ("length", (1, 0))):
+        found = tuple(int(f'<th scope="row">{label}<small>' in part) for part in (main, more))
+        assert found == rows, label
+        assert tuple(int(f"\n  {label} " in part) for part in (first, second)) == rows, label
+    bare = {**whole, "models": {"old": {"rouge_l": {"mean": 0.5, "ci95": None}}}, "pairs": {}, "temperatures": {}}
+    assert "More measures" not in written(tmp_path, bare) + printed(bare)
+    assert "exact match" not in written(tmp_path, bare) + printed(bare)
 
 
 def test_variety_is_plotted_against_rouge_where_there_is_no_checker(tmp_path: Path) -> None:
