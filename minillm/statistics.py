@@ -61,7 +61,7 @@ class Ratio:
 
 def per_seed(ratio: Ratio) -> Array:
     """The ratio within each seed [S]; NaN where the denominators of a seed add up to 0."""
-    return _divide(ratio.numerator_SN.sum(axis=1), ratio.denominator_SN.sum(axis=1))
+    return divide(ratio.numerator_SN.sum(axis=1), ratio.denominator_SN.sum(axis=1))
 
 
 def mean_over_seeds(ratio: Ratio) -> float:
@@ -83,9 +83,9 @@ def estimate(ratios: Mapping[str, Ratio], *, resamples: int, seed: int) -> dict[
     found: dict[str, dict[str, Any]] = {}
     for name, ratio in ratios.items():
         entry: dict[str, Any] = {
-            "mean": _number(mean_over_seeds(ratio)),
-            **_interval(draws[name], prompts=len(ratio.uids)),
-            "per_seed": [_number(value) for value in per_seed(ratio)],
+            "mean": number(mean_over_seeds(ratio)),
+            **interval(draws[name], prompts=len(ratio.uids)),
+            "per_seed": [number(value) for value in per_seed(ratio)],
         }
         carrying = int((ratio.denominator_SN.sum(axis=0) > 0).sum())
         if carrying < len(ratio.uids):
@@ -110,8 +110,8 @@ def difference(
     right_draws = _draws({name: right[name] for name in names}, resamples=resamples, seed=seed)
     return {
         name: {
-            "mean": _number(mean_over_seeds(left[name]) - mean_over_seeds(right[name])),
-            **_interval(left_draws[name] - right_draws[name], prompts=len(left[name].uids)),
+            "mean": number(mean_over_seeds(left[name]) - mean_over_seeds(right[name])),
+            **interval(left_draws[name] - right_draws[name], prompts=len(left[name].uids)),
         }
         for name in names
     }
@@ -162,12 +162,14 @@ def _draws(ratios: Mapping[str, Ratio], *, resamples: int, seed: int) -> dict[st
     if len(uids) > 0:
         for weight_RN in resample_weights(len(uids), resamples=resamples, seed=seed):
             for name, ratio in ratios.items():
-                value_RS = _divide(weight_RN @ ratio.numerator_SN.T, weight_RN @ ratio.denominator_SN.T)
+                value_RS = divide(weight_RN @ ratio.numerator_SN.T, weight_RN @ ratio.denominator_SN.T)
                 parts[name].append(_mean_of_defined(value_RS))
     return {name: np.concatenate(blocks) for name, blocks in parts.items()}
 
 
-def _interval(draw_R: Array, *, prompts: int) -> dict[str, Any]:
+def interval(draw_R: Array, *, prompts: int) -> dict[str, Any]:
+    """``{"ci95": [low, high]}``, the percentile interval of the draws that are not NaN, and ``undefined_resamples``,
+    how many are, if any; no interval (None) with fewer than two prompts or without such a draw."""
     defined = draw_R[~np.isnan(draw_R)]
     if prompts < TWO_PROMPTS or len(defined) == 0:
         return {"ci95": None}
@@ -176,7 +178,7 @@ def _interval(draw_R: Array, *, prompts: int) -> dict[str, Any]:
     return {"ci95": [float(low), float(high)]} | ({"undefined_resamples": left_out} if left_out else {})
 
 
-def _divide(numerator: Array, denominator: Array) -> Array:
+def divide(numerator: Array, denominator: Array) -> Array:
     """Element-wise quotient; NaN, without a warning, where the denominator is 0."""
     return np.divide(numerator, denominator, out=np.full_like(numerator, np.nan), where=denominator > 0)
 
@@ -184,10 +186,11 @@ def _divide(numerator: Array, denominator: Array) -> Array:
 def _mean_of_defined(value_XS: Array) -> Array:
     """Mean over the last axis of what is not NaN; NaN where nothing is."""
     defined_XS = ~np.isnan(value_XS)
-    return _divide(np.where(defined_XS, value_XS, 0.0).sum(axis=-1), defined_XS.sum(axis=-1).astype(np.float64))
+    return divide(np.where(defined_XS, value_XS, 0.0).sum(axis=-1), defined_XS.sum(axis=-1).astype(np.float64))
 
 
-def _number(value: float) -> float | None:
+def number(value: float) -> float | None:
+    """The value as JSON has it: None for NaN."""
     return None if np.isnan(value) else float(value)
 
 
