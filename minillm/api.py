@@ -12,6 +12,7 @@ from minillm.config import RunConfig, Stage, dump_config
 from minillm.engines import Student, Teacher
 from minillm.errors import DataError, RunExists
 from minillm.evaluation import Record, validator
+from minillm.extras import require_extras
 from minillm.generation import generate
 from minillm.model_card import CardFacts, render
 from minillm.models import fingerprint, inspect
@@ -156,6 +157,7 @@ def evaluate(model: str | Path, config: RunConfig, *, out: str | Path, fresh: bo
     split = read_split(
         config, config.data.test, pair=pair, name="test", need_response=False, limit=config.data.test_limit
     )
+    require_extras(config, pair, split)
     ranks = Ranks(threads=config.threads)
     out = Path(out)
     start = Start(card=pair.student_card, facts=pair.student)
@@ -202,6 +204,7 @@ def _read_splits(config: RunConfig, pair: Pair) -> dict[str, Split]:
         splits["test"] = read_split(
             config, data.test, pair=pair, name="test", need_response=False, limit=data.test_limit
         )
+        require_extras(config, pair, splits["test"])
     return splits
 
 

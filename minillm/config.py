@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 from pydantic import field_validator, model_validator
 
 from minillm.errors import ConfigError, UnsupportedCombination, did_you_mean
-from minillm.settings import Count, Positive, PositiveShare, Seed, Settings, Text, Whole, headed
+from minillm.settings import Count, Flag, Positive, PositiveShare, Seed, Settings, Text, Whole, headed
 from minillm.stage_base import BETTER, KeepConfig, OptimiserConfig, is_component
 from minillm.stage_config import MinillmStage, Stage
 from minillm.text_stages import SftStage
@@ -25,6 +25,7 @@ __all__ = [
     "DecodingConfig",
     "EngineConfig",
     "EvaluationConfig",
+    "ExposureConfig",
     "KeepConfig",
     "MinillmStage",
     "OptimiserConfig",
@@ -162,6 +163,13 @@ class EngineConfig(Settings):
     """What the student computes in; the optimiser always keeps 32-bit weights."""
 
 
+class ExposureConfig(Settings):
+    """How exposure bias is measured."""
+
+    samples: Count
+    """Continuations of each test prompt by the student, and as many by the teacher; 10 in the paper."""
+
+
 class EvaluationConfig(Settings):
     """How a finished model is measured."""
 
@@ -173,6 +181,10 @@ class EvaluationConfig(Settings):
     """Responses decoded at once on each rank. Changes memory and speed, never the result."""
     bootstrap: Count = 2000
     """Resamples of the prompts behind each interval."""
+    exposure: ExposureConfig | None = None
+    """Measures exposure bias (ExAccErr) against the teacher, with so many samples; not measured where not given."""
+    calibration: Flag = False
+    """Measures calibration (ECE) on the references of the test prompts, and on their choices where they have any."""
 
     @field_validator("seeds", "temperatures")
     @classmethod
@@ -250,6 +262,11 @@ class RunConfig(Settings):
             raise ConfigError(
                 "data.teacher_text is missing; a seqkd stage trains on what the teacher wrote; make it with "
                 "'minillm generate'"
+            )
+        if self.evaluation.exposure is not None and self.teacher is None:
+            raise UnsupportedCombination(
+                "evaluation.exposure compares the student with its teacher, but the run names none; "
+                "add 'teacher: NAME', or leave evaluation.exposure out"
             )
         names = [stage.name for stage in self.stages]
         for index, stage in enumerate(self.stages):

@@ -274,6 +274,7 @@ def _prompt(item: _Encoded, tokenizer: PreTrainedTokenizerBase, *, cut_to: int, 
         ids=ids,
         responses=item.row.responses,
         response_ids=item.response_ids if keep_response else (),
+        choices=item.row.choices,
         extra=item.row.extra,
     )
 

@@ -12,6 +12,8 @@ from minillm.errors import did_you_mean
 
 RESPONSE_FIELDS = ("response", "output", "responses")
 PROMPT_FIELDS = ("prompt", "instruction", "messages")
+CHOICES_FIELD = "choices"
+"""Holds answers to choose from where it is a list of texts; anything else there is left out like any other field."""
 KNOWN_FIELDS = (*PROMPT_FIELDS, "input", *RESPONSE_FIELDS, "id", "uid")
 TEXT_FIELD = "text"
 """Holds a document, in a row of a corpus that has no prompt."""
@@ -37,6 +39,7 @@ class Row:
     messages: tuple[tuple[str, str], ...] = ()
     """(role, content) pairs; a last turn of the assistant has been moved to ``responses``."""
     responses: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
     extra: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -169,6 +172,7 @@ def parse_record(record: Mapping[str, object], *, default_uid: str) -> tuple[Row
         input="" if messages else _optional_text(fields, "input") or "",
         messages=messages,
         responses=responses,
+        choices=_choices(fields),
         extra=_extra(fields),
     )
     if row.input and row.instruction is None:
@@ -191,7 +195,8 @@ def parse_entry(record: Mapping[str, object], *, default_uid: str) -> tuple[Row 
 
 def _left_out(fields: Mapping[str, object], row: Row) -> list[str]:
     beside_messages = ("prompt", "instruction", "input") if row.messages else ()
-    unread = [name for name in fields if name not in KNOWN_FIELDS and name not in row.extra]
+    read = {*KNOWN_FIELDS, *row.extra, *((CHOICES_FIELD,) if row.choices else ())}
+    unread = [name for name in fields if name not in read]
     return unread + [name for name in beside_messages if name in fields]
 
 
@@ -229,6 +234,14 @@ def _responses(fields: Mapping[str, object]) -> tuple[str, ...]:
     if not values:
         raise RowFault(f"field {names[0]!r} is an empty list; leave it out where there is no response")
     return tuple(_text(item, names[0], wanted="text or a list of texts") for item in values)
+
+
+def _choices(fields: Mapping[str, object]) -> tuple[str, ...]:
+    value = fields.get(CHOICES_FIELD)
+    # Hub sets also keep other things under this name, and most runs want none of them: no reason to stop here.
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        return ()
+    return tuple(_text(item, CHOICES_FIELD) for item in value)
 
 
 def _messages(fields: Mapping[str, object]) -> tuple[tuple[str, str], ...]:

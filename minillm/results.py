@@ -14,6 +14,7 @@ from minillm.config import RunConfig
 from minillm.engines import Teacher
 from minillm.errors import DataError
 from minillm.evaluation import Judge, sample_and_judge
+from minillm.extras import asked_extras, idle_extras, measure_extras
 from minillm.measures import summarise
 from minillm.models import CausalLM, ModelReader, fingerprint, load
 from minillm.preflight import Pair, Split, decoding_record
@@ -76,6 +77,7 @@ def evaluate_into(
     measures, by_temperature = summarise(
         samples, temperatures=settings.temperatures, resamples=settings.bootstrap, seed=config.seed
     )
+    extras = measure_extras(config, reader, judge, teacher=teacher, ranks=ranks, shown=shown)
     results = {
         "schema": SCHEMA,
         "model": {
@@ -91,6 +93,7 @@ def evaluate_into(
         "asked": asked_of(config, pair, split, start=start),
         "measures": measures,
         "temperatures": by_temperature,
+        **extras,
         "seconds": {"evaluation": round(clock(), 2)},
         "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),
@@ -111,8 +114,9 @@ def asked_of(config: RunConfig, pair: Pair, split: Split, *, start: Start) -> di
         "teacher_weights": None if pair.teacher_card is None else fingerprint(pair.teacher_card),
         "data": split.sha256,
         "decoding": config.decoding.model_dump(),
-        "evaluation": config.evaluation.model_dump(mode="json", exclude={"batch"}),
+        "evaluation": config.evaluation.model_dump(mode="json", exclude={"batch"} | idle_extras(config)),
         "seed": config.seed,
+        **asked_extras(config, split),
     }
 
 

@@ -37,6 +37,7 @@ class Purpose(StrEnum):
     VALIDATION = "validation"
     EVALUATION = "evaluation"
     GENERATION = "generation"
+    EXPOSURE = "exposure"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +57,8 @@ class Prompt:
     """Reference answers. Training takes the first; ROUGE-L the best of all."""
     response_ids: tuple[int, ...] = ()
     """Token ids of the first reference with the closing EOS, or () where there is none."""
+    choices: tuple[str, ...] = ()
+    """Answers to choose from, the first reference among them; () for a prompt that is answered freely."""
     extra: Mapping[str, str] = field(default_factory=dict)
     """Other string fields of the row (family, topic, answer), passed through to samples.jsonl."""
 

@@ -1,0 +1,170 @@
+"""How sure a model is of reference responses, token by token, and of labelled choices.
+
+Legend: B rows of a batch, L positions of prompt and response, N tokens, n some of them, H hidden width, V real ids.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from minillm.batches import ExampleBatch, example_batch
+from minillm.calibration import BINS, Answers, calibration, chosen
+from minillm.errors import DataError, did_you_mean
+from minillm.evaluation import Judge
+from minillm.models import ModelReader
+from minillm.prompts import encode
+from minillm.ranks import Ranks
+from minillm.records import shown
+from minillm.statistics import Array
+from minillm.types import Prompt
+
+TOKENS_AT_ONCE = 256
+"""Tokens whose logits are whole at a time: 150 MB for a vocabulary of 150,000."""
+LEAST_CHOICES = 2
+
+
+def require_answers(
+    prompts: Sequence[Prompt], *, tokenizer: PreTrainedTokenizerBase, longest: int, setting: str
+) -> None:
+    """Raise ``DataError`` where there is nothing to be calibrated on, or a row's choices cannot be judged."""
+    if not any(prompt.response_ids for prompt in prompts):
+        raise DataError(
+            f"{setting}: true, and none of the {len(prompts)} test prompts has a response of at most {longest} tokens "
+            f"to compare with\n  give the rows a 'response' field, or set {setting}: false"
+        )
+    labelled = [prompt for prompt in prompts if prompt.choices]
+    for prompt in labelled:
+        _require_choices(prompt)
+    for prompt, sets in zip(labelled, _choice_ids(labelled, tokenizer), strict=True):
+        longest_choice = 1 + max(map(len, sets))  # with the end token
+        if longest_choice > longest:
+            raise DataError(
+                f"row {shown(prompt.uid)}: a choice has {longest_choice} tokens, wanted at most "
+                f"decoding.max_new_tokens {longest}\n  raise that, or shorten the choice"
+            )
+
+
+def _require_choices(prompt: Prompt) -> None:
+    row, choices = f"row {shown(prompt.uid)}", prompt.choices
+    if len(set(choices)) < max(len(choices), LEAST_CHOICES):
+        raise DataError(f"{row}: got the choices {list(choices)}, wanted at least two, each once\n  mend the row")
+    if not prompt.responses or prompt.responses[0] not in choices:
+        got = shown(prompt.responses[0]) if prompt.responses else "none"
+        near = did_you_mean(prompt.responses[0], choices) if prompt.responses else ""
+        raise DataError(
+            f"{row}: the response is {got}, wanted one of its choices {list(choices)}{near}\n"
+            "  write the right choice as the response, or take 'choices' out of the row"
+        )
+
+
+def measure_calibration(reader: ModelReader, judge: Judge, *, resamples: int, ranks: Ranks) -> dict[str, Any]:
+    """``{"references": …, "choices": …}``, each as ``calibration.calibration`` gives it, at temperature 1.
+
+    ``references``: at each token of the reference responses (the end token included, after the reference's own tokens)
+    the model says its likeliest id with that id's probability, and is right where the reference has it. ``choices``,
+    where rows have them: each choice is weighed by its probability as the whole response, the end token included, and
+    the model says the likeliest with its share among them. Neither batch size nor ranks change an answer, up to
+    rounding.
+    """
+    found = {"references": _reference_answers(reader, judge, ranks=ranks)}
+    if any(prompt.choices for prompt in judge.prompts):
+        found["choices"] = _choice_answers(reader, judge, ranks=ranks)
+    return {
+        name: calibration(answers, prompts=len(judge.prompts), resamples=resamples, seed=judge.seed, bins=BINS)
+        for name, answers in found.items()
+    }
+
+
+def _reference_answers(reader: ModelReader, judge: Judge, *, ranks: Ranks) -> Answers:
+    places = [place for place, prompt in enumerate(judge.prompts) if prompt.response_ids]
+    heard: list[tuple[int, Array, Array]] = []
+    for batch, batch_places in _batches(
+        [(place, judge.prompts[place]) for place in places], reader, judge, ranks=ranks
+    ):
+        sure_N, right_N = _likeliest(reader, batch)
+        ends = batch.target_BL.sum(dim=1).cumsum(dim=0).tolist()
+        rows = zip(batch_places, np.split(sure_N, ends[:-1]), np.split(right_N, ends[:-1]), strict=True)
+        heard += list(rows)
+    everything = sorted(ranks.gather_objects(heard), key=lambda one: one[0])
+    return Answers(
+        confidence_K=np.concatenate([sure for _, sure, _ in everything]),
+        correct_K=np.concatenate([right for _, _, right in everything]).astype(bool),
+        prompt_K=np.repeat([place for place, _, _ in everything], [len(sure) for _, sure, _ in everything]),
+    )
+
+
+@torch.no_grad()
+def _likeliest(reader: ModelReader, batch: ExampleBatch) -> tuple[Array, Array]:
+    """(probability of the likeliest id, whether the reference has it) at each response token, both [N], row by row."""
+    hidden_NH = reader.read(batch.ids_BL, batch.mask_BL)[:, :-1][batch.target_BL[:, 1:]]
+    wanted_N = batch.ids_BL[batch.target_BL]
+    sure, right = [], []
+    for start in range(0, len(hidden_NH), TOKENS_AT_ONCE):
+        here = slice(start, start + TOKENS_AT_ONCE)
+        logits_nV = reader.logits(hidden_NH[here])
+        best_n, id_n = logits_nV.max(dim=1)
+        sure.append((best_n.double() - logits_nV.logsumexp(dim=1).double()).exp().clamp(max=1.0))
+        right.append((id_n == wanted_N[here]).double())
+    return torch.cat(sure).cpu().numpy(), torch.cat(right).cpu().numpy()
+
+
+def _choice_answers(reader: ModelReader, judge: Judge, *, ranks: Ranks) -> Answers:
+    labelled = [place for place, prompt in enumerate(judge.prompts) if prompt.choices]
+    sets = _choice_ids([judge.prompts[place] for place in labelled], judge.tokenizer)
+    rows = [
+        ((place, number), dataclasses.replace(judge.prompts[place], response_ids=(*ids, judge.ids.eos[0])))
+        for place, choices in zip(labelled, sets, strict=True)
+        for number, ids in enumerate(choices)
+    ]
+    heard: list[tuple[tuple[int, int], float]] = []
+    for batch, names in _batches(rows, reader, judge, ranks=ranks):
+        heard += zip(names, _log_probabilities(reader, batch), strict=True)
+    logq = dict(ranks.gather_objects(heard))
+    answers = []
+    for place in labelled:
+        prompt = judge.prompts[place]
+        each = [logq[place, number] for number in range(len(prompt.choices))]
+        answers.append(chosen(each, right=prompt.choices.index(prompt.responses[0])))
+    return Answers(
+        confidence_K=np.array([sure for sure, _ in answers]),
+        correct_K=np.array([right for _, right in answers]),
+        prompt_K=np.array(labelled, dtype=np.int64),
+    )
+
+
+@torch.no_grad()
+def _log_probabilities(reader: ModelReader, batch: ExampleBatch) -> list[float]:
+    """Log-probability of each row's whole response."""
+    hidden_BLH = reader.read(batch.ids_BL, batch.mask_BL)
+    logq_N = reader.statistics(
+        hidden_BLH[:, :-1][batch.target_BL[:, 1:]], taken_N=batch.ids_BL[batch.target_BL], wanted=("logq",)
+    )["logq"]
+    logq_BL = torch.zeros(batch.target_BL.shape, dtype=torch.float64, device=logq_N.device)
+    logq_BL[batch.target_BL] = logq_N.double()
+    return [float(value) for value in logq_BL.sum(dim=1)]
+
+
+def _batches(
+    rows: Sequence[tuple[Any, Prompt]], reader: ModelReader, judge: Judge, *, ranks: Ranks
+) -> Iterator[tuple[ExampleBatch, list[Any]]]:
+    """This rank's share of named rows in batches of like length, each with its names."""
+    ordered = sorted(rows, key=lambda row: (len(row[1].ids) + len(row[1].response_ids), row[0]))
+    mine = ordered[ranks.rank :: ranks.size]
+    for start in range(0, len(mine), judge.batch):
+        part = mine[start : start + judge.batch]
+        batch = example_batch([row for _, row in part], pad_id=judge.ids.pad, device=reader.device)
+        yield batch, [name for name, _ in part]
+
+
+def _choice_ids(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[int, ...]]]:
+    """Token ids of each prompt's choices, each by itself as a response is, without the end token."""
+    texts = [choice for prompt in prompts for choice in prompt.choices]
+    uids = [prompt.uid for prompt in prompts for _ in prompt.choices]
+    ids = iter(encode(texts, tokenizer, uids=uids))
+    return [[next(ids) for _ in prompt.choices] for prompt in prompts]

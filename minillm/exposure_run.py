@@ -1,0 +1,148 @@
+"""A student and its teacher each continue the prompts, and both are heard on both kinds of text.
+
+Legend: B rows of a batch, T response positions, N tokens, H hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minillm.batches import prompt_batch
+from minillm.decode import roll_out
+from minillm.engines import Teacher
+from minillm.errors import DataError
+from minillm.evaluation import Judge
+from minillm.exposure import LEAST_ALIVE, Texts, exposure_curve
+from minillm.models import ModelReader
+from minillm.progress import Progress
+from minillm.ranks import Ranks
+from minillm.scoring import TeacherView, spread
+from minillm.statistics import Array
+from minillm.types import Decoding, DrawKey, Prompt, PromptBatch, Purpose, Rollout
+
+
+class Heard(NamedTuple):
+    """One response: its prompt's place, which sample of it, by which model, and the KL before each of its tokens."""
+
+    place: int
+    sample: int
+    by_teacher: bool
+    kl_T: Array
+
+
+def require_responses(prompts: Sequence[Prompt], *, samples: int) -> None:
+    """Raise ``DataError`` where there are too few responses for even the first position of a curve."""
+    if len(prompts) * samples < LEAST_ALIVE:
+        raise DataError(
+            f"evaluation.exposure.samples {samples} with {len(prompts)} test prompts: {len(prompts) * samples} "
+            f"responses of each model, wanted at least {LEAST_ALIVE} at each position\n"
+            "  raise samples, or give more prompts"
+        )
+
+
+def measure_exposure(
+    reader: ModelReader,
+    judge: Judge,
+    *,
+    teacher: Teacher,
+    samples: int,
+    resamples: int,
+    ranks: Ranks,
+    title: str = "",
+) -> dict[str, Any]:
+    """The curve of ``exposure.exposure_curve`` from ``samples`` continuations of each prompt by each of the two models.
+
+    Both draw from their own distribution as it is (temperature 1, nothing truncated), as far as
+    ``judge.decoding.max_new_tokens``, with the same random numbers: two equal models write the same text. Neither batch
+    size nor ranks change a token. With a ``title`` there is a progress bar.
+    """
+    cells = [(place, sample) for sample in range(samples) for place in range(len(judge.prompts))]
+    cells.sort(key=lambda cell: (len(judge.prompts[cell[0]].ids), cell))
+    mine = cells[ranks.rank :: ranks.size]
+    pieces = max(1, -(-ranks.most(len(mine)) // judge.batch))
+    bar = Progress(title, total=pieces, unit="batches", shown=bool(title) and ranks.first)
+    heard: list[Heard] = []
+    for piece in range(pieces):
+        batch = mine[piece * len(mine) // pieces : (piece + 1) * len(mine) // pieces]
+        heard += _hear(reader, judge, batch, teacher=teacher, ranks=ranks)
+        bar.advance(piece + 1, {})
+    bar.close()
+    # In one order, whatever the ranks: sums of floats depend on it.
+    everything = sorted(ranks.gather_objects(heard), key=lambda one: one[:3])
+    found = exposure_curve(
+        _texts([one for one in everything if not one.by_teacher]),
+        _texts([one for one in everything if one.by_teacher]),
+        prompts=len(judge.prompts),
+        resamples=resamples,
+        seed=judge.seed,
+    )
+    return {"samples": samples, "temperature": 1.0, **found}
+
+
+def _hear(
+    reader: ModelReader, judge: Judge, cells: Sequence[tuple[int, int]], *, teacher: Teacher, ranks: Ranks
+) -> list[Heard]:
+    rows = [judge.prompts[place] for place, _ in cells]
+    batch = prompt_batch(rows, [sample for _, sample in cells], pad_id=judge.ids.pad, device=reader.device)
+    heard = []
+    for by_teacher in (False, True):
+        rollout = _draw(batch, reader, judge, teacher=teacher, by_teacher=by_teacher, ranks=ranks)
+        # The rollout calls whoever drew the student.
+        student_BTH, teacher_BTH = rollout.student_hidden_BTH, rollout.teacher_hidden_BTH
+        assert student_BTH is not None and teacher_BTH is not None
+        if by_teacher:
+            student_BTH, teacher_BTH = teacher_BTH, student_BTH
+        rows_T = _forward_kl(rollout, reader, teacher, student_BTH=student_BTH, teacher_BTH=teacher_BTH)
+        heard += [Heard(*cell, by_teacher, kl_T) for cell, kl_T in zip(cells, rows_T, strict=True)]
+    return heard
+
+
+def _draw(
+    batch: PromptBatch, reader: ModelReader, judge: Judge, *, teacher: Teacher, by_teacher: bool, ranks: Ranks
+) -> Rollout:
+    """Responses of one model, which the other one has read."""
+    drawing, reading = (teacher.reader, reader) if by_teacher else (reader, teacher.reader)
+    return ranks.together(
+        lambda: roll_out(
+            batch,
+            student=drawing,
+            teacher=reading,
+            decoding=Decoding(max_new_tokens=judge.decoding.max_new_tokens),
+            key=DrawKey(seed=judge.seed, stage="", purpose=Purpose.EXPOSURE, rollout=0),
+            eos_ids=judge.ids.eos,
+            pad_id=judge.ids.pad,
+            keep_hidden=True,
+            anyone=ranks.anyone if teacher.reader.lockstep else bool,
+        )
+    )
+
+
+@torch.no_grad()
+def _forward_kl(
+    rollout: Rollout, reader: ModelReader, teacher: Teacher, *, student_BTH: Tensor, teacher_BTH: Tensor
+) -> list[Array]:
+    """KL(teacher || student) at the state before each token of each row, without padding."""
+    mask_BT = rollout.mask_BT
+    with teacher.head() as head:
+        kl_N = reader.statistics(
+            student_BTH[mask_BT],
+            taken_N=rollout.response_BT[mask_BT],
+            wanted=("forward_kl",),
+            teacher=TeacherView(head=head, hidden_NH=teacher_BTH[mask_BT]),
+        )["forward_kl"]
+    kl_BT = spread(kl_N.double(), mask_BT).cpu().numpy()
+    return [row_T[:length] for row_T, length in zip(kl_BT, rollout.length_B.tolist(), strict=True)]
+
+
+def _texts(heard: Sequence[Heard]) -> Texts:
+    """Side by side, right-padded."""
+    width = max(len(one.kl_T) for one in heard)
+    kl_BT, alive_BT = np.zeros((len(heard), width)), np.zeros((len(heard), width), dtype=bool)
+    for row, one in enumerate(heard):
+        kl_BT[row, : len(one.kl_T)], alive_BT[row, : len(one.kl_T)] = one.kl_T, True
+    return Texts(kl_BT=kl_BT, alive_BT=alive_BT, prompt_B=np.array([one.place for one in heard], dtype=np.int64))
