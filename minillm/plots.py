@@ -62,6 +62,8 @@ class Series:
     high: tuple[float, ...] | None = None
     faint: bool = False
     """Thin, pale and without markers: the noisy figures of single training steps."""
+    band: bool = False
+    """A line in a band, without markers: curves of many points."""
     labels: tuple[str, ...] = ()
     """A few characters beside each point, or none."""
 
@@ -77,10 +79,22 @@ def require_outputs(*, json_file: Path | None, plot: Path | None) -> None:
             require_writable(file)
 
 
-def lines(series: Sequence[Series], *, key: str, title: str, x: str, y: str, falling: bool = False) -> str:
-    """SVG of curves; ``key`` makes the ids of this plot unique in its page. ``falling`` turns the x axis round."""
+def lines(
+    series: Sequence[Series],
+    *,
+    key: str,
+    title: str,
+    x: str,
+    y: str,
+    falling: bool = False,
+    diagonal: bool = False,
+) -> str:
+    """SVG of curves; ``key`` makes the ids of this plot unique in its page. ``falling`` turns the x axis round;
+    ``diagonal`` is for shares on both axes, and draws where they are equal."""
 
     def draw(axes: Axes) -> None:
+        if diagonal:
+            axes.plot((0.0, 1.0), (0.0, 1.0), color=INK, linewidth=1.0, alpha=0.45)
         for one in series:
             _curve(axes, one)
         axes.set(xlabel=x, ylabel=y)
@@ -133,6 +147,11 @@ def _curve(axes: Axes, one: Series) -> None:
     colour, marker = STAND_IN[one.colour % COLOURS], MARKERS[one.colour % COLOURS]
     if one.faint:
         axes.plot(one.x, one.y, color=colour, linewidth=1.0, alpha=0.45)
+        return
+    if one.band:
+        if one.low is not None and one.high is not None:
+            axes.fill_between(one.x, one.low, one.high, color=colour, alpha=0.2, linewidth=0)
+        axes.plot(one.x, one.y, color=colour, linewidth=1.6)
         return
     if one.low is not None and one.high is not None:
         reach = [

@@ -12,6 +12,7 @@ from typing import Any
 
 from minillm import plots
 from minillm.measures import MEASURES, shown
+from minillm.report_extras import chapters, without_curves
 from minillm.report_files import Course
 from minillm.report_style import STYLE
 from minillm.report_text import (
@@ -50,6 +51,7 @@ def page(
             _section("In words", "".join(f"<p>{safe(text)}</p>" for text in describe(combined))),
             _figures(combined, colour),
             _temperatures(combined, colour),
+            _extras(combined, colour),
             _training(courses, colour),
             _samples(combined, samples, colour),
             _about(combined, settings),
@@ -229,6 +231,19 @@ def _against_variety(combined: Mapping[str, Any], colour: Mapping[str, int]) -> 
     return ""
 
 
+def _extras(combined: Mapping[str, Any], colour: Mapping[str, int]) -> str:
+    """Exposure bias and calibration, where some evaluation measured them."""
+    parts = []
+    for chapter in chapters(combined["evaluations"], colour):
+        rows = [_head(chapter.head)]
+        for name, *cells in chapter.rows:
+            rows.append(f'<tr><th scope="row">{safe(name)}</th>{"".join(f"<td>{safe(c)}</td>" for c in cells)}</tr>')
+        drawn = _legend(chapter.models, colour) + _grid(chapter.drawings) if chapter.drawings else ""
+        note = f"<p class='note'>{safe(chapter.note)}</p>"
+        parts.append(_section(chapter.heading, drawn + _scrolling("".join(rows)) + note))
+    return "\n".join(parts)
+
+
 def _training(courses: Mapping[str, Course], colour: Mapping[str, int]) -> str:
     """Curves over the steps of each stage, one plot for each measure and stage name."""
     if not courses:
@@ -344,7 +359,7 @@ def _about(combined: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         )
         parts.append(f"<h3>Seconds</h3>{_scrolling(rows)}")
     told = [("settings", settings)] if settings else []
-    told += [(f"evaluation of {name}", about) for name, about in combined["evaluations"].items()]
+    told += [(f"evaluation of {name}", without_curves(about)) for name, about in combined["evaluations"].items()]
     for name, values in told:
         text = json.dumps(values, indent=2, ensure_ascii=False, default=str)
         parts.append(f'<details><summary>{safe(name)}</summary><pre tabindex="0">{safe(text)}</pre></details>')
