@@ -78,8 +78,9 @@ def _exposure(exposed: Mapping[str, Labelled], evaluations: Evaluations, colour:
 
 
 def _short(name: str) -> str:
-    """The end of a path, or of a name that is too long for a title."""
-    last = clean(name).rstrip("/").rpartition("/")[2]
+    """The end of a path, or of a name too long for a title; of a student in a run's folder the run."""
+    parts = [part for part in clean(name).split("/") if part]
+    last = parts[-2] if len(parts) > 1 and parts[-1] == "student" else parts[-1] if parts else DASH
     return last if len(last) <= LONGEST_TITLE else last[: LONGEST_TITLE - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 

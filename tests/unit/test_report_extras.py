@@ -105,6 +105,22 @@ def test_a_teacher_with_a_hostile_name_is_only_text(tmp_path: Path) -> None:
     Tags(text)
 
 
+@pytest.mark.parametrize(
+    ("teacher", "wanted"),
+    [
+        ("gpt2", "gpt2"),
+        ("runs/a/teacher/student", "teacher"),
+        ("student", "student"),
+        ("o/" + "n" * 30, "n" * 23 + "…"),
+    ],
+)
+def test_a_drawing_names_the_teacher_shortly(teacher: str, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    titles: list[str] = []
+    monkeypatch.setattr(plots, "lines", lambda series, *, title, **_: titles.append(title) or "drawn")
+    found = chapters({"a": {"exposure": exposed(bias=0.1), "teacher": {"name": teacher}}}, {"a": 0})
+    assert titles == [f"ExAccErr against {wanted}"] and found[0].rows[0][1] == teacher
+
+
 def test_long_curves_are_thinned_and_end_where_they_end(monkeypatch: pytest.MonkeyPatch) -> None:
     found = exposed(bias=0.02, length=200)
     drawn: list[plots.Series] = []
