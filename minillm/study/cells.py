@@ -26,9 +26,12 @@ from minillm.world import rows
 SCHEMA = 1
 NO_PART = ("name", "out", "threads", "trackers", "student", "teacher")
 """Settings of a run that change no result, and the names of models, which the digests of what they name stand for."""
-SINCE = ("data.teacher_text", "data.train_limit", "data.train_responses")
-"""Settings that came after the first cells were committed. At null, as which they change nothing, they have no part in
-the digest of a recipe, or every model that a study made before them would count as another."""
+SINCE = {
+    "data.teacher_text": None, "data.train_limit": None, "data.train_responses": None,
+    "evaluation.exposure": None, "evaluation.calibration": False,
+}  # fmt: skip
+"""Settings that came after the first cells were committed, and the values at which they change nothing. At these they
+have no part in the digest of a recipe, or every model that a study made before them would count as another."""
 NO_RESULT = (
     *("bench/", "diagnose/", "selftest/", "study/command.py", "study/config.py", "study/table.py", "cli.py"),
     *("report.py", "report_html.py", "report_style.py", "report_text.py", "report_words.py", "plots.py"),
@@ -184,9 +187,9 @@ def _settings(config: RunConfig) -> dict[str, Any]:
 def _recipe_digest(config: RunConfig) -> str:
     """Names the student that a run will make."""
     settings = _settings(config)
-    for path in SINCE:
+    for path, nothing in SINCE.items():
         section, name = path.split(".")
-        if settings[section][name] is None:
+        if settings[section][name] == nothing:
             del settings[section][name]
     return _digest([settings, made_from(config, student=None, teacher=None)])
 

@@ -91,7 +91,7 @@ def stage(**changes: Any) -> MinillmStage:
         ("stages=[{}]", "stages.0: 'kind' is missing"),
         (
             "stages.0.kind=minilm",
-            "stages.0.kind: got 'minilm', wanted 'sft', 'kd', 'imitkd', 'gkd', 'rkl', 'skew_fkl', 'skew_rkl', "
+            "stages.0.kind: got 'minilm', wanted 'sft', 'seqkd', 'kd', 'imitkd', 'gkd', 'rkl', 'skew_fkl', 'skew_rkl', "
             "'minillm'; did you mean 'minillm'?",
         ),
         ("stages.0.importance=coins", "'per_decision' or 'truncated'; did you mean 'coin'?"),
