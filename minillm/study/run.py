@@ -63,7 +63,7 @@ def _tune(study: StudyConfig, arms: Sequence[str], *, again: bool, ranks: Ranks,
     for arm, changed in open_arms.items():
         if changed:
             say(f"{study.tuning_file(arm)}: made again, since it differs in {', '.join(changed)}")
-        tune(study, arm, ranks=ranks, say=say)
+        tune(study, arm, ranks=ranks, say=say, again=again)
 
 
 def _todo(

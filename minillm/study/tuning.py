@@ -39,14 +39,16 @@ def untuned(study: StudyConfig, arms: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def tune(study: StudyConfig, arm: str, *, ranks: Ranks, say: Callable[[str], None]) -> None:
-    """Makes the pilot and the tries of an arm and keeps what they found.
+def tune(study: StudyConfig, arm: str, *, ranks: Ranks, say: Callable[[str], None], again: bool = False) -> None:
+    """Makes the pilot and the tries of an arm and keeps what they found; what an earlier search with other values
+    found of the same run is taken over, unless ``again``.
 
     Raises ``ConfigError`` where not one step fits the budget, or every try fails.
     """
     wanted = _asked(study, arm)
     settings: dict[str, Any] = {}
     found: dict[str, Any] = {}
+    known = {} if again else _known(study, arm, wanted)
     with log_into(Path(wanted.run.out) / f"{wanted.run.name}.log", first=ranks.first):
         for needed in (wanted.teacher, wanted.student):
             if needed is not None:
@@ -54,10 +56,10 @@ def tune(study: StudyConfig, arm: str, *, ranks: Ranks, say: Callable[[str], Non
         if study.learns_from_taught(arm):
             make_text(study, ranks=ranks)
         if study.budget is not None:
-            found["pilot"] = _pilot(study, arm, study.budget, ranks=ranks)
+            found["pilot"] = known.get("pilot") or _pilot(study, arm, study.budget, ranks=ranks)
             settings |= found["pilot"]["settings"]
         if study.search is not None:
-            found["tries"] = _tries(study, arm, study.search, settings, ranks=ranks)
+            found["tries"] = _tries(study, arm, study.search, settings, known=known.get("tries", []), ranks=ranks)
     if study.search is not None:
         best = _best(found["tries"], study.search, arm=arm)
         settings[study.search.setting] = best
@@ -74,6 +76,21 @@ def tune(study: StudyConfig, arm: str, *, ranks: Ranks, say: Callable[[str], Non
         }  # fmt: skip
         write_text(file, record_text(record))
     ranks.barrier()
+
+
+def _known(study: StudyConfig, arm: str, wanted: Asked) -> dict[str, Any]:
+    """What is stored of the same run, where the question differed in nothing but the values that were tried."""
+    stored = _stored(study.tuning_file(arm))
+    if stored is None or differs(stored, wanted):
+        return {}
+    before, now = stored["asked"], _question(study)
+    if before.get("budget") != now.get("budget") or _but_values(before) != _but_values(now):
+        return {}
+    return stored
+
+
+def _but_values(question: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in question.get("search", {}).items() if name != "values"}
 
 
 def _question(study: StudyConfig) -> dict[str, Any]:
@@ -137,11 +154,15 @@ def _pilot(study: StudyConfig, arm: str, budget: BudgetConfig, *, ranks: Ranks) 
 
 
 def _tries(
-    study: StudyConfig, arm: str, search: SearchConfig, settings: Mapping[str, Any], *, ranks: Ranks
-) -> list[dict[str, Any]]:
+    study: StudyConfig, arm: str, search: SearchConfig, settings: Mapping[str, Any], *,
+    known: Sequence[Mapping[str, Any]], ranks: Ranks,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Every value, and what it came to on the validation prompts; None where its training failed."""
-    found = []
+    found: list[dict[str, Any]] = []
     for number, value in enumerate(search.values):
+        if before := [each for each in known if each["value"] == value]:
+            found.append(dict(before[0]))
+            continue
         run = study.arm_config(
             arm, search.seed, name=study.run_name("tuning", arm, f"try_{number}"),
             changes={**settings, search.setting: value},

@@ -114,6 +114,29 @@ def test_another_question_is_tuned_anew_and_told(place: Path, searched: StudyCon
     assert any("out of date, since it differs in budget or search" in note for note in notes)
 
 
+def test_more_values_cost_only_those_that_are_new(searched: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = settle(searched, "twice")
+    tried: list[float] = []
+    plain = tuning.make
+
+    def noted(run: Any, **options: Any) -> Any:
+        tried.append(run.stages[0].optimiser.lr)
+        return plain(run, **options)
+
+    monkeypatch.setattr(tuning, "make", noted)
+    wider = searched.model_copy(
+        update={"search": searched.search.model_copy(update={"values": (1e-8, 1e-3, 3e-2, WILD)})}  # type: ignore[union-attr]
+    )
+    after = settle(wider, "twice")
+    assert tried == [1e-3]
+    assert [each for each in after["tries"] if each["value"] != 1e-3] == before["tries"]
+    # Another measure is another question.
+    other = wider.model_copy(update={"search": wider.search.model_copy(update={"metric": "rouge_l"})})  # type: ignore[union-attr]
+    settle(other, "twice")
+    assert tried == [1e-3, 1e-8, 1e-3, 3e-2, WILD]
+    settle(searched, "twice")
+
+
 def test_if_every_value_fails_the_arm_is_named(place: Path) -> None:
     prompts = str(place / "prompts.jsonl")
     chosen = study(
