@@ -48,7 +48,7 @@ def page(
         part
         for part in (
             f"<header><h1>{safe(title)}</h1></header>",
-            _section("In words", "".join(f"<p>{safe(text)}</p>" for text in describe(combined))),
+            section("In words", "".join(f"<p>{safe(text)}</p>" for text in describe(combined))),
             _figures(combined, colour),
             _temperatures(combined, colour),
             _extras(combined, colour),
@@ -58,6 +58,11 @@ def page(
         )
         if part
     )
+    return frame(title, body)
+
+
+def frame(title: str, body: str, *, style: str = "") -> str:
+    """A whole page around a body that is safe already; ``style`` is added to the report's."""
     # No default-src exception for scripts or images: a tag that slipped through would still do nothing.
     policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
     return (
@@ -65,11 +70,12 @@ def page(
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta name="color-scheme" content="light dark">\n<title>{safe(title)}</title>\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+        f"<style>{STYLE}{style}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
 
-def _section(heading: str, content: str) -> str:
+def section(heading: str, content: str) -> str:
+    """A part of the page; "" where there is nothing in it."""
     return f"<section><h2>{safe(heading)}</h2>{content}</section>" if content else ""
 
 
@@ -82,12 +88,14 @@ def _grid(drawings: Sequence[str]) -> str:
     return f'<div class="plots">{"".join(f"<figure>{drawing}</figure>" for drawing in drawings)}</div>'
 
 
-def _scrolling(rows: str) -> str:
+def scrolling(rows: str) -> str:
+    """A table that scrolls by itself where the page is too narrow for it."""
     # Focusable, so that a keyboard can scroll it too.
     return f'<div class="wide" tabindex="0"><table>{rows}</table></div>'
 
 
-def _head(cells: Sequence[str]) -> str:
+def head_row(cells: Sequence[str]) -> str:
+    """The head of a table."""
     return "<thead><tr>" + "".join(f'<th scope="col">{safe(cell)}</th>' for cell in cells) + "</tr></thead>"
 
 
@@ -113,7 +121,7 @@ def _figures(combined: Mapping[str, Any], colour: Mapping[str, int]) -> str:
         return ""
     main, more = shown(models)
     drawings = [drawing for name in main if (drawing := _bars(models, name, colour))]
-    return _section(
+    return section(
         f"Held-out prompts, temperature {combined['temperature']}",
         _measure_table(combined, main)
         + "<p class='note'>Below each figure: its 95 % bootstrap interval over prompts.</p>"
@@ -124,7 +132,7 @@ def _figures(combined: Mapping[str, Any], colour: Mapping[str, int]) -> str:
 
 def _measure_table(combined: Mapping[str, Any], names: Sequence[str]) -> str:
     models, pairs = combined["models"], combined["pairs"]
-    rows = [_head(["", *models, *(f"{left} {MINUS} {right}, paired" for left, right in pairs.values())])]
+    rows = [head_row(["", *models, *(f"{left} {MINUS} {right}, paired" for left, right in pairs.values())])]
     for name in names:
         measure = MEASURES[name]
         way = f", {measure.better} is better" if measure.better else ""
@@ -132,7 +140,7 @@ def _measure_table(combined: Mapping[str, Any], names: Sequence[str]) -> str:
         cells += [_change_cell(combined["differences"][pair].get(name), name) for pair in pairs]
         head = f'<th scope="row">{safe(measure.label)}<small>{safe(measure.meaning + way)}</small></th>'
         rows.append(f"<tr>{head}{''.join(cells)}</tr>")
-    return _scrolling("".join(rows))
+    return scrolling("".join(rows))
 
 
 def _bars(models: Mapping[str, Any], name: str, colour: Mapping[str, int]) -> str:
@@ -159,7 +167,7 @@ def _temperatures(combined: Mapping[str, Any], colour: Mapping[str, int]) -> str
         "a model that is only sharper has its points further along the same line.</p>"
     )
     plotted = _grid([*drawings, scatter] if scatter else drawings)
-    return _section(
+    return section(
         "At several temperatures",
         _legend(list(combined["models"]), colour) + plotted + (note if scatter else "") + _temperature_table(combined),
     )
@@ -167,7 +175,7 @@ def _temperatures(combined: Mapping[str, Any], colour: Mapping[str, int]) -> str
 
 def _temperature_table(combined: Mapping[str, Any]) -> str:
     pairs = combined["pairs"]
-    rows = [_head(["", *combined["models"], *(f"{left} {MINUS} {right}" for left, right in pairs.values())])]
+    rows = [head_row(["", *combined["models"], *(f"{left} {MINUS} {right}" for left, right in pairs.values())])]
     for key, found in combined["temperatures"].items():
         width = 1 + len(combined["models"]) + len(pairs)
         rows.append(
@@ -177,7 +185,7 @@ def _temperature_table(combined: Mapping[str, Any]) -> str:
             cells = [_estimate_cell(found["models"].get(m, {}).get(name), name) for m in combined["models"]]
             cells += [_change_cell(found["differences"].get(pair, {}).get(name), name) for pair in pairs]
             rows.append(f'<tr><th scope="row">{safe(MEASURES[name].label)}</th>{"".join(cells)}</tr>')
-    return _scrolling("".join(rows))
+    return scrolling("".join(rows))
 
 
 def _points(
@@ -235,12 +243,12 @@ def _extras(combined: Mapping[str, Any], colour: Mapping[str, int]) -> str:
     """Exposure bias and calibration, where some evaluation measured them."""
     parts = []
     for chapter in chapters(combined["evaluations"], colour):
-        rows = [_head(chapter.head)]
+        rows = [head_row(chapter.head)]
         for name, *cells in chapter.rows:
             rows.append(f'<tr><th scope="row">{safe(name)}</th>{"".join(f"<td>{safe(c)}</td>" for c in cells)}</tr>')
         drawn = _legend(chapter.models, colour) + _grid(chapter.drawings) if chapter.drawings else ""
         note = f"<p class='note'>{safe(chapter.note)}</p>"
-        parts.append(_section(chapter.heading, drawn + _scrolling("".join(rows)) + note))
+        parts.append(section(chapter.heading, drawn + scrolling("".join(rows)) + note))
     return "\n".join(parts)
 
 
@@ -270,7 +278,7 @@ def _training(courses: Mapping[str, Course], colour: Mapping[str, int]) -> str:
     told = "<p class='note'>Pale lines: training steps, on the text that was trained on. Marked lines: validation.</p>"
     if notes:
         told += f"<p class='note'>{safe('; '.join(dict.fromkeys(notes)))}.</p>"
-    return _section("Training", _legend([run for run in courses if run in shown], colour) + _grid(drawings) + told)
+    return section("Training", _legend([run for run in courses if run in shown], colour) + _grid(drawings) + told)
 
 
 def _curves(course: Course, stage: str, name: str) -> dict[str, list[tuple[float, float]]]:
@@ -314,18 +322,19 @@ def _samples(
     cards = []
     for uid in shown:
         rows = [rows[uid] for rows in first.values() if uid in rows]
-        answers = "".join(_answer(name, rows.get(uid), colour) for name, rows in first.items())
+        answers = "".join(answer(name, rows.get(uid), colour) for name, rows in first.items())
         references = [str(text) for text in rows[0].get("references") or []]
         more = f" <small>and {len(references) - 1} more</small>" if len(references) > 1 else ""
-        wanted = f'<div class="said"><b>reference{more}</b>{_text(references[0])}</div>' if references else ""
+        wanted = f'<div class="said"><b>reference{more}</b>{text_block(references[0])}</div>' if references else ""
         cards.append(
-            f'<article><h3>{safe(uid)}</h3><div class="prompt">{_text(rows[0]["prompt"])}</div>'
+            f'<article><h3>{safe(uid)}</h3><div class="prompt">{text_block(rows[0]["prompt"])}</div>'
             f'<div class="answers">{wanted}{answers}</div></article>'
         )
-    return _section("Samples", note + "".join(cards))
+    return section("Samples", note + "".join(cards))
 
 
-def _answer(name: str, row: Mapping[str, Any] | None, colour: Mapping[str, int]) -> str:
+def answer(name: str, row: Mapping[str, Any] | None, colour: Mapping[str, int]) -> str:
+    """What a model said to a prompt, with the measures of the response; a row of samples.jsonl, or None."""
     head = f'<b><i class="k{colour.get(name, 0) % plots.COLOURS}"></i>{safe(name)}</b>'
     if row is None:
         return f'<div class="said">{head}<p>{DASH} (not asked)</p></div>'
@@ -340,10 +349,11 @@ def _answer(name: str, row: Mapping[str, Any] | None, colour: Mapping[str, int])
             told.append(f"<span>{safe(MEASURES[key].label)} {own[key]:.2f}</span>".replace("-0.00", "0.00"))
     if row.get("stop") == "length":
         told.append("<span>cut at the length limit</span>")
-    return f'<div class="said">{head}{_text(row["response"])}<small class="told">{"".join(told)}</small></div>'
+    return f'<div class="said">{head}{text_block(row["response"])}<small class="told">{"".join(told)}</small></div>'
 
 
-def _text(text: Any) -> str:
+def text_block(text: Any) -> str:
+    """A stranger's text as a paragraph."""
     cleaned = safe(text)
     # bdi: right-to-left text cannot pull the text around it along.
     return f"<p><bdi>{cleaned}</bdi></p>" if cleaned.strip() else '<p class="empty">(empty)</p>'
@@ -357,10 +367,10 @@ def _about(combined: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
             f'<tr><th scope="row">{safe(stage)}</th><td>{seconds:.1f}</td></tr>'
             for stage, seconds in combined["seconds"].items()
         )
-        parts.append(f"<h3>Seconds</h3>{_scrolling(rows)}")
+        parts.append(f"<h3>Seconds</h3>{scrolling(rows)}")
     told = [("settings", settings)] if settings else []
     told += [(f"evaluation of {name}", without_curves(about)) for name, about in combined["evaluations"].items()]
     for name, values in told:
         text = json.dumps(values, indent=2, ensure_ascii=False, default=str)
         parts.append(f'<details><summary>{safe(name)}</summary><pre tabindex="0">{safe(text)}</pre></details>')
-    return _section("How it was made", "".join(parts))
+    return section("How it was made", "".join(parts))

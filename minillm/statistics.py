@@ -79,12 +79,12 @@ def estimate(ratios: Mapping[str, Ratio], *, resamples: int, seed: int) -> dict[
     had no denominator at all and are left out of the interval. Raises ``DataError`` when the measures are not
     of the same prompts and ``ConfigError`` for a negative number of resamples.
     """
-    draws = _draws(ratios, resamples=resamples, seed=seed)
+    drawn = draws(ratios, resamples=resamples, seed=seed)
     found: dict[str, dict[str, Any]] = {}
     for name, ratio in ratios.items():
         entry: dict[str, Any] = {
             "mean": number(mean_over_seeds(ratio)),
-            **interval(draws[name], prompts=len(ratio.uids)),
+            **interval(drawn[name], prompts=len(ratio.uids)),
             "per_seed": [number(value) for value in per_seed(ratio)],
         }
         carrying = int((ratio.denominator_SN.sum(axis=0) > 0).sum())
@@ -106,8 +106,8 @@ def difference(
     names = [name for name in left if name in right]
     for name in names:
         require_same_prompts(left[name].uids, right[name].uids)
-    left_draws = _draws({name: left[name] for name in names}, resamples=resamples, seed=seed)
-    right_draws = _draws({name: right[name] for name in names}, resamples=resamples, seed=seed)
+    left_draws = draws({name: left[name] for name in names}, resamples=resamples, seed=seed)
+    right_draws = draws({name: right[name] for name in names}, resamples=resamples, seed=seed)
     return {
         name: {
             "mean": number(mean_over_seeds(left[name]) - mean_over_seeds(right[name])),
@@ -149,27 +149,35 @@ def resample_weights(prompts: int, *, resamples: int, seed: int) -> Iterator[Arr
         yield np.bincount(cells, minlength=rows * prompts).reshape(rows, prompts).astype(np.float64)
 
 
-def _draws(ratios: Mapping[str, Ratio], *, resamples: int, seed: int) -> dict[str, Array]:
-    """The measure under each draw of the prompts [R]; NaN where a draw has no denominator under any seed."""
+def draws(ratios: Mapping[str, Ratio], *, resamples: int, seed: int, also_seeds: bool = False) -> dict[str, Array]:
+    """The measure under each draw of the prompts [R]; NaN where a draw has no denominator under any seed.
+
+    Draws follow from ``seed`` and from the numbers of prompts, sampling seeds and resamples, so two models that are
+    drawn alike are drawn in pairs. ``also_seeds`` draws the sampling seeds with replacement, too: one draw of them for
+    all prompts of a resample. The prompts are drawn the same with and without.
+    """
     if resamples < 0:
         raise ConfigError(f"bootstrap resamples: got {resamples}, wanted 0 or more")
     if not ratios:
         return {}
-    uids = next(iter(ratios.values())).uids
+    first = next(iter(ratios.values()))
     for ratio in ratios.values():
-        require_same_prompts(uids, ratio.uids)
+        require_same_prompts(first.uids, ratio.uids)
     parts: dict[str, list[Array]] = {name: [np.empty(0)] for name in ratios}
-    if len(uids) > 0:
-        for weight_RN in resample_weights(len(uids), resamples=resamples, seed=seed):
+    if len(first.uids) > 0:
+        place = 0
+        times_RS = _all_weights(len(first.seeds), resamples=resamples, seed=seed + 1) if also_seeds else None
+        for weight_RN in resample_weights(len(first.uids), resamples=resamples, seed=seed):
             for name, ratio in ratios.items():
                 value_RS = divide(weight_RN @ ratio.numerator_SN.T, weight_RN @ ratio.denominator_SN.T)
-                parts[name].append(_mean_of_defined(value_RS))
+                block_RS = None if times_RS is None else times_RS[place : place + len(weight_RN)]
+                parts[name].append(_mean_of_defined(value_RS, block_RS))
+            place += len(weight_RN)
     return {name: np.concatenate(blocks) for name, blocks in parts.items()}
 
 
 def interval(draw_R: Array, *, prompts: int) -> dict[str, Any]:
-    """``{"ci95": [low, high]}``, the percentile interval of the draws that are not NaN, and ``undefined_resamples``,
-    how many are, if any; no interval (None) with fewer than two prompts or without such a draw."""
+    """``{"ci95": [low, high]}``, the percentile interval of draws that are not NaN; None where there can be none."""
     defined = draw_R[~np.isnan(draw_R)]
     if prompts < TWO_PROMPTS or len(defined) == 0:
         return {"ci95": None}
@@ -178,15 +186,19 @@ def interval(draw_R: Array, *, prompts: int) -> dict[str, Any]:
     return {"ci95": [float(low), float(high)]} | ({"undefined_resamples": left_out} if left_out else {})
 
 
+def _all_weights(count: int, *, resamples: int, seed: int) -> Array:
+    return np.concatenate([np.empty((0, count)), *resample_weights(count, resamples=resamples, seed=seed)])
+
+
 def divide(numerator: Array, denominator: Array) -> Array:
     """Element-wise quotient; NaN, without a warning, where the denominator is 0."""
     return np.divide(numerator, denominator, out=np.full_like(numerator, np.nan), where=denominator > 0)
 
 
-def _mean_of_defined(value_XS: Array) -> Array:
-    """Mean over the last axis of what is not NaN; NaN where nothing is."""
-    defined_XS = ~np.isnan(value_XS)
-    return divide(np.where(defined_XS, value_XS, 0.0).sum(axis=-1), defined_XS.sum(axis=-1).astype(np.float64))
+def _mean_of_defined(value_XS: Array, times_XS: Array | None = None) -> Array:
+    """Mean over the last axis of what is not NaN, each counted ``times`` (once); NaN where nothing is."""
+    counted_XS = np.where(np.isnan(value_XS), 0.0, 1.0 if times_XS is None else times_XS)
+    return divide((np.nan_to_num(value_XS) * counted_XS).sum(axis=-1), counted_XS.sum(axis=-1))
 
 
 def number(value: float) -> float | None:
