@@ -37,6 +37,7 @@ Examples:
   minillm report a=runs/a b=runs/b --difference a,b --out runs/a-and-b
   minillm generate runs/quickstart/teacher/student --out taught.jsonl \\
     --config recipes/quickstart/minillm.yaml
+  minillm compare a=runs/a b=runs/b --out runs/a-or-b
   minillm world --out world
   minillm diagnose --config recipes/quickstart/minillm.yaml \\
     student=runs/mine/student --prompts 128
@@ -211,6 +212,54 @@ def report(
     from minillm.report import build_report  # not from api, which would load torch for it
 
     build_report(named, out=out, differences=pairs, training=runs, title=title)
+
+
+@app.command()
+def compare(  # noqa: PLR0917 (typer reads options from parameters)
+    evaluations: Annotated[
+        list[str],
+        typer.Argument(metavar="[NAME=]FOLDER", help="Two evaluation folders or more; the first is compared with."),
+    ],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write all figures into this file.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Also write compare.html into this folder.")] = None,
+    across: Annotated[bool, typer.Option("--across", help="Allow different decoding settings.")] = False,
+    by: Annotated[str, typer.Option("--by", metavar="FIELD", help="Also by this field of the samples: family.")] = "",
+    tolerance: Annotated[
+        float | None,
+        typer.Option("--tolerance", help="Largest difference that is a tie; half of the last digit shown."),
+    ] = None,
+    resample_seeds: Annotated[
+        bool, typer.Option("--resample-seeds", help="Resample the sampling seeds, too: wider intervals.")
+    ] = False,
+    resamples: Annotated[int, typer.Option("--resamples", min=100, help="Bootstrap resamples.")] = 4000,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the bootstrap.")] = 0,
+    shown: Annotated[int, typer.Option("--shown", min=0, help="Prompts side by side, in each direction.")] = 8,
+    title: Annotated[str, typer.Option("--title", help="Heading of the page.")] = "minillm compare",
+) -> None:
+    """Say which of several evaluated models is better, and how surely.
+
+    Paired differences with intervals, wins and losses, prompts that differ most, quality at equal diversity, and a
+    verdict in words. The same prompts, references and decoding settings are needed.
+
+    \b
+    Example:
+      minillm compare sft=runs/quickstart/sft minillm=runs/quickstart/minillm \
+        --out runs/quickstart
+    """
+    from minillm.compare.command import compare as run
+    from minillm.compare.command import named_folders
+    from minillm.compare.summary import Options
+
+    options = Options(
+        resamples=resamples,
+        seed=seed,
+        also_seeds=resample_seeds,
+        across=across,
+        tolerance=tolerance,
+        by=by,
+        shown=shown,
+    )
+    run(named_folders(evaluations), options=options, json_file=json_file, out=out, title=title)
 
 
 @app.command()
