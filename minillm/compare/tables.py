@@ -26,10 +26,10 @@ def print_comparison(found: Mapping[str, Any], console: Console) -> None:
     for pair in found["comparisons"]:
         title = f"{pair['other']} {MINUS} {pair['base']}, paired, {temperature(pair)}"
         columns = ["", pair["base"], pair["other"], "difference", "95 % interval"]
-        _print(console, title, [*columns, "corrected"] if several else columns, list(_changes(pair, several)))
+        _print(console, title, [*columns, "Holm p"] if several else columns, list(_changes(pair, several)))
         if pair["wins"]:
             title = f"Prompts on which {pair['other']} is better / level / worse"
-            _print(console, title, ["", "prompts", "shares, %", "net share", "sign test"], list(_wins(pair)))
+            _print(console, title, ["", "prompts", "shares, %", "net share", "sign test p"], list(_wins(pair)))
         if len(pair["temperatures"]) > 1:
             names = list(pair["wins"])
             heads = ["temperature", *(MEASURES[name].label for name in names)]
@@ -79,16 +79,21 @@ def _changes(pair: Mapping[str, Any], several: bool) -> Iterator[list[str]]:
         cells = [figure(change[side], name) for side in ("base", "other")]
         cells += [starred(change, name), interval(change, name, signed=True)]
         if several:
-            cells.append(probability(change["holm"]) if "holm" in change else DASH)
+            cells.append(_bare(change.get("holm")))
         yield [MEASURES[name].label, *cells]
 
 
 def _wins(pair: Mapping[str, Any]) -> Iterator[list[str]]:
     for name, found in pair["wins"].items():
         if found["prompts"]:
-            counts = " / ".join(str(found[what]) for what in ("wins", "ties", "losses"))
-            shares = " / ".join(f"{share * 100:.0f}" for share in found["shares"])
-            yield [MEASURES[name].label, counts, shares, net_share(found), probability(found["p"])]
+            counts = "/".join(str(found[what]) for what in ("wins", "ties", "losses"))
+            shares = "/".join(f"{share * 100:.0f}" for share in found["shares"])
+            yield [MEASURES[name].label, counts, shares, net_share(found), _bare(found["p"])]
+
+
+def _bare(value: float | None) -> str:
+    """A probability in a column that is named so."""
+    return DASH if value is None else probability(value).removeprefix("p ").removeprefix("= ")
 
 
 def net_share(found: Mapping[str, Any]) -> str:
