@@ -6,17 +6,18 @@ Legend: B rows of a batch, T response positions.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from minillm.batches import example_batch, prompt_batch
+from minillm.batches import prompt_batch
 from minillm.config import BETTER
 from minillm.decode import roll_out
 from minillm.engines import Student, Teacher
+from minillm.gold import Gold, read_gold, reference_loss
 from minillm.measures import MEASURES, ratios_of
 from minillm.models import ModelReader
 from minillm.progress import Progress
@@ -48,6 +49,8 @@ class Judge:
     """Rows decoded at once on a rank: memory and speed, never the result."""
     seed: int
     purpose: Purpose
+    thorough: bool = False
+    """Whether forward KL, the teacher's view of the text and the model's of the references are wanted too."""
 
 
 def sample_and_judge(
@@ -73,11 +76,14 @@ def sample_and_judge(
     pieces = max(1, -(-ranks.most(len(mine)) // judge.batch))
     bar = Progress(title, total=pieces * len(temperatures), unit="batches", shown=bool(title) and ranks.first)
     records: list[tuple[tuple[int, int, int], Record]] = []
+    gold: list[Gold | None] = [None] * len(judge.prompts)
+    if judge.thorough:
+        gold = read_gold(reader, judge.prompts, pad_id=judge.ids.pad, batch=judge.batch, ranks=ranks)
     for turn, temperature in enumerate(temperatures):
         decoding = dataclasses.replace(judge.decoding, temperature=temperature)
         for piece in range(pieces):
             batch = mine[piece * len(mine) // pieces : (piece + 1) * len(mine) // pieces]
-            judged = _judge_batch(reader, judge, batch, decoding=decoding, ranks=ranks)
+            judged = _judge_batch(reader, judge, batch, gold=gold, decoding=decoding, ranks=ranks)
             records += [((turn, seed, place), record) for (place, seed), record in zip(batch, judged, strict=True)]
             bar.advance(turn * pieces + piece + 1, {})
     bar.close()
@@ -93,7 +99,9 @@ def validator(judge: Judge, *, ranks: Ranks, generate: bool, loss: bool) -> Call
         figures: dict[str, float] = {}
         with student.whole() as reader:
             if loss:
-                figures["loss"] = reference_loss(reader, judge, ranks=ranks)
+                figures["loss"] = reference_loss(
+                    reader, judge.prompts, pad_id=judge.ids.pad, batch=judge.batch, ranks=ranks
+                )
             if generate:
                 records = sample_and_judge(
                     reader, judge, seeds=(0,), temperatures=(judge.decoding.temperature,), ranks=ranks
@@ -106,28 +114,14 @@ def validator(judge: Judge, *, ranks: Ranks, generate: bool, loss: bool) -> Call
     return measure
 
 
-@torch.no_grad()
-def reference_loss(reader: ModelReader, judge: Judge, *, ranks: Ranks) -> float:
-    """Mean cross-entropy of the reference responses, nats a token (closing EOS included), over the prompts that have
-    one."""
-    answered = [prompt for prompt in judge.prompts if prompt.response_ids]
-    answered.sort(key=lambda prompt: len(prompt.ids) + len(prompt.response_ids))
-    mine = answered[ranks.rank :: ranks.size]
-    total, tokens = 0.0, 0
-    for start in range(0, len(mine), judge.batch):
-        batch = example_batch(mine[start : start + judge.batch], pad_id=judge.ids.pad, device=reader.device)
-        hidden_BLH = reader.read(batch.ids_BL, batch.mask_BL)
-        values = reader.statistics(
-            hidden_BLH[:, :-1][batch.target_BL[:, 1:]], taken_N=batch.ids_BL[batch.target_BL], wanted=("logq",)
-        )
-        total -= float(values["logq"].double().sum())
-        tokens += int(batch.target_BL.sum())
-    summed = ranks.sum([total, float(tokens)]).tolist()
-    return float(summed[0] / max(summed[1], 1.0))
-
-
 def _judge_batch(
-    reader: ModelReader, judge: Judge, cells: Sequence[tuple[int, int]], *, decoding: Decoding, ranks: Ranks
+    reader: ModelReader,
+    judge: Judge,
+    cells: Sequence[tuple[int, int]],
+    *,
+    gold: Sequence[Gold | None],
+    decoding: Decoding,
+    ranks: Ranks,
 ) -> list[Record]:
     rows = [judge.prompts[place] for place, _ in cells]
     batch = prompt_batch(rows, [seed for _, seed in cells], pad_id=judge.ids.pad, device=reader.device)
@@ -148,38 +142,74 @@ def _judge_batch(
     if judge.teacher is not None:
         with judge.teacher.head() as head:
             scored = ranks.together(
-                lambda: score(rollout, student=reader, teacher_head=head, temperature=decoding.temperature)
+                lambda: score(
+                    rollout,
+                    student=reader,
+                    teacher_head=head,
+                    temperature=decoding.temperature,
+                    forward_kl=judge.thorough,
+                )
             )
-    return [
-        _record(row, judge, rollout, scored, index=index, seed=cells[index][1], temperature=decoding.temperature)
-        for index, row in enumerate(rows)
-    ]
+    drawn = _records(rows, judge, rollout, seeds=[seed for _, seed in cells], temperature=decoding.temperature)
+    for index, (record, (place, _)) in enumerate(zip(drawn, cells, strict=True)):
+        record["measures"] |= _divergences(scored, index) | _of_gold(gold[place])
+    return drawn
 
 
-def _record(
-    row: Prompt, judge: Judge, rollout: Rollout, scored: Scored | None, *, index: int, seed: int, temperature: float
-) -> Record:
-    kept = int(rollout.length_B[index])
-    ended = rollout.stop_B[index] != "length"
-    ids = rollout.response_BT[index, : kept - int(ended)].tolist()
-    text = str(judge.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+def _records(
+    rows: Sequence[Prompt], judge: Judge, rollout: Rollout, *, seeds: Sequence[int], temperature: float
+) -> list[Record]:
+    """The responses as text, with what can be measured on it."""
+    records = []
+    for index, row in enumerate(rows):
+        stop = rollout.stop_B[index]
+        ids = rollout.response_BT[index, : int(rollout.length_B[index]) - int(stop != "length")].tolist()
+        text = str(judge.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+        records.append(
+            {
+                "uid": row.uid,
+                "temperature": temperature,
+                "seed": seeds[index],
+                "prompt": row.text,
+                "response": text,
+                "references": list(row.responses),
+                "stop": str(stop),
+                "tokens": len(ids),
+                "extra": dict(row.extra),
+                "measures": _of_text(row, text, judge),
+            }
+        )
+    return records
+
+
+def _of_text(row: Prompt, text: str, judge: Judge) -> dict[str, Any]:
     measures: dict[str, Any] = {"repetition_3": int(repetition_3(text))}
     if row.responses:
         measures.update(rouge_l=rouge_l(text, row.responses), exact_match=int(exact_match(text, row.responses)))
     if judge.in_world:
         verdict = check(row.text, text)
         measures.update(validity=int(verdict.valid), reason=verdict.reason)
-    if scored is not None:
-        measures.update(reverse_kl=float(scored.reverse_kl_BT[index].double().sum()), kl_tokens=kept)
-    return {
-        "uid": row.uid,
-        "temperature": temperature,
-        "seed": seed,
-        "prompt": row.text,
-        "response": text,
-        "references": list(row.responses),
-        "stop": str(rollout.stop_B[index]),
-        "tokens": len(ids),
-        "extra": dict(row.extra),
-        "measures": measures,
+    return measures
+
+
+def _divergences(scored: Scored | None, index: int) -> dict[str, Any]:
+    """What the teacher says about one response, summed over its tokens, the end included."""
+    if scored is None:
+        return {}
+    own: dict[str, Any] = {
+        "reverse_kl": float(scored.reverse_kl_BT[index].double().sum()),
+        "kl_tokens": int(scored.rollout.length_B[index]),
     }
+    if scored.forward_kl_BT is not None:
+        own["forward_kl"] = _finite(float(scored.forward_kl_BT[index].double().sum()))
+        own["teacher_nll"] = -float(scored.logp_BT[index].double().sum())
+    return own
+
+
+def _of_gold(gold: Gold | None) -> dict[str, Any]:
+    return {} if gold is None else {"gold_nll": _finite(gold.nats), "gold_tokens": len(gold.logq)}
+
+
+def _finite(value: float) -> float | None:
+    """None for an infinity, for which JSON has no number: the measure is left out then."""
+    return value if math.isfinite(value) else None

@@ -9,6 +9,9 @@ Every measure is a ratio whose numerators and denominators are added over the pr
     exact_match           responses equal to a reference / responses
     reverse_kl            nats, student from teacher / responses
     reverse_kl_per_token  nats                       / tokens that the KL was summed over
+    forward_kl            nats, teacher from student / responses
+    teacher_nll           nats of the response under the teacher / its tokens
+    gold_nll              nats of the reference under the model / its tokens
     distinct_1 … 4        distinct n-grams of words  / n-grams of words, over the seed's whole set
     self_bleu             BLEU-4 against all other responses of the seed / responses that have a word
     repetition_3          responses that repeat a 3-gram of words / responses
@@ -74,6 +77,16 @@ MEASURES: dict[str, Measure] = {
         label="length", better=None, digits=2, meaning="tokens of a response, without the end token"
     ),
     "reverse_kl_per_token": Measure(label="reverse KL/token", better="lower", digits=3, meaning="nats per token"),
+    "forward_kl": Measure(
+        label="forward KL", better="lower", digits=3,
+        meaning="nats per response, teacher from student, at the states that the model visits",
+    ),
+    "teacher_nll": Measure(
+        label="teacher NLL", better=None, digits=3, meaning="nats per token of the response under the teacher"
+    ),
+    "gold_nll": Measure(
+        label="reference NLL", better="lower", digits=3, meaning="nats per token of the reference, at temperature 1"
+    ),
     "distinct_1": Measure(label="distinct-1", better=None, digits=3, meaning="distinct words over all of them"),
     "distinct_2": Measure(label="distinct-2", better=None, digits=3, meaning="the same of 2-grams"),
     "distinct_3": Measure(label="distinct-3", better=None, digits=3, meaning="the same of 3-grams"),
@@ -90,6 +103,14 @@ MAIN = ("validity", "rouge_l", "exact_match", "reverse_kl", "distinct_4", "repet
 """The measures of a report's first table."""
 ALWAYS = tuple(name for name in MAIN if name != "exact_match")
 """Those that the first table has a row for whether or not there is a figure."""
+PER_TOKEN = {
+    "reverse_kl_per_token": ("reverse_kl", "kl_tokens"),
+    "teacher_nll": ("teacher_nll", "kl_tokens"),
+    "gold_nll": ("gold_nll", "gold_tokens"),
+}
+"""Which two figures of a row they are the ratio of."""
+MAY_BE_INFINITE = ("forward_kl", "gold_nll")
+"""Infinite where the model forbids a token; a row then has null there, and the model no such measure."""
 OF_A_SET = {"distinct_1", "distinct_2", "distinct_3", "distinct_4", "self_bleu"}
 """Measures of all responses of a seed together."""
 
@@ -102,15 +123,17 @@ def temperature_key(temperature: float) -> str:
 def ratios_of(samples: Sequence[dict[str, Any]], *, names: Sequence[str] = NAMES) -> dict[str, Ratio]:
     """The measures of one model at one temperature as ratios, from rows of samples.jsonl; absent ones left out.
 
-    Prompts keep the order of the first seed. A measure that only some rows have counts those rows. Raises
-    ``DataError`` when there is no row, a field is missing, a prompt occurs twice under a seed, the seeds do not
-    share their prompts, or two temperatures are mixed.
+    Prompts keep the order of the first seed. A measure that only some rows have counts those rows; one that is infinite
+    in a row is absent. Raises ``DataError`` when there is no row, a field is missing, a prompt occurs twice under a
+    seed, the seeds do not share their prompts, or two temperatures are mixed.
     """
     by_seed = _by_seed(samples)
     uids = tuple(next(iter(by_seed.values())))
     grid = [[rows[uid] for uid in uids] for rows in by_seed.values()]
     found: dict[str, Ratio] = {}
     for name in names:
+        if any(_is_infinite(row, name) for line in grid for row in line):
+            continue
         pairs = [_of_set(line, name) if name in OF_A_SET else [_pair(row, name) for row in line] for line in grid]
         value_SN2 = np.array(pairs, dtype=np.float64)
         if name.startswith("distinct") or value_SN2[..., 1].any():
@@ -190,16 +213,17 @@ def _pair(row: dict[str, Any], name: str) -> tuple[float, float]:
         again, runs = repeated(str(_field(row, "response")), 3)
         return float(again), float(runs)
     own = _field(row, "measures")
-    if name == "reverse_kl_per_token":
-        return (float(own["reverse_kl"]), float(_kl_tokens(row))) if own.get("reverse_kl") is not None else (0.0, 0.0)
-    return (float(own[name]), 1.0) if own.get(name) is not None else (0.0, 0.0)
+    over, under = PER_TOKEN.get(name, (name, None))
+    if own.get(over) is None:
+        return 0.0, 0.0
+    if under is not None and own.get(under) is None:
+        raise DataError(f"the sample of prompt {row.get('uid')!r} has {over!r} and no {under!r}; evaluate again")
+    return float(own[over]), 1.0 if under is None else float(own[under])
 
 
-def _kl_tokens(row: dict[str, Any]) -> int:
-    tokens = _field(row, "measures").get("kl_tokens")
-    if tokens is None:
-        raise DataError(f"the sample of prompt {row.get('uid')!r} has 'reverse_kl' and no 'kl_tokens'; evaluate again")
-    return int(tokens)
+def _is_infinite(row: dict[str, Any], name: str) -> bool:
+    """Whether a figure was computed and is infinite, which JSON cannot say: such a mean would be, too."""
+    return name in MAY_BE_INFINITE and _field(row, "measures").get(name, 0.0) is None
 
 
 def _by_seed(samples: Sequence[dict[str, Any]]) -> dict[int, dict[str, dict[str, Any]]]:

@@ -212,7 +212,7 @@ def _limits(combined: Mapping[str, Any]) -> list[str]:
         f"{model} {MEASURES[name].label} on {estimate['prompts']}"
         for model, measures in combined["models"].items()
         for name, estimate in measures.items()
-        if name in ALWAYS and "prompts" in estimate
+        if name in (*ALWAYS, "gold_nll") and "prompts" in estimate
     ]
     if partly:
         texts.append(f"Not every prompt carries every measure; prompts counted: {', '.join(partly)}.")

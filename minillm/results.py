@@ -44,6 +44,7 @@ def judge_of(config: RunConfig, pair: Pair, split: Split, *, teacher: Teacher | 
         batch=config.evaluation.batch,
         seed=config.seed,
         purpose=purpose,
+        thorough=purpose is Purpose.EVALUATION,
     )
 
 

@@ -400,9 +400,19 @@ class StatisticsReader(Protocol):
 
 
 @torch.no_grad()
-def score(rollout: Rollout, *, student: StatisticsReader, teacher_head: HeadWeights, temperature: float) -> Scored:
+def score(
+    rollout: Rollout,
+    *,
+    student: StatisticsReader,
+    teacher_head: HeadWeights,
+    temperature: float,
+    forward_kl: bool = False,
+) -> Scored:
     """What both models say about the sampled tokens, from the hidden states that the rollout kept: no further forward
     pass.
+
+    ``forward_kl`` adds KL(teacher || student), which training has no use for; it is infinite where the student forbids
+    a token that the teacher allows.
 
     Raises ``NonFinite`` if a score of a sampled token is not a finite number: a teacher that forbids a token which the
     student drew has an infinite reverse KL, and a policy gradient from it would be meaningless.
@@ -415,13 +425,13 @@ def score(rollout: Rollout, *, student: StatisticsReader, teacher_head: HeadWeig
     values = student.statistics(
         rollout.student_hidden_BTH[mask_BT],
         taken_N=rollout.response_BT[mask_BT],
-        wanted=("logq", "logp", "entropy", "reverse_kl"),
+        wanted=("logq", "logp", "entropy", "reverse_kl", *(("forward_kl",) if forward_kl else ())),
         temperature=temperature,
         teacher=TeacherView(head=teacher_head, hidden_NH=rollout.teacher_hidden_BTH[mask_BT]),
         support_NC=None if rollout.support_BTC is None else rollout.support_BTC[mask_BT],
     )
     for name, value_N in values.items():
-        if not bool(value_N.isfinite().all()):
+        if name != "forward_kl" and not bool(value_N.isfinite().all()):
             raise NonFinite(_where_not_finite(name, value_N, rollout))
     return Scored(
         rollout=rollout,
@@ -429,6 +439,7 @@ def score(rollout: Rollout, *, student: StatisticsReader, teacher_head: HeadWeig
         logp_BT=spread(values["logp"], mask_BT),
         reverse_kl_BT=spread(values["reverse_kl"], mask_BT),
         entropy_BT=spread(values["entropy"], mask_BT),
+        forward_kl_BT=spread(values["forward_kl"], mask_BT) if forward_kl else None,
     )
 
 

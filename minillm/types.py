@@ -201,6 +201,8 @@ class Scored:
     """KL(student || teacher) over the vocabulary at the state before each token, nats."""
     entropy_BT: Tensor
     """Student's entropy at the same state, nats."""
+    forward_kl_BT: Tensor | None = None
+    """KL(teacher || student) over the vocabulary at the same state, nats; None where nobody asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

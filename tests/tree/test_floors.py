@@ -72,7 +72,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         *("measures", "evaluation", "generation", "results", "statistics", "plots"),
         *("diagnose", "judge", "text_measures", "self_bleu", "exposure", "calibration"),
         *("exposure_run", "calibration_run", "extras", "report", "report_files", "report_html"),
-        *("report_style", "report_text", "report_words", "report_extras", "compare"),
+        *("report_style", "report_text", "report_words", "report_extras", "compare", "gold"),
     ),
     8: ("bench", "selftest", "study", "cli", "api", "__main__", "__init__"),
 }

@@ -422,7 +422,8 @@ def test_a_penalty_is_refused_in_training_alone(run: Run, evaluated: Path, place
     done = run("evaluate", "{place}/student", "--config", "{place}/good.yaml", "--out", str(folder), penalty)
     assert done.code == 0 and "no reverse KL" in done.out
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    assert set(plain["measures"]) - set(results["measures"]) == {"reverse_kl", "reverse_kl_per_token"}
+    of_teacher = {"reverse_kl", "reverse_kl_per_token", "forward_kl", "teacher_nll"}
+    assert set(plain["measures"]) - set(results["measures"]) == of_teacher
     assert results["measures"]["repetition_3"]["mean"] < plain["measures"]["repetition_3"]["mean"]
     assert (
         run("distill", "--config", "{place}/good.yaml", SFT, "data.validation={place}/prompts.jsonl", penalty).code == 0

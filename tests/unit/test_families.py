@@ -74,8 +74,10 @@ def opened(folder: Path) -> Any:
 
 
 @torch.no_grad()
-def spelled_out(run: Family, sample: dict[str, Any], *, student: Path, columns: int = REAL) -> tuple[str, int, float]:
-    """(text, tokens, reverse KL) of one sample, from plain forwards and the row's own random numbers.
+def spelled_out(
+    run: Family, sample: dict[str, Any], *, student: Path, columns: int = REAL
+) -> tuple[str, int, dict[str, float]]:
+    """(text, tokens, nats by measure) of one sample, from plain forwards and the row's own random numbers.
 
     ``columns`` of the teacher take part in its softmax.
     """
@@ -84,14 +86,19 @@ def spelled_out(run: Family, sample: dict[str, Any], *, student: Path, columns: 
     key = DrawKey(seed=run.config.seed, stage="", purpose=Purpose.EVALUATION, rollout=0)
     key_1 = row_keys(key, [sample["uid"]], [sample["seed"]], device="cpu")
     ids: list[int] = tokenizer(sample["prompt"], add_special_tokens=False)["input_ids"]
-    start, divergence = len(ids), 0.0
+    start, nats = len(ids), dict.fromkeys(tiny.NATS, 0.0)
+    gold: list[int] = [*tokenizer(sample["references"][0], add_special_tokens=False)["input_ids"], EOS]
+    for place, token in enumerate(gold):
+        nats["gold_nll"] -= float(next_token(own, ids + gold[:place], 1.0).log_softmax(-1)[token])
     while len(ids) - start < LONGEST and (len(ids) == start or ids[-1] != EOS):
         q_V, p_V = (next_token(model, ids, sample["temperature"]) for model in (own, guide))
-        logq_V, logp_V = q_V.log_softmax(-1), p_V[:columns].log_softmax(-1)[: len(q_V)]
-        divergence += float((logq_V.exp() * (logq_V - logp_V)).sum())
+        logq_V, logp_V = q_V[:REAL].log_softmax(-1), p_V[:columns].log_softmax(-1)[:REAL]
+        nats["reverse_kl"] += float((logq_V.exp() * (logq_V - logp_V)).sum())
+        nats["forward_kl"] += float((logp_V.exp() * (logp_V - logq_V)).sum())
         ids.append(int(draw(q_V[None], uniforms(key_1, len(ids) - start))))
+        nats["teacher_nll"] -= float(logp_V[ids[-1]])
     written = ids[start:-1] if ids[-1] == EOS else ids[start:]
-    return tokenizer.decode(written, skip_special_tokens=True).strip(), len(written), divergence
+    return tokenizer.decode(written, skip_special_tokens=True).strip(), len(written), nats
 
 
 def next_token(model: Any, ids: list[int], temperature: float) -> Tensor:
@@ -100,16 +107,17 @@ def next_token(model: Any, ids: list[int], temperature: float) -> Tensor:
 
 
 @pytest.mark.parametrize(("name", "tied"), MODELS)
-def test_the_published_student_has_the_text_and_the_reverse_kl_that_were_reported(
+def test_the_published_student_has_the_text_and_the_nats_that_were_reported(
     name: str, tied: bool, families: Callable[..., Family]
 ) -> None:
     run = families(name, tied)
     samples = run.samples()
     assert len(samples) == PROMPTS * len(SEEDS) * len(TEMPERATURES)
     for sample in samples[:: 3 if name != "gpt2" else 1]:
-        text, tokens, divergence = spelled_out(run, sample, student=run.student)
+        text, tokens, nats = spelled_out(run, sample, student=run.student)
         assert (sample["response"], sample["tokens"]) == (text, tokens), sample
-        assert sample["measures"]["reverse_kl"] == pytest.approx(divergence, abs=CLOSE), sample
+        for measure, value in nats.items():
+            assert sample["measures"][measure] == pytest.approx(value, abs=CLOSE), (measure, sample)
         assert sample["measures"]["kl_tokens"] == tokens + (sample["stop"] != "length")
 
 
@@ -130,11 +138,15 @@ def test_the_published_student_was_trained_and_has_real_rows_only(
 
 
 def test_a_softmax_over_the_padded_rows_would_be_seen(families: Callable[..., Family]) -> None:
-    """Negative control: with the teacher's four rows that mean nothing the divergence is another one."""
+    """Negative control: with the teacher's four rows that mean nothing its figures are other ones, and with the student
+    that was started from, those of the references."""
     run = families("llama", False)
     sample = run.samples()[0]
     _, _, wrong = spelled_out(run, sample, student=run.student, columns=TEACHER_ROWS)
-    assert abs(sample["measures"]["reverse_kl"] - wrong) > 100 * CLOSE
+    _, _, begun = spelled_out(run, sample, student=run.start)
+    for name in tiny.NATS:
+        other = begun if name == "gold_nll" else wrong
+        assert abs(sample["measures"][name] - other[name]) > 100 * CLOSE, name
 
 
 @pytest.mark.parametrize(("name", "tied"), [("gpt2", True), ("qwen2", False)])
@@ -159,5 +171,6 @@ def test_the_batch_of_an_evaluation_changes_no_text(
     settings = run.config.evaluation.model_copy(update={"batch": batch})
     evaluate(run.student, run.config.model_copy(update={"evaluation": settings}), out=tmp_path)
     for one, other in zip(run.samples(tmp_path), run.samples(), strict=True):
-        kl = one["measures"].pop("reverse_kl"), other["measures"].pop("reverse_kl")
-        assert one == other and kl[0] == pytest.approx(kl[1], abs=CLOSE)
+        for name in tiny.NATS:
+            assert one["measures"].pop(name) == pytest.approx(other["measures"].pop(name), abs=CLOSE), name
+        assert one == other

@@ -46,6 +46,11 @@ def row(uid: str, *, seed: int = 10, response: str = "a b c d", temperature: flo
     }
 
 
+def teacher(kl: float, tokens: int) -> dict[str, float]:
+    """What a teacher says about a row: its divergence, a forward one that is larger by 1, and twice the nats."""
+    return {"reverse_kl": kl, "forward_kl": kl + 1.0, "teacher_nll": 2.0 * kl, "kl_tokens": tokens}
+
+
 def test_rouge_l_golden_values() -> None:
     assert rouge_l("the cat sat", ["the cat is on the mat"]) == pytest.approx(0.4444, abs=5e-5)  # 2PR/(P+R), 2/3, 2/6
     assert rouge_l("the cat sat", ["the cat sat"]) == 1.0
@@ -118,12 +123,15 @@ def test_distinct_contributions_add_up_to_the_distinct_share() -> None:
 
 def test_measures_follow_their_definitions() -> None:
     samples = [
-        row("a", response="a b c d e", validity=1, rouge_l=0.5, exact_match=1, reverse_kl=2.0, kl_tokens=6),
-        row("b", response="a b c d", validity=0, rouge_l=0.7, exact_match=0, reverse_kl=4.0, kl_tokens=4),
-        row("a", seed=20, response="a b a b a", validity=1, rouge_l=0.1, exact_match=0, reverse_kl=1.0, kl_tokens=6),
-        row("b", seed=20, response="", validity=1, rouge_l=0.3, exact_match=0, reverse_kl=0.0, kl_tokens=1),
+        row("a", response="a b c d e", validity=1, rouge_l=0.5, exact_match=1, **teacher(2.0, 6)),
+        row("b", response="a b c d", validity=0, rouge_l=0.7, exact_match=0, **teacher(4.0, 4)),
+        row("a", seed=20, response="a b a b a", validity=1, rouge_l=0.1, exact_match=0, **teacher(1.0, 6)),
+        row("b", seed=20, response="", validity=1, rouge_l=0.3, exact_match=0, **teacher(0.0, 1)),
     ]
     samples[1]["stop"] = "length"
+    for sample in samples:
+        own = {"a": (3.0, 2), "b": (6.0, 3)}[sample["uid"]]
+        sample["measures"].update(gold_nll=own[0], gold_tokens=own[1])
     found = measure_rows(samples, resamples=20, seed=0)
     assert tuple(found) == NAMES
     want = {
@@ -132,6 +140,9 @@ def test_measures_follow_their_definitions() -> None:
         "exact_match": [0.5, 0.0],
         "reverse_kl": [3.0, 0.5],
         "reverse_kl_per_token": [6 / 10, 1 / 7],
+        "forward_kl": [4.0, 1.5],
+        "teacher_nll": [12 / 10, 2 / 7],
+        "gold_nll": [9 / 5, 9 / 5],
         "distinct_1": [5 / 9, 2 / 5],
         "distinct_2": [4 / 7, 2 / 4],
         "distinct_3": [3 / 5, 2 / 3],
@@ -175,6 +186,18 @@ def test_a_measure_of_some_rows_counts_those_rows_and_says_so() -> None:
     assert "prompts" not in found["mean_length"]
 
 
+@pytest.mark.parametrize("name", ["forward_kl", "gold_nll"])
+def test_a_measure_that_is_infinite_in_a_row_is_absent(name: str) -> None:
+    """And not the mean of the others, which the control is."""
+    own = {**teacher(1.0, 2), "gold_nll": 1.0, "gold_tokens": 2}
+    samples = [row("a", **own), row("b", **own)]
+    assert name in ratios_of(samples)
+    samples[1]["measures"][name] = None
+    assert name not in ratios_of(samples) and "reverse_kl" in ratios_of(samples)
+    del samples[1]["measures"][name]
+    assert ratios_of(samples)[name].denominator_SN.tolist() in ([[1.0, 0.0]], [[2.0, 0.0]])
+
+
 def test_seeds_may_list_their_prompts_in_another_order() -> None:
     samples = [row("a", validity=1), row("b", validity=0), row("b", seed=20, validity=0), row("a", seed=20, validity=1)]
     one = ratios_of(samples)["validity"]
@@ -190,7 +213,8 @@ def test_seeds_may_list_their_prompts_in_another_order() -> None:
         ([row("a"), row("b"), row("a", seed=20)], "do not share prompt 'b'"),
         ([row("a"), row("b", temperature=0.8)], r"temperatures \[0.8, 1.0\]"),
         ([{key: value for key, value in row("a").items() if key != "tokens"}], "no field 'tokens'"),
-        ([row("a", reverse_kl=1.0)], "no 'kl_tokens'"),
+        ([row("a", reverse_kl=1.0)], "'reverse_kl' and no 'kl_tokens'"),
+        ([row("a", gold_nll=1.0)], "'gold_nll' and no 'gold_tokens'"),
     ],
 )
 def test_samples_that_are_no_full_grid_are_refused(samples: list[dict[str, Any]], told: str) -> None:

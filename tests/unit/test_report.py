@@ -58,6 +58,8 @@ def evaluation(
                 own |= {"exact_match": int(dice.random() < 0.1)}
                 own |= {"validity": int(good), "reason": "" if good else "fact"} if world else {}
                 kl = {"reverse_kl": 5 * (0.95 - skill) + dice.random(), "kl_tokens": len(words) + 1}
+                kl |= {"forward_kl": 1.5 * kl["reverse_kl"], "teacher_nll": dice.random() * len(words)}
+                own |= {"gold_nll": 9.0 - skill, "gold_tokens": 4}
                 own |= kl if teacher else {}
                 rows.append(
                     {

@@ -209,6 +209,34 @@ def test_scores_stand_where_their_tokens_stand_and_carry_no_gradient() -> None:
         assert not value_BT.requires_grad and float(value_BT[0, 2]) == 0.0
 
 
+def test_the_forward_divergence_is_there_only_where_it_is_asked_for() -> None:
+    """Training does not ask, and must not pay."""
+    case, rollout = Case(), a_rollout()
+    wanted: list[tuple[str, ...]] = []
+
+    class Listening:
+        def statistics(self, hidden_NH: Tensor, **arguments: Any) -> dict[str, Tensor]:
+            wanted.append(tuple(arguments["wanted"]))
+            return token_statistics(hidden_NH, head=case.head, **arguments)
+
+    options: dict[str, Any] = {"teacher_head": case.teacher.head, "temperature": 0.7}
+    plain = score(rollout, student=Listening(), **options)
+    both = score(rollout, student=Listening(), **options, forward_kl=True)
+    assert plain.forward_kl_BT is None and both.forward_kl_BT is not None
+    assert wanted == [
+        ("logq", "logp", "entropy", "reverse_kl"),
+        ("logq", "logp", "entropy", "reverse_kl", "forward_kl"),
+    ]
+    assert torch.equal(plain.reverse_kl_BT, both.reverse_kl_BT)
+    assert rollout.student_hidden_BTH is not None and rollout.teacher_hidden_BTH is not None
+    at = rollout.mask_BT
+    logq_NV = (case.head.logits(rollout.student_hidden_BTH[at]) / 0.7).log_softmax(-1)
+    logp_NV = (case.teacher.head.logits(rollout.teacher_hidden_BTH[at]) / 0.7).log_softmax(-1)
+    want_N = (logp_NV.exp() * (logp_NV - logq_NV)).sum(-1)
+    assert gap(both.forward_kl_BT[at], want_N.detach()) < TINY
+    assert gap(plain.reverse_kl_BT[at], want_N.detach()) > VISIBLE  # the control
+
+
 def test_a_rollout_under_a_repetition_penalty_is_not_scored() -> None:
     """States do not tell which logits were penalised: any score would be of another sampler."""
     case, rollout = Case(), dataclasses.replace(a_rollout(), repetition_penalty=1.2)
