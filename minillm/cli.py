@@ -332,6 +332,8 @@ def study(  # noqa: PLR0917 (typer reads options from parameters)
     again: Annotated[bool, typer.Option("--again", help="Make cells anew that are there already.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write all figures into this file.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Also draw them: .png, .svg or .pdf.")] = None,
+    curves: Annotated[Path | None, typer.Option("--curves", help="Also draw validations during training.")] = None,
+    against: Annotated[str, typer.Option(help="Drawn against what: tokens, update or seconds.")] = "tokens",
 ) -> None:
     """Compare ways to train over several training seeds.
 
@@ -350,7 +352,7 @@ def study(  # noqa: PLR0917 (typer reads options from parameters)
         config,
         arms=[arm.strip() for arm in arms.split(",")] if arms else None,
         seeds=[int(seed) for seed in seeds.split(",")] if seeds else None,
-        show=show, again=again, json_file=json_file, plot=plot,
+        show=show, again=again, json_file=json_file, plot=plot, curves=curves, against=against,
     )  # fmt: skip
 
 

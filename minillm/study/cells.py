@@ -33,7 +33,16 @@ SINCE = {
 """Settings that came after the first cells were committed, and the values at which they change nothing. At these they
 have no part in the digest of a recipe, or every model that a study made before them would count as another."""
 NO_RESULT = (
-    *("bench/", "diagnose/", "selftest/", "study/command.py", "study/config.py", "study/table.py", "cli.py"),
+    *(
+        "bench/",
+        "diagnose/",
+        "selftest/",
+        "study/command.py",
+        "study/config.py",
+        "study/table.py",
+        "study/curves.py",
+        "cli.py",
+    ),
     *("report.py", "report_html.py", "report_style.py", "report_text.py", "report_words.py", "plots.py"),
     *("progress.py", "terminal.py", "model_card.py", "trackers.py"),
     *("generated.py", "generation.py", "generation_parts.py"),

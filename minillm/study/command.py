@@ -12,6 +12,7 @@ from minillm.plots import require_outputs
 from minillm.ranks import Ranks
 from minillm.store import write_text
 from minillm.study.config import StudyConfig, load_study
+from minillm.study.curves import LABELS_AGAINST, draw_curves
 from minillm.study.run import run_study
 from minillm.study.table import difference_rows, draw_plot, headline_rows, read_cells, summary, words
 from minillm.terminal import print_table
@@ -32,9 +33,15 @@ def run(
     again: bool,
     json_file: Path | None,
     plot: Path | None,
+    curves: Path | None,
+    against: str,
 ) -> None:
     """``arms`` and ``seeds`` None are all of the study's; with ``show`` nothing is made."""
     require_outputs(json_file=json_file, plot=plot)
+    require_outputs(json_file=None, plot=curves)
+    if against not in LABELS_AGAINST:
+        near = did_you_mean(against, LABELS_AGAINST)
+        raise ConfigError(f"--against: got {against!r}, wanted one of {', '.join(LABELS_AGAINST)}{near}")
     if show and again:
         raise ConfigError("--show makes nothing and --again makes all anew; leave one out")
     study = load_study(config)
@@ -44,6 +51,8 @@ def run(
         run_study(study, arms=wanted_arms, seeds=wanted_seeds, again=again, say=lambda line: print(line, flush=True))
     if Ranks().first:
         _tell(study, json_file=json_file, plot=plot)
+        if curves is not None:
+            _draw_curves(study, curves, against=against)
 
 
 def _some_of(option: str, asked: Sequence[T] | None, known: Sequence[T]) -> list[T]:
@@ -74,6 +83,15 @@ def _tell(study: StudyConfig, *, json_file: Path | None, plot: Path | None) -> N
         print(line)
     if json_file is not None:
         write_text(json_file, json.dumps(found, indent=2) + "\n")
+
+
+def _draw_curves(study: StudyConfig, curves: Path, *, against: str) -> None:
+    drawn = draw_curves(read_cells(study)[0], curves, measures=DIFFERENCES, against=against)
+    missing = [arm for arm in study.arms if arm not in drawn]
+    if not drawn:
+        print(f"{curves}: not written, no cell says how its validations stand against {against}")
+    elif missing:
+        print(f"{curves}: without {', '.join(missing)}, whose validations have none of these measures")
 
 
 def _have(found: Mapping[str, Any], temperature: str, names: Sequence[str]) -> list[str]:

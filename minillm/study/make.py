@@ -77,16 +77,18 @@ def make(config: RunConfig, *, ranks: Ranks, evaluated: bool = True) -> dict[str
 def _course(metrics: Path) -> dict[str, Any]:
     """What a cell's log says of its training: how much, the validations, which alarms first rang when."""
     kinds: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "alarm": []}
+    tokens = 0.0
     for line in read_course(metrics).rows if metrics.is_file() else ():  # none where the first step failed
-        kinds[line["kind"]].append(line)
+        tokens += line.get("response_tokens", line["tokens"]) if line["kind"] == "train" else 0.0
+        kinds[line["kind"]].append({**line, "tokens": tokens} if line["kind"] == "validation" else line)
     alarms: dict[str, int] = {}
     for line in kinds["alarm"]:
         alarms.setdefault(line["name"], line["step"])
-    train, dropped = kinds["train"], {"kind", "stage", "seconds", "update"}
+    train, dropped = kinds["train"], {"kind", "stage"}
     return {
         "steps": len(train),
         "updates": train[-1]["update"] if train else 0,
-        "tokens": round(sum(line.get("response_tokens", line["tokens"]) for line in train)),
+        "tokens": round(tokens),
         "alarms": alarms,
         "validations": [
             {name: _short(value) for name, value in line.items() if name not in dropped and value is not None}

@@ -19,6 +19,7 @@ from minillm.ranks import Ranks
 from minillm.study import run as run_module
 from minillm.study.cells import asked, differs, read_cell
 from minillm.study.config import StudyConfig, load_study
+from minillm.study.curves import draw_curves
 from minillm.study.run import run_study
 from minillm.study.table import _temperatures, paired, read_cells, summary
 from minillm.yaml_reader import write_yaml
@@ -337,3 +338,40 @@ def test_the_command_prints_the_table(
     assert code == 2 and "leave one out" in err
     code, _, err = run("--plot", str(place / "found.txt"))
     assert code == 2 and "--plot" in err
+    code, _, err = run("--curves", str(place / "found.png"), "--against", "token")
+    assert code == 2 and "--against: got 'token', wanted one of tokens, update, seconds; did you mean 'tokens'?" in err
+    code, out, _ = run("--show", "--curves", str(place / "found.png"))
+    assert code == 0 and "not written, no cell says how its validations stand against tokens" in out
+
+
+def course(*points: tuple[int, float], **more: Any) -> dict[str, Any]:
+    """A cell with these validations: (tokens, validity)."""
+    lines = [{"step": n, "update": 2 * n, "tokens": at, "validity": value} for n, (at, value) in enumerate(points, 1)]
+    return {"state": "done", "training": {"validations": lines}, **more}
+
+
+def test_curves_are_the_validations_and_arms_without_any_are_named(tmp_path: Path) -> None:
+    cells = {
+        "learns": {1: course((100, 0.1), (200, 0.5)), 2: course((120, 0.3), (220, 0.7), (320, 0.8))},
+        "mute": {1: {"state": "done", "training": {"validations": [{"step": 1, "tokens": 5, "loss": 0.4}]}}},
+        "failed": {1: course((1, 1.0), state="failed")},
+    }
+    drawn = draw_curves(cells, tmp_path / "curves.svg", measures=("validity",), against="tokens")
+    assert drawn == ["learns"]
+    assert (tmp_path / "curves.svg").read_text(encoding="utf-8").count("<path") > 5
+    assert draw_curves(cells, tmp_path / "none.svg", measures=("validity",), against="seconds") == []
+    assert not (tmp_path / "none.svg").exists()
+
+
+def test_validations_say_what_training_had_taken(place: Path) -> None:
+    prompts = str(place / "prompts.jsonl")
+    settings = {"data.validation": prompts, "data.validation_limit": 4, "stages.0.validate_every": 1}
+    chosen = load_study(
+        study_file(place, name="validated", settings=settings, arms={"plain": {}}, compare_with="plain")
+    )
+    make(chosen, seeds=[1])
+    training = read_cells(chosen)[0]["plain"][1]["training"]
+    tokens = [line["tokens"] for line in training["validations"]]
+    assert 0 < tokens[0] < tokens[1] == training["tokens"]
+    assert [line["update"] for line in training["validations"]] == [1, 2]
+    assert training["validations"][0]["seconds"] > 0

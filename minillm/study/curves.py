@@ -1,0 +1,61 @@
+"""What validation said while a study's cells were trained, against what training had taken by then."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minillm.measures import MEASURES
+from minillm.study.table import Cells
+
+LABELS_AGAINST = {
+    "tokens": "response tokens learnt from",
+    "update": "updates",
+    "seconds": "seconds of training and validation",
+}
+"""What curves are drawn against, by its name in a cell."""
+COLOURS = 10
+"""That matplotlib has before it begins again."""
+
+
+def draw_curves(cells: Cells, path: Path, *, measures: Sequence[str], against: str) -> list[str]:
+    """Validation measures while training: of each arm the mean over its seeds, and the seeds behind it. The arms drawn.
+
+    ``against`` is ``tokens``, ``update`` or ``seconds``: what training had taken by then. Cells that do not say (they
+    were made before) are left out, and so are arms whose validation has none of the measures.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * len(measures), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(measures), squeeze=False)[0]
+    drawn: dict[str, str] = {}
+    for axes, measure in zip(panels, measures, strict=True):
+        for number, (arm, of_arm) in enumerate(cells.items()):
+            courses = [_validations(cell, measure, against) for cell in of_arm.values() if cell["state"] == "done"]
+            courses = [course for course in courses if course]
+            if not courses:
+                continue
+            drawn.setdefault(arm, f"C{number % COLOURS}")
+            style = "-" if number < COLOURS else "--"
+            for course in courses:
+                axes.plot(*zip(*course, strict=True), style, color=drawn[arm], linewidth=0.6, alpha=0.3)
+            # Seeds validate at the same steps; a stage that stopped early has fewer of them.
+            points = [[course[at] for course in courses if at < len(course)] for at in range(max(map(len, courses)))]
+            mean = [[statistics.fmean(each) for each in zip(*point, strict=True)] for point in points]
+            axes.plot(*zip(*mean, strict=True), style, color=drawn[arm], linewidth=2, label=arm)
+        axes.set(title=f"{MEASURES[measure].label}, validation prompts", xlabel=LABELS_AGAINST[against])
+        axes.grid(linewidth=0.4)
+    if drawn:
+        panels[0].legend(fontsize=8)
+        figure.savefig(path, dpi=150)
+    return list(drawn)
+
+
+def _validations(cell: Mapping[str, Any], measure: str, against: str) -> list[tuple[float, float]]:
+    return [
+        (line[against], line[measure])
+        for line in cell["training"]["validations"]
+        if against in line and line.get(measure) is not None
+    ]
