@@ -19,9 +19,9 @@ from minillm.models import fingerprint, inspect
 from minillm.preflight import Anchor, Pair, Split, check_pair, read_anchor, read_split, read_teacher_text
 from minillm.ranks import Ranks
 from minillm.report import build_report, combine, write_report
-from minillm.results import asked_of, evaluate_into, judge_of, stored_results, versions
+from minillm.results import already, asked_of, evaluate_into, judge_of, versions
 from minillm.stages import Start, check_rows, idle_words, load_teacher, run_stage, unbiased_words
-from minillm.store import Clock, RunFolder, make_folder
+from minillm.store import UNFINISHED, Clock, RunFolder, make_folder
 from minillm.text_stages import DistilStage
 from minillm.trackers import require_packages, tracked
 from minillm.types import Purpose
@@ -148,8 +148,8 @@ def evaluate(model: str | Path, config: RunConfig, *, out: str | Path, fresh: bo
     ``out``.
 
     ``config.teacher`` gives the reverse KL, ``config.decoding`` and ``config.evaluation`` everything else. Results of
-    the same model and settings that are already there are returned as they are. Raises ``DataError`` if ``out`` holds
-    results of another model or other settings, unless ``fresh``.
+    the same model and settings that are already there are returned as they are, and an interrupted evaluation of them
+    goes on. Raises ``DataError`` if ``out`` holds one of another model or other settings, unless ``fresh``.
     """
     if config.data.test is None:
         raise DataError("data.test is missing; wanted the held-out prompts to evaluate on")
@@ -161,19 +161,14 @@ def evaluate(model: str | Path, config: RunConfig, *, out: str | Path, fresh: bo
     ranks = Ranks(threads=config.threads)
     out = Path(out)
     start = Start(card=pair.student_card, facts=pair.student)
-    stored = None if fresh else stored_results(out)
+    stored = None if fresh else already(out, lambda: asked_of(config, pair, split, start=start))
     if stored is not None:
-        asked, before = asked_of(config, pair, split, start=start), stored.get("asked") or {}
-        if before == asked:
-            _say(ranks, f"{out}: evaluated already; --fresh starts over")
-            return stored
-        differs = ", ".join(name for name, value in asked.items() if before.get(name) != value)
-        raise DataError(
-            f"{out} holds other results (they differ in: {differs}); nothing was touched.\n"
-            "  give another --out, or --fresh to replace them"
-        )
+        _say(ranks, f"{out}: evaluated already; --fresh starts over")
+        return stored
     if ranks.first:
         make_folder(out, setting="--out")
+        if fresh:
+            (out / UNFINISHED).unlink(missing_ok=True)
     for line in split.words:
         _say(ranks, line)
     teacher = None

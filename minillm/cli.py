@@ -134,7 +134,8 @@ def evaluate(
 ) -> None:
     """Measure a model on a configuration's test prompts.
 
-    Writes results.json and samples.jsonl into the --out folder.
+    Writes results.json and samples.jsonl into the --out folder. Interrupted, it goes on where it was when the same
+    command is given again.
 
     \b
     Example:

@@ -26,6 +26,7 @@ from minillm.scoring import score
 from minillm.statistics import mean_over_seeds
 from minillm.text_measures import exact_match, repetition_3, rouge_l
 from minillm.types import Decoding, DrawKey, Ids, Prompt, Purpose, Rollout, Scored
+from minillm.unfinished import Keeper, Keyed
 from minillm.world import check
 
 Record = dict[str, Any]
@@ -61,13 +62,16 @@ def sample_and_judge(
     temperatures: Sequence[float],
     ranks: Ranks,
     title: str = "",
+    keeper: Keeper | None = None,
 ) -> list[Record]:
     """One record a prompt, seed and temperature (a row of ``samples.jsonl``): all of them on every rank, in a fixed
     order.
 
     Randomness is keyed by (run seed, uid, sampling seed), so neither batch size nor ranks change a token. At
     temperature t the reverse KL is that of the t-scaled model from the t-scaled teacher, exact over the vocabulary at
-    each state that the model itself visited. With a ``title`` there is a progress bar.
+    each state that the model itself visited. With a ``title`` there is a progress bar. A ``keeper`` has the rows that
+    an earlier process drew, which are not drawn again, and keeps those of this one. Batches are cut as if none were
+    there, so an evaluation that goes on has the figures of an unbroken one to the last bit.
     """
     cells = [(place, seed) for seed in seeds for place in range(len(judge.prompts))]
     # Rows of similar length stand side by side, and each rank takes every n-th.
@@ -75,20 +79,28 @@ def sample_and_judge(
     mine = cells[ranks.rank :: ranks.size]
     pieces = max(1, -(-ranks.most(len(mine)) // judge.batch))
     bar = Progress(title, total=pieces * len(temperatures), unit="batches", shown=bool(title) and ranks.first)
-    records: list[tuple[tuple[int, int, int], Record]] = []
     gold: list[Gold | None] = [None] * len(judge.prompts)
     if judge.thorough:
         gold = read_gold(reader, judge.prompts, pad_id=judge.ids.pad, batch=judge.batch, ranks=ranks)
+    rows: list[Keyed] = [] if keeper is None else [*keeper.rows]
+    done, fresh = {key for key, _ in rows}, list[Keyed]()
     for turn, temperature in enumerate(temperatures):
         decoding = dataclasses.replace(judge.decoding, temperature=temperature)
         for piece in range(pieces):
-            batch = mine[piece * len(mine) // pieces : (piece + 1) * len(mine) // pieces]
+            whole = mine[piece * len(mine) // pieces : (piece + 1) * len(mine) // pieces]
+            batch = [(place, seed) for place, seed in whole if (turn, seed, place) not in done]
+            if done and not ranks.anyone(bool(batch)):
+                continue
             judged = _judge_batch(reader, judge, batch, gold=gold, decoding=decoding, ranks=ranks)
-            records += [((turn, seed, place), record) for (place, seed), record in zip(batch, judged, strict=True)]
+            fresh += [((turn, seed, place), record) for (place, seed), record in zip(batch, judged, strict=True)]
             bar.advance(turn * pieces + piece + 1, {})
+            if keeper is not None and keeper.due():
+                rows += ranks.gather_objects(fresh)
+                fresh = []
+                keeper.keep(rows)
     bar.close()
-    everything = ranks.gather_objects(records)
-    return [record for _, record in sorted(everything, key=lambda keyed: keyed[0])]
+    rows += ranks.gather_objects(fresh)
+    return [record for _, record in sorted(rows, key=lambda keyed: keyed[0])]
 
 
 def validator(judge: Judge, *, ranks: Ranks, generate: bool, loss: bool) -> Callable[[Student], dict[str, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from minillm.probes import probe_head
 from minillm.ranks import Ranks
 from minillm.report_files import SCHEMA
 from minillm.stages import Start
-from minillm.store import Clock, write_jsonl, write_text
+from minillm.store import write_jsonl, write_text
 from minillm.types import Purpose
+from minillm.unfinished import Keeper, asked_before, differences
 
 SHOWN_PACKAGES = ("minillm", "torch", "transformers", "deepspeed")
 
@@ -59,21 +61,25 @@ def evaluate_into(
     out: Path,
     shown: str,
 ) -> dict[str, Any]:
-    """Evaluates the weights of ``start`` on ``split`` and writes ``results.json`` and ``samples.jsonl`` (rank 0)."""
-    settings = config.evaluation
-    # In the precision that the student was trained and validated in.
-    dtype = torch.bfloat16 if config.engine.precision == "bf16" else None
-    model = load(start.card, start.facts, seed=config.seed, dtype=dtype)
-    root = CausalLM(model)
-    root.head.real_ids = pair.real_ids
-    probe_head(model, root)
-    reader = ModelReader(root.eval().to(ranks.device), device=ranks.device, lockstep=False)
+    """Evaluates the weights of ``start`` on ``split`` and writes ``results.json`` and ``samples.jsonl`` (rank 0).
+
+    Goes on with an unfinished evaluation in ``out`` that was asked the same.
+    """
+    settings, asked = config.evaluation, asked_of(config, pair, split, start=start)
+    root = _whole(config, pair, start=start).to(ranks.device)
+    reader = ModelReader(root, device=ranks.device, lockstep=False)
     judge = judge_of(config, pair, split, teacher=teacher, purpose=Purpose.EVALUATION)
     if ranks.first and judge.teacher is not teacher:
         print("note: under decoding.repetition_penalty there is no reverse KL; set it to 1 to measure that", flush=True)
-    clock = Clock()
+    keeper = Keeper(out, asked=_with_versions(asked), ranks=ranks, say=lambda line: print(line, flush=True))
     samples = sample_and_judge(
-        reader, judge, seeds=settings.seeds, temperatures=settings.temperatures, ranks=ranks, title=f"evaluate {shown}"
+        reader,
+        judge,
+        seeds=settings.seeds,
+        temperatures=settings.temperatures,
+        ranks=ranks,
+        title=f"evaluate {shown}",
+        keeper=keeper,
     )
     measures, by_temperature = summarise(
         samples, temperatures=settings.temperatures, resamples=settings.bootstrap, seed=config.seed
@@ -91,19 +97,30 @@ def evaluate_into(
         "decoding": config.decoding.model_dump(),
         "seeds": list(settings.seeds),
         "bootstrap": settings.bootstrap,
-        "asked": asked_of(config, pair, split, start=start),
+        "asked": asked,
         "measures": measures,
         "temperatures": by_temperature,
         **extras,
-        "seconds": {"evaluation": round(clock(), 2)},
+        "seconds": {"evaluation": round(keeper.seconds, 2)},
         "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),
     }
     if ranks.first:
         write_jsonl(out / "samples.jsonl", samples)
         write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
+    keeper.drop()
     ranks.barrier()
     return results
+
+
+def _whole(config: RunConfig, pair: Pair, *, start: Start) -> CausalLM:
+    """The model that is evaluated, in the precision that the student was trained and validated in."""
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" else None
+    model = load(start.card, start.facts, seed=config.seed, dtype=dtype)
+    root = CausalLM(model)
+    root.head.real_ids = pair.real_ids
+    probe_head(model, root)
+    return root.eval()
 
 
 def asked_of(config: RunConfig, pair: Pair, split: Split, *, start: Start) -> dict[str, Any]:
@@ -121,7 +138,33 @@ def asked_of(config: RunConfig, pair: Pair, split: Split, *, start: Start) -> di
     }
 
 
-def stored_results(out: Path) -> dict[str, Any] | None:
+def already(out: Path, asked: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    """The results in a folder that answer this very question, or None where it is to be answered or gone on with.
+
+    Raises ``DataError`` where the folder holds results, or an unfinished evaluation, of another question.
+    """
+    unfinished, stored = asked_before(out), _stored_results(out)
+    if unfinished is None and stored is None:
+        return None
+    wanted = asked()
+    if unfinished == _with_versions(wanted):
+        return None
+    if stored is not None and stored["asked"] == wanted:
+        return stored
+    what, before = ("other results", stored["asked"]) if stored is not None else ("another evaluation", unfinished)
+    whole = wanted if stored is not None else _with_versions(wanted)
+    raise DataError(
+        f"{out} holds {what} (they differ in: {', '.join(differences(whole, before or {}))}); nothing was touched.\n"
+        "  give another --out, or --fresh to replace them"
+    )
+
+
+def _with_versions(asked: dict[str, Any]) -> dict[str, Any]:
+    """Rows of two versions do not belong into one file, though one may read what the other wrote."""
+    return {**asked, "versions": versions()}
+
+
+def _stored_results(out: Path) -> dict[str, Any] | None:
     file = out / "results.json"
     if not file.is_file():
         return None

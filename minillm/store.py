@@ -19,7 +19,9 @@ from typing import Any
 
 from minillm.errors import ConfigError, DataError, RunExists
 
-RESULTS = ("run.json", "metrics.jsonl", "samples.jsonl", "results.json", "report.html")
+UNFINISHED = "samples.partial.jsonl"
+"""What an evaluation has of samples.jsonl before it is done."""
+RESULTS = ("run.json", "metrics.jsonl", "samples.jsonl", UNFINISHED, "results.json", "report.html")
 """Files that a run makes beside config.yaml and student/."""
 
 

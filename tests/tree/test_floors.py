@@ -73,6 +73,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         *("diagnose", "judge", "text_measures", "self_bleu", "exposure", "calibration"),
         *("exposure_run", "calibration_run", "extras", "report", "report_files", "report_html"),
         *("report_style", "report_text", "report_words", "report_extras", "compare", "gold"),
+        *("unfinished",),
     ),
     8: ("bench", "selftest", "study", "cli", "api", "__main__", "__init__"),
 }
