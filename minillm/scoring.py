@@ -401,18 +401,13 @@ class StatisticsReader(Protocol):
 
 @torch.no_grad()
 def score(
-    rollout: Rollout,
-    *,
-    student: StatisticsReader,
-    teacher_head: HeadWeights,
-    temperature: float,
+    rollout: Rollout, *, student: StatisticsReader, teacher_head: HeadWeights, temperature: float,
     forward_kl: bool = False,
-) -> Scored:
+) -> Scored:  # fmt: skip
     """What both models say about the sampled tokens, from the hidden states that the rollout kept: no further forward
     pass.
 
-    ``forward_kl`` adds KL(teacher || student), which training has no use for; it is infinite where the student forbids
-    a token that the teacher allows.
+    ``forward_kl`` adds KL(teacher || student); infinite where the student forbids what the teacher allows.
 
     Raises ``NonFinite`` if a score of a sampled token is not a finite number: a teacher that forbids a token which the
     student drew has an infinite reverse KL, and a policy gradient from it would be meaningless.

@@ -27,6 +27,7 @@ def config(folder: Path) -> RunConfig:
 def make(folder: Path, out: Path, *, stop: int) -> int:
     """Evaluates the student into ``out``, all in one go or up to batch number ``stop`` (-1: all); rows drawn by this
     rank."""
+    before = unfinished.EVERY_S, unfinished.SHARE
     unfinished.EVERY_S, unfinished.SHARE = 0.0, float("inf")
     real, drawn = evaluation._judge_batch, list[int]()
 
@@ -42,6 +43,7 @@ def make(folder: Path, out: Path, *, stop: int) -> int:
             evaluate(folder / "student", config(folder), out=out)
     finally:
         evaluation._judge_batch = real
+        unfinished.EVERY_S, unfinished.SHARE = before
     return sum(drawn)
 
 
