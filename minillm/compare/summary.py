@@ -13,7 +13,7 @@ from minillm.compare.evaluated import Evaluated, common_temperatures, headline, 
 from minillm.compare.extremes import extremes
 from minillm.compare.pairs import Drawn, changes, draw, holm, require_same_seeds, tally
 from minillm.errors import ConfigError, did_you_mean
-from minillm.measures import LENGTH_BUCKETS, MEASURES, NAMES, reference_bucket
+from minillm.measures import LENGTH_BUCKETS, MAIN, MEASURES, NAMES, reference_bucket
 from minillm.statistics import mean_over_seeds
 
 SCHEMA = 1
@@ -217,8 +217,16 @@ def _value(row: Mapping[str, Any], field: str) -> str:
 
 
 def _correct(comparisons: Sequence[Mapping[str, Any]]) -> int:
-    """Adds ``holm``, the corrected probability, over all pairs and measures at the headline temperature; how many."""
-    family: list[dict[str, Any]] = [c for found in comparisons for c in found["changes"].values() if c["p"] is not None]
+    """Adds ``holm``, the corrected probability, over all pairs and main measures at the headline temperature; how many.
+
+    The other measures say how a text differs, not which is better; counted in, they would cost the main ones power.
+    """
+    family: list[dict[str, Any]] = [
+        change
+        for found in comparisons
+        for name, change in found["changes"].items()
+        if name in MAIN and change["p"] is not None
+    ]
     for change, corrected in zip(family, holm([change["p"] for change in family]), strict=True):
         change["holm"] = corrected
     return len(family)

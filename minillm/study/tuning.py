@@ -187,11 +187,9 @@ def _best(tries: Sequence[Mapping[str, Any]], search: SearchConfig, *, arm: str)
 
 
 def _judged_by_validation(run: RunConfig) -> RunConfig:
-    """The run with its validation prompts in the place of the test's, one sample each at the first temperature."""
+    """The run with its validation prompts in the place of the test's, at the first temperature."""
     data = run.data.model_copy(update={"test": run.data.validation, "test_limit": run.data.validation_limit})
-    once = run.evaluation.model_copy(
-        update={"seeds": run.evaluation.seeds[:1], "temperatures": run.evaluation.temperatures[:1]}
-    )
+    once = run.evaluation.model_copy(update={"temperatures": run.evaluation.temperatures[:1]})
     return run.model_copy(update={"data": data, "evaluation": once})
 
 

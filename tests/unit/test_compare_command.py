@@ -22,7 +22,8 @@ from minillm.compare.command import compare, named_folders
 from minillm.compare.summary import Options
 from minillm.compare.words import describe, power
 from minillm.errors import ConfigError, DataError
-from minillm.measures import repetition_3
+from minillm.measures import MAIN
+from minillm.text_measures import repetition_3
 
 QUICK = Options(resamples=200, by="family", shown=3)
 VOID = frozenset({"meta", "br", "input", "path", "use", "rect", "hr"})
@@ -247,7 +248,10 @@ def test_first_against_each_and_all_pairs_of_few(folders: dict[str, Path]) -> No
     many = {str(n): folders["abc"[n % 3]] for n in range(5)}
     five = compare(many, options=QUICK, quiet=True)
     assert [(p["base"], p["other"]) for p in five["comparisons"]] == [("0", str(n)) for n in range(1, 5)]
-    assert five["corrected"] == 4 * 7 and all("holm" in c for p in five["comparisons"] for c in p["changes"].values())
+    corrected = [name for pair in five["comparisons"] for name, change in pair["changes"].items() if "holm" in change]
+    main = [name for name in five["comparisons"][0]["changes"] if name in MAIN]
+    assert corrected == 4 * main and five["corrected"] == 4 * len(main)
+    assert len(main) < len(five["comparisons"][0]["changes"])
 
 
 def test_kinds_of_prompts_and_the_prompts_that_differ_most(folders: dict[str, Path]) -> None:
@@ -318,7 +322,8 @@ def test_among_several_the_correction_has_the_last_word(folders: dict[str, Path]
     assert "validity: b looks better: +0.120 (+0.100 to +0.140), but among all" in lines(found)
     change["holm"] = 0.01
     assert "validity: b is better" in lines(found) and "corrected for all" not in lines(found).lower().split("b is")[0]
-    assert "Holm's correction over the 21 comparisons" in lines(found)
+    assert f"Holm's correction over the {found['corrected']} comparisons of the main measures" in lines(found)
+    assert found["corrected"] % 3 == 0
     assert "too coarse for so many comparisons" in lines(found)  # 200 resamples
     assert "Holm" not in lines(pair_of(folders, "a", "b"))
 

@@ -250,9 +250,10 @@ def test_the_summary_is_the_cells(finished: StudyConfig) -> None:
     assert ends[1] - ends[0] == pytest.approx(12.706 * abs((kl[0] - base[0]) - (kl[1] - base[1])), rel=1e-6)
 
 
-def test_the_cells_that_are_committed_are_those_of_their_study() -> None:
+@pytest.mark.parametrize("name", ["long-horizon", "world-160k"])
+def test_the_cells_that_are_committed_are_those_of_their_study(name: str) -> None:
     """A recipe that changes makes them stale, which should be seen."""
-    found, notes = read_cells(load_study(ROOT / "docs" / "results" / "long-horizon.yaml"))
+    found, notes = read_cells(load_study(ROOT / "docs" / "results" / f"{name}.yaml"))
     assert not [note for note in notes if "left out" in note]
     assert all(cells for cells in found.values())
 
