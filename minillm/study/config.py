@@ -44,7 +44,7 @@ class SearchConfig(Settings):
     values: tuple[Positive, ...]
     """Its values."""
     metric: Text = "reverse_kl"
-    """The measure that decides: of the validation prompts, with the evaluation's seeds, at the first of its temperatures."""
+    """The measure that decides, of the validation prompts, at the first of the evaluation's temperatures."""
     seed: Seed = 0
     """Training seed of the tries; none of the study's."""
 
