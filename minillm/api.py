@@ -12,16 +12,18 @@ from minillm.config import RunConfig, Stage, dump_config
 from minillm.engines import Student, Teacher
 from minillm.errors import DataError, RunExists
 from minillm.evaluation import Record, validator
-from minillm.extras import require_extras
+from minillm.evaluation_sets import evaluate_sets, forget_unfinished, read_sets, shared_words, stored_index, unanswered
 from minillm.generation import generate
 from minillm.model_card import CardFacts, render
 from minillm.models import fingerprint, inspect
 from minillm.preflight import Anchor, Pair, Split, check_pair, read_anchor, read_split, read_teacher_text
 from minillm.ranks import Ranks
-from minillm.report import build_report, combine, write_report
-from minillm.results import already, asked_of, evaluate_into, judge_of, versions
+from minillm.report import build_report, combine, write_reports
+from minillm.report_files import sets_in
+from minillm.report_sets import by_set
+from minillm.results import judge_of, stored_results, versions
 from minillm.stages import Start, check_rows, idle_words, load_teacher, run_stage, unbiased_words
-from minillm.store import UNFINISHED, Clock, RunFolder, make_folder
+from minillm.store import Clock, RunFolder, make_folder
 from minillm.text_stages import DistilStage
 from minillm.trackers import require_packages, tracked
 from minillm.types import Purpose
@@ -134,49 +136,54 @@ def _train_and_evaluate(
         folder.set_status(seconds=seconds, stages=stages)
         card = pair.student_card.model_copy(update={"model": str(into), "build": None, "revision": None})
         start = Start(card=card, facts=inspect(card))
-    if "test" in splits:
+    if sets := _test_sets(splits):
         clock = Clock()
-        evaluate_into(
-            config, pair, splits["test"], start=start, teacher=teacher, ranks=ranks, out=folder.path, shown=config.name
-        )
+        if ranks.first:
+            forget_unfinished(folder.path, sets)
+        evaluate_sets(config, pair, sets, start=start, teacher=teacher, ranks=ranks, out=folder.path, shown=config.name)
         seconds["evaluation"] = round(clock(), 2)
     return seconds
 
 
 def evaluate(model: str | Path, config: RunConfig, *, out: str | Path, fresh: bool = False) -> dict[str, Any]:
     """Measures a model on the test prompts of a configuration and writes ``results.json`` and ``samples.jsonl`` into
-    ``out``.
+    ``out``; where ``data.test`` names several sets, into a folder for each, listed in ``out``/results.json.
 
     ``config.teacher`` gives the reverse KL, ``config.decoding`` and ``config.evaluation`` everything else. Results of
-    the same model and settings that are already there are returned as they are, and an interrupted evaluation of them
-    goes on. Raises ``DataError`` if ``out`` holds one of another model or other settings, unless ``fresh``.
+    the same model and settings that are already there are returned as they are; sets without them are evaluated, and an
+    interrupted evaluation goes on. Raises ``DataError`` if ``out`` holds one, done or not, of another model, other
+    settings or other sets, unless ``fresh``.
     """
     if config.data.test is None:
         raise DataError("data.test is missing; wanted the held-out prompts to evaluate on")
     pair = check_pair(config, student=str(model))
-    split = read_split(
-        config, config.data.test, pair=pair, name="test", need_response=False, limit=config.data.test_limit
-    )
-    require_extras(config, pair, split)
+    sets = read_sets(config, pair)
     ranks = Ranks(threads=config.threads)
     out = Path(out)
     start = Start(card=pair.student_card, facts=pair.student)
-    stored = None if fresh else already(out, lambda: asked_of(config, pair, split, start=start))
-    if stored is not None:
-        _say(ranks, f"{out}: evaluated already; --fresh starts over")
-        return stored
+    missing = list(sets) if fresh else unanswered(config, pair, sets, start=start, out=out)
+    if not missing:
+        stored = stored_results(out) if "" in sets else stored_index(out)
+        if stored is not None and len(sets_in(stored)) in {0, len(sets)}:
+            _say(ranks, f"{out}: evaluated already; --fresh starts over")
+            return stored
     if ranks.first:
         make_folder(out, setting="--out")
         if fresh:
-            (out / UNFINISHED).unlink(missing_ok=True)
-    for line in split.words:
+            forget_unfinished(out, sets)
+    for line in [line for split in sets.values() for line in split.words] + shared_words(sets):
         _say(ranks, line)
+    for name in sets:
+        if name not in missing:
+            _say(ranks, f"{out / name}: evaluated already; --fresh starts over")
     teacher = None
     if pair.teacher is not None:
         teacher = load_teacher(pair, ranks=ranks, say=lambda line: _say(ranks, line))
     ranks.barrier()
     try:
-        return evaluate_into(config, pair, split, start=start, teacher=teacher, ranks=ranks, out=out, shown=str(model))
+        return evaluate_sets(
+            config, pair, sets, start=start, teacher=teacher, ranks=ranks, out=out, shown=str(model), only=missing
+        )
     finally:
         if teacher is not None:
             teacher.close()
@@ -196,11 +203,13 @@ def _read_splits(config: RunConfig, pair: Pair) -> dict[str, Split]:
         )
         _require_references(config, splits["validation"])
     if data.test is not None:
-        splits["test"] = read_split(
-            config, data.test, pair=pair, name="test", need_response=False, limit=data.test_limit
-        )
-        require_extras(config, pair, splits["test"])
+        splits.update({f"test {name}".strip(): split for name, split in read_sets(config, pair).items()})
     return splits
+
+
+def _test_sets(splits: Mapping[str, Split]) -> dict[str, Split]:
+    """The test sets among the splits by name; a single source has the name ''."""
+    return {name.removeprefix("test").strip(): split for name, split in splits.items() if name.startswith("test")}
 
 
 def _read_train(config: RunConfig, pair: Pair) -> Split:
@@ -242,7 +251,7 @@ def _require_references(config: RunConfig, validation: Split) -> None:
 
 def _needs_teacher(config: RunConfig, splits: Mapping[str, Split]) -> bool:
     distils = any(stage.wants_teacher for stage in config.stages)
-    return config.teacher is not None and (distils or "test" in splits)
+    return config.teacher is not None and (distils or bool(_test_sets(splits)))
 
 
 def _validator(
@@ -262,17 +271,26 @@ def _validator(
 
 
 def _write_run_report(config: RunConfig, folder: RunFolder, seconds: Mapping[str, float]) -> None:
-    evaluations = {config.name: folder.path} if (folder.path / "results.json").is_file() else {}
-    combined = combine(
-        evaluations, differences=[], resamples=config.evaluation.bootstrap, seed=config.seed, seconds=seconds
-    )
-    write_report(
+    there = (folder.path / "results.json").is_file()
+    sets = by_set({config.name: folder.path} if there else {})
+    combined = {
+        name: combine(
+            models,
+            differences=[],
+            resamples=config.evaluation.bootstrap,
+            seed=config.seed,
+            seconds={} if name else seconds,
+        )
+        for name, models in sets.items()
+    }
+    write_reports(
         combined,
-        evaluations=evaluations,
+        sets=sets,
         training={config.name: folder.path},
-        out=folder.path / "report.html",
+        out=folder.path,
         title=config.name,
         settings=config.model_dump(mode="json"),
+        seconds=seconds,
     )
 
 
@@ -312,6 +330,8 @@ def _introduce(config: RunConfig, pair: Pair, splits: Mapping[str, Split], ancho
     for split in splits.values():
         for line in split.words:
             _say(ranks, line)
+    for line in shared_words(_test_sets(splits)):
+        _say(ranks, line)
     for line in anchor.words if anchor is not None else ():
         _say(ranks, line)
     if anchor is None and config.data.corpus is not None:

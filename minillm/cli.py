@@ -125,24 +125,29 @@ def distill(config: Config, overrides: Overrides = None, fresh: Fresh = False) -
 
 
 @app.command()
-def evaluate(
+def evaluate(  # noqa: PLR0917 (typer reads options from parameters)
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a student card or a hub name.")],
     config: Config,
     out: Annotated[Path, typer.Option("--out", help="Folder for results.json and samples.jsonl.")],
     overrides: Overrides = None,
+    preset: Annotated[
+        str, typer.Option("--preset", help="A published protocol: minillm. Its settings replace the file's.")
+    ] = "",
     fresh: Fresh = False,
 ) -> None:
     """Measure a model on a configuration's test prompts.
 
-    Writes results.json and samples.jsonl into the --out folder. Interrupted, it goes on where it was when the same
-    command is given again.
+    Writes results.json and samples.jsonl into the --out folder; of several sets in data.test each into a folder of
+    its name there. Interrupted, it goes on where it was when the same command is given again.
 
     \b
-    Example:
+    Examples:
       minillm evaluate runs/mine/student --out runs/mine/again \\
         --config recipes/quickstart/minillm.yaml
+      minillm evaluate runs/mine/student --out runs/mine/five --preset minillm \\
+        --config recipes/jsonl.yaml 'data.test={dolly: set:dolly, sinst: set:sinst}'
     """
-    settings = _load(config, overrides)
+    settings = _load(config, [*_preset(preset), *(overrides or [])])
     from minillm import api
 
     api.evaluate(model, settings, out=out, fresh=fresh)
@@ -491,6 +496,18 @@ def _load(config: Path, overrides: list[str] | None) -> RunConfig:
     from minillm.config import load_config
 
     return load_config(config, overrides or [])
+
+
+def _preset(name: str) -> tuple[str, ...]:
+    """The overrides of a protocol, told, since some of them move every score; none without a name."""
+    if not name:
+        return ()
+    from minillm.released import preset
+
+    found = preset(name)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"preset {name}: {' '.join(found)}", flush=True)
+    return found
 
 
 def _run(settings: RunConfig, *, fresh: bool) -> None:

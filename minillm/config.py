@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 from pydantic import field_validator, model_validator
 
 from minillm.errors import ConfigError, UnsupportedCombination, did_you_mean
+from minillm.released import SCHEME, known_set
 from minillm.settings import Count, Flag, Positive, PositiveShare, Seed, Settings, Text, Whole, headed
 from minillm.stage_base import BETTER, KeepConfig, OptimiserConfig, is_component
 from minillm.stage_config import MinillmStage, Stage
@@ -43,6 +44,8 @@ LEAST_BLOCK = 2
 """Tokens of a block of a corpus: its first is not learnt."""
 _SHOWN_OVERRIDES = 3
 """Overrides that an error names one by one."""
+NOT_SETS = ("student", "stages", "tensorboard", "")
+"""Folders of a run that no set may be called."""
 
 
 class DecodingConfig(Settings):
@@ -77,7 +80,8 @@ class DecodingConfig(Settings):
 class DataConfig(Settings):
     """Where rows come from and how they are read.
 
-    A source is 'world:SPLIT', a .jsonl, .jsonl.gz or .parquet file, or 'hub:NAME@SPLIT'; a corpus may be a .txt file.
+    A source is 'world:SPLIT', a .jsonl, .jsonl.gz or .parquet file, 'hub:NAME@SPLIT', or 'set:NAME' for a set that
+    MiniLLM was evaluated on; a corpus may be a .txt file.
     """
 
     train: Text | None = None
@@ -87,8 +91,9 @@ class DataConfig(Settings):
     from."""
     validation: Text | None = None
     """Rows for choosing the best step; needed where a stage has validate_every above 0."""
-    test: Text | None = None
-    """Rows for the final evaluation only."""
+    test: Text | dict[str, Text] | None = None
+    """Rows for the final evaluation only: a source, or several by the names of their results, each evaluated by
+    itself."""
     corpus: Text | None = None
     """What the language-model loss of minillm stages learns from: rows with a 'text', plain text (blank lines part
     documents), or prompts with responses. The responses of train where not given."""
@@ -112,7 +117,14 @@ class DataConfig(Settings):
     validation_limit: Count | None = None
     """Use the first N rows of the validation split; all where not given."""
     test_limit: Count | None = None
-    """Use the first N rows of the test split; all where not given."""
+    """Use the first N rows of the test split, or of each of its sets; all where not given."""
+
+    @property
+    def test_sets(self) -> dict[str, str]:
+        """The sources of ``test`` by name; a single source has the name ''."""
+        if self.test is None:
+            return {}
+        return dict(self.test) if isinstance(self.test, dict) else {"": self.test}
 
     @field_validator("teacher_text")
     @classmethod
@@ -121,7 +133,27 @@ class DataConfig(Settings):
             raise ConfigError(f"got {source!r}, wanted a .jsonl file that 'minillm generate' wrote")
         return source
 
-    @field_validator("train", "validation", "test")
+    @field_validator("test", mode="before")
+    @classmethod
+    def _known_sets(cls, value: Any) -> Any:
+        """Checks what a union of types would tell badly."""
+        if value is None or (isinstance(value, str) and value):
+            if value is not None:
+                _check_source(value, FILE_ENDINGS)
+            return value
+        if not isinstance(value, dict):
+            raise ConfigError(f"got {value!r}, wanted a source, or a mapping of names to sources")
+        _check_set_names(list(value))
+        for name, source in value.items():
+            if not isinstance(source, str):
+                raise ConfigError(f"set {name!r}: got {source!r}, wanted a source")
+            try:
+                _check_source(source, FILE_ENDINGS)
+            except ConfigError as error:
+                raise ConfigError(f"set {name!r}: {error}") from None
+        return value
+
+    @field_validator("train", "validation")
     @classmethod
     def _known_source(cls, source: str | None) -> str | None:
         if source is not None:
@@ -329,6 +361,8 @@ def _check_source(source: str, endings: tuple[str, ...]) -> None:
             raise ConfigError(
                 f"got {source!r}, wanted world: and one of {', '.join(WORLD_SPLITS)}{did_you_mean(rest, WORLD_SPLITS)}"
             )
+    elif scheme == SCHEME:
+        known_set(rest)
     elif scheme == "hub":
         name, at, split = rest.rpartition("@")
         if not (name and at and split):
@@ -337,8 +371,24 @@ def _check_source(source: str, endings: tuple[str, ...]) -> None:
             )
     elif not source.endswith(endings):
         raise ConfigError(
-            f"got {source!r}, wanted 'world:SPLIT', 'hub:NAME@SPLIT' or a file ending in {', '.join(endings)}"
+            f"got {source!r}, wanted 'world:SPLIT', 'hub:NAME@SPLIT', 'set:NAME' or a file ending in "
+            f"{', '.join(endings)}"
         )
+
+
+def _check_set_names(names: Sequence[Any]) -> None:
+    """Raise unless each can be a folder of its own beside what a run leaves."""
+    if not names:
+        raise ConfigError("got no set, wanted a source, or a mapping of names to sources")
+    for place, name in enumerate(names):
+        if not isinstance(name, str) or not is_component(name) or name in NOT_SETS or "." in name:
+            raise ConfigError(
+                f"set {name!r}: a set is a folder of results; wanted letters, digits, '_' and '-', and none of "
+                f"{', '.join(filter(None, NOT_SETS))}"
+            )
+        # Some file systems take Dolly and dolly for one folder.
+        if name.lower() in [str(earlier).lower() for earlier in names[:place]]:
+            raise ConfigError(f"set {name!r}: another set has this name; give each a name of its own")
 
 
 def _few(overrides: Sequence[str]) -> str:

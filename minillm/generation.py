@@ -121,7 +121,11 @@ def _source(config: RunConfig, split: str, *, out: Path, samples: int) -> str:
         raise ConfigError(f"--samples {samples}: wanted at least 1")
     if out.suffix != SUFFIX:
         raise ConfigError(f"--out {str(out)!r}: wanted a file ending in {SUFFIX}, which training reads")
-    source: str | None = getattr(config.data, split)
+    source: str | dict[str, str] | None = getattr(config.data, split)
+    if isinstance(source, dict):
+        raise ConfigError(
+            f"data.{split} names several sets; choose one, such as data.{split}={next(iter(source.values()))}"
+        )
     if source is None:
         raise DataError(f"data.{split} is missing; wanted the prompts to answer")
     return source

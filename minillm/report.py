@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from minillm.errors import ConfigError, DataError, did_you_mean
 from minillm.measures import MAIN, MAIN_TEMPERATURE, MEASURES, ratios_of, shown, temperature_key
 from minillm.report_files import SCHEMA, read_course, read_results, read_samples
-from minillm.report_html import page
+from minillm.report_html import body, page
+from minillm.report_sets import PAGE, by_set, chosen_pairs, overview, print_overview
 from minillm.report_text import AT_EACH_TEMPERATURE, DASH, MINUS, figure, interval, plain, reading
 from minillm.report_words import describe
 from minillm.statistics import difference
@@ -25,6 +26,10 @@ from minillm.store import RunFolder, make_folder, write_text
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+
+_NOTHING: dict[str, Any] = {"models": {}, "differences": {}, "pairs": {}, "temperatures": {}, "evaluations": {}}
+"""A report without an evaluation."""
 
 
 def build_report(
@@ -38,7 +43,7 @@ def build_report(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Puts evaluation folders side by side: ``results.json`` and ``report.html`` in ``out``, and the tables in the
-    terminal."""
+    terminal. Folders that list sets give a report for each set, and a table of all of them."""
     from rich.console import Console
 
     training = training or {}
@@ -49,16 +54,65 @@ def build_report(
         seconds[name] = round(sum(spent.values()), 2)
         if evaluation is not None:
             seconds[f"{name}, evaluation"] = evaluation
-    combined = combine(evaluations, differences=differences, resamples=resamples, seed=seed, seconds=seconds)
+    sets = by_set(evaluations)
+    combined = {
+        name: combine(
+            models,
+            differences=chosen_pairs(differences, sets, name),
+            resamples=resamples,
+            seed=seed,
+            seconds={} if name else seconds,
+        )
+        for name, models in sets.items()
+    }
     out = Path(out)
     make_folder(out, setting="--out")
     # The page first: it reads what the training folders hold, and where it cannot, nothing is left.
-    write_report(
-        combined, evaluations=evaluations, training=training, out=out / "report.html", title=title, settings={}
+    write_reports(combined, sets=sets, training=training, out=out, title=title, settings={}, seconds=seconds)
+    whole = combined.get("") or {"schema": SCHEMA, "sets": combined, "seconds": seconds}
+    write_text(out / "results.json", json.dumps(whole, indent=2) + "\n")
+    for name, found in combined.items():
+        if name:
+            print(f"\n{name}")
+        print_tables(found, Console())
+    if "" not in combined:
+        print_overview(combined, Console())
+    return whole
+
+
+def write_reports(
+    combined: Mapping[str, Mapping[str, Any]],
+    *,
+    sets: Mapping[str, Mapping[str, Path]],
+    training: Mapping[str, Path],
+    out: Path,
+    title: str,
+    settings: Mapping[str, Any],
+    seconds: Mapping[str, float],
+) -> None:
+    """The page of a single source as ``out``/report.html; of several sets one in a folder of each name, and
+    ``out``/report.html with all sets in a table and the training curves."""
+    if "" in sets:
+        write_report(
+            combined[""], evaluations=sets[""], training=training, out=out / PAGE, title=title, settings=settings
+        )
+        return
+    more = body(
+        {**_NOTHING, "seconds": dict(seconds)},
+        samples={},
+        courses={name: read_course(Path(path)) for name, path in training.items()},
+        settings=settings,
     )
-    write_text(out / "results.json", json.dumps(combined, indent=2) + "\n")
-    print_tables(combined, Console())
-    return combined
+    for name, models in sets.items():
+        write_report(
+            combined[name],
+            evaluations=models,
+            training={},
+            out=out / name / PAGE,
+            title=f"{title}, {name}",
+            settings={},
+        )
+    _write_page(overview(combined, title=title, more=more), out / PAGE)
 
 
 def combine(
@@ -165,7 +219,10 @@ def write_report(
         title=title,
         settings=settings,
     )
-    out = Path(out)
+    return _write_page(text, Path(out))
+
+
+def _write_page(text: str, out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     unfinished = out.with_name(out.name + ".unfinished")
     unfinished.write_text(text, encoding="utf-8")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minillm.errors import DataError
 from minillm.measures import MAIN_TEMPERATURE, temperature_key
+from minillm.stage_base import is_component
 
 SCHEMA = 1
 SAMPLE_FIELDS = ("uid", "seed", "temperature", "prompt", "response", "measures")
@@ -38,11 +40,35 @@ def read_results(folder: Path) -> dict[str, Any]:
     schema = found.get("schema") if isinstance(found, dict) else None
     if schema != SCHEMA:
         raise DataError(f"{path}: schema {schema!r}, wanted {SCHEMA}; evaluate the model again with this version")
+    if names := sets_in(found):
+        raise DataError(
+            f"{path}: results of {len(names)} sets ({', '.join(names)}); name the folder of one, {folder / names[0]}"
+        )
     if not isinstance(found.get("measures"), dict):
         raise DataError(f"{path}: no 'measures'; evaluate the model again")
     if not found.get("temperatures"):
         found["temperatures"] = {temperature_key(MAIN_TEMPERATURE): found["measures"]}
     return found  # type: ignore[no-any-return]
+
+
+def sets_in(results: Mapping[str, Any]) -> list[str]:
+    """The names of the sets that a results.json lists; none where it is the results of one."""
+    return [str(name) for name in results["sets"]] if isinstance(results.get("sets"), dict) else []
+
+
+def set_folders(folder: Path) -> dict[str, Path]:
+    """The folders of an evaluation's sets by name; the folder itself, under '', where it is one of a single source.
+
+    What cannot be read is taken for the latter, and told by whoever reads it.
+    """
+    try:
+        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {"": folder}
+    names = sets_in(found) if isinstance(found, dict) else []
+    if odd := [name for name in names if not is_component(name)]:
+        raise DataError(f"{folder / 'results.json'}: a set is called {odd[0]!r}, which is no name of a folder here")
+    return {name: folder / name for name in names} or {"": folder}
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:

@@ -42,13 +42,24 @@ def page(
     settings: Mapping[str, Any],
 ) -> str:
     """The whole page. Sections without anything to show say so or are left out."""
+    head = f"<header><h1>{safe(title)}</h1></header>\n"
+    words = section("In words", "".join(f"<p>{safe(text)}</p>" for text in describe(combined)))
+    return frame(title, f"{head}{words}\n{body(combined, samples=samples, courses=courses, settings=settings)}")
+
+
+def body(
+    combined: Mapping[str, Any],
+    *,
+    samples: Mapping[str, Sequence[Mapping[str, Any]]],
+    courses: Mapping[str, Course],
+    settings: Mapping[str, Any],
+) -> str:
+    """The sections below the words; "" where there is nothing at all."""
     names = [*combined["models"], *(name for name in courses if name not in combined["models"])]
     colour = {name: number for number, name in enumerate(names)}
-    body = "\n".join(
+    return "\n".join(
         part
         for part in (
-            f"<header><h1>{safe(title)}</h1></header>",
-            section("In words", "".join(f"<p>{safe(text)}</p>" for text in describe(combined))),
             _figures(combined, colour),
             _temperatures(combined, colour),
             _extras(combined, colour),
@@ -58,11 +69,10 @@ def page(
         )
         if part
     )
-    return frame(title, body)
 
 
-def frame(title: str, body: str, *, style: str = "") -> str:
-    """A whole page around a body that is safe already; ``style`` is added to the report's."""
+def frame(title: str, content: str, *, style: str = "") -> str:
+    """A whole page around content that is safe already; ``style`` is added to the report's."""
     # No default-src exception for scripts or images: a tag that slipped through would still do nothing.
     policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
     return (
@@ -70,7 +80,7 @@ def frame(title: str, body: str, *, style: str = "") -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta name="color-scheme" content="light dark">\n<title>{safe(title)}</title>\n'
-        f"<style>{STYLE}{style}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+        f"<style>{STYLE}{style}</style>\n</head>\n<body>\n<main>\n{content}\n</main>\n</body>\n</html>\n"
     )
 
 

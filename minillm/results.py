@@ -16,6 +16,7 @@ from minillm.engines import Teacher
 from minillm.errors import DataError
 from minillm.evaluation import Judge, sample_and_judge
 from minillm.extras import asked_extras, idle_extras, measure_extras
+from minillm.length_buckets import by_length
 from minillm.measures import summarise
 from minillm.models import CausalLM, ModelReader, fingerprint, load
 from minillm.preflight import Pair, Split, decoding_record
@@ -50,6 +51,17 @@ def judge_of(config: RunConfig, pair: Pair, split: Split, *, teacher: Teacher | 
     )
 
 
+def opened(config: RunConfig, pair: Pair, *, start: Start, ranks: Ranks) -> tuple[CausalLM, ModelReader]:
+    """The weights of ``start`` as an evaluation reads them."""
+    # In the precision that the student was trained and validated in.
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" else None
+    model = load(start.card, start.facts, seed=config.seed, dtype=dtype)
+    root = CausalLM(model)
+    root.head.real_ids = pair.real_ids
+    probe_head(model, root)
+    return root, ModelReader(root.eval().to(ranks.device), device=ranks.device, lockstep=False)
+
+
 def evaluate_into(
     config: RunConfig,
     pair: Pair,
@@ -60,18 +72,19 @@ def evaluate_into(
     ranks: Ranks,
     out: Path,
     shown: str,
+    model: tuple[CausalLM, ModelReader] | None = None,
 ) -> dict[str, Any]:
     """Evaluates the weights of ``start`` on ``split`` and writes ``results.json`` and ``samples.jsonl`` (rank 0).
 
-    Goes on with an unfinished evaluation in ``out`` that was asked the same.
+    Goes on with an unfinished evaluation in ``out`` that was asked the same. ``model`` is what ``opened`` gave for
+    ``start``, where several sets share it.
     """
     settings, asked = config.evaluation, asked_of(config, pair, split, start=start)
-    root = _whole(config, pair, start=start).to(ranks.device)
-    reader = ModelReader(root, device=ranks.device, lockstep=False)
+    root, reader = model or opened(config, pair, start=start, ranks=ranks)
     judge = judge_of(config, pair, split, teacher=teacher, purpose=Purpose.EVALUATION)
     if ranks.first and judge.teacher is not teacher:
         print("note: under decoding.repetition_penalty there is no reverse KL; set it to 1 to measure that", flush=True)
-    keeper = Keeper(out, asked=_with_versions(asked), ranks=ranks, say=lambda line: print(line, flush=True))
+    keeper = Keeper(out, asked=with_versions(asked), ranks=ranks, say=lambda line: print(line, flush=True))
     samples = sample_and_judge(
         reader,
         judge,
@@ -100,6 +113,7 @@ def evaluate_into(
         "asked": asked,
         "measures": measures,
         "temperatures": by_temperature,
+        **by_length(samples, resamples=settings.bootstrap, seed=config.seed),
         **extras,
         "seconds": {"evaluation": round(keeper.seconds, 2)},
         "versions": versions(),
@@ -111,16 +125,6 @@ def evaluate_into(
     keeper.drop()
     ranks.barrier()
     return results
-
-
-def _whole(config: RunConfig, pair: Pair, *, start: Start) -> CausalLM:
-    """The model that is evaluated, in the precision that the student was trained and validated in."""
-    dtype = torch.bfloat16 if config.engine.precision == "bf16" else None
-    model = load(start.card, start.facts, seed=config.seed, dtype=dtype)
-    root = CausalLM(model)
-    root.head.real_ids = pair.real_ids
-    probe_head(model, root)
-    return root.eval()
 
 
 def asked_of(config: RunConfig, pair: Pair, split: Split, *, start: Start) -> dict[str, Any]:
@@ -143,28 +147,28 @@ def already(out: Path, asked: Callable[[], dict[str, Any]]) -> dict[str, Any] | 
 
     Raises ``DataError`` where the folder holds results, or an unfinished evaluation, of another question.
     """
-    unfinished, stored = asked_before(out), _stored_results(out)
+    unfinished, stored = asked_before(out), stored_results(out)
     if unfinished is None and stored is None:
         return None
     wanted = asked()
-    if unfinished == _with_versions(wanted):
+    if unfinished == with_versions(wanted):
         return None
     if stored is not None and stored["asked"] == wanted:
         return stored
     what, before = ("other results", stored["asked"]) if stored is not None else ("another evaluation", unfinished)
-    whole = wanted if stored is not None else _with_versions(wanted)
+    whole = wanted if stored is not None else with_versions(wanted)
     raise DataError(
         f"{out} holds {what} (they differ in: {', '.join(differences(whole, before or {}))}); nothing was touched.\n"
         "  give another --out, or --fresh to replace them"
     )
 
 
-def _with_versions(asked: dict[str, Any]) -> dict[str, Any]:
+def with_versions(asked: dict[str, Any]) -> dict[str, Any]:
     """Rows of two versions do not belong into one file, though one may read what the other wrote."""
     return {**asked, "versions": versions()}
 
 
-def _stored_results(out: Path) -> dict[str, Any] | None:
+def stored_results(out: Path) -> dict[str, Any] | None:
     file = out / "results.json"
     if not file.is_file():
         return None
@@ -172,6 +176,8 @@ def _stored_results(out: Path) -> dict[str, Any] | None:
         stored = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{file}: not JSON: {error}; move it away or give --fresh") from error
+    if isinstance(stored, dict) and isinstance(stored.get("sets"), dict):
+        raise DataError(f"{file}: results of several sets; give another --out, or --fresh to replace the list")
     if not isinstance(stored, dict) or not isinstance(stored.get("asked"), dict):
         raise DataError(f"{file}: not the results of an evaluation; move it away or give --fresh")
     return stored

@@ -1,8 +1,8 @@
 """Rows of a prompt file or a corpus, read strictly: a broken row is an error with its line, or it is counted.
 
 One record per row, from JSON Lines (``.jsonl``, ``.jsonl.gz``), Parquet, a hub data set
-(``hub:NAME@SPLIT``, ``hub:NAME:CONFIG@SPLIT``) or the embedded world (``world:SPLIT``); of a corpus also from text
-(``.txt``), where lines up to a blank one are a document.
+(``hub:NAME@SPLIT``, ``hub:NAME:CONFIG@SPLIT``), one of the published sets (``set:NAME``) or the embedded world
+(``world:SPLIT``); of a corpus also from text (``.txt``), where lines up to a blank one are a document.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from minillm.records import (
     parse_record,
     shown,
 )
+from minillm.released import known_set, unfolded
 
 Broken = Literal["error", "skip"]
 Record = Mapping[str, object]
@@ -145,11 +146,11 @@ def _read(
     skipped: list[Skipped] = []
     ignored: dict[str, int] = {}
     first_seen: dict[str, int] = {}
-    for number, record in origin.records():
+    for number, record, default_uid in _unfolded(origin, kind):
         try:
             if isinstance(record, RowFault):
                 raise record
-            entry, left_out = parse(record, default_uid=f"{origin.stem}-{number}")
+            entry, left_out = parse(record, default_uid=default_uid)
             if entry.uid in first_seen:
                 raise RowFault(
                     f"id {shown(entry.uid)} already names {origin.unit} {first_seen[entry.uid]}; ids are unique"
@@ -172,6 +173,19 @@ def _read(
         what = f"{report}; no row is left" if skipped else f"{origin.name} is empty: it holds no rows"
         raise DataError(f"{what}\n  wanted {kind.row}")
     return entries, report
+
+
+def _unfolded(origin: _Source, kind: _Kind) -> Iterator[tuple[int, Record | RowFault, str]]:
+    """Numbered records with the id of a row that has none; several where one record holds several instances."""
+    for number, record in origin.records():
+        name = f"{origin.stem}-{number}"
+        document = kind is _CORPUS and not isinstance(record, RowFault) and TEXT_FIELD in record
+        if isinstance(record, RowFault) or document:
+            yield number, record, name
+            continue
+        parts = unfolded(record)
+        for place, part in enumerate(parts):
+            yield number, part, name if len(parts) == 1 else f"{name}#{place}"
 
 
 def counted(count: int, noun: str) -> str:
@@ -201,6 +215,8 @@ def _locate(source: str, kind: _Kind) -> _Source:
         return _world(rest)
     if scheme == "hub":
         return _hub(source, rest)
+    if scheme == "set":
+        return _set(source, rest)
     return _file(source, kind)
 
 
@@ -216,7 +232,7 @@ def _file(source: str, kind: _Kind) -> _Source:
     if suffix is None or not path.is_file():
         raise DataError(
             f"{source} is not a kind of {kind.name} known here\n  wanted a {', '.join(kind.suffixes)} file, "
-            "'world:SPLIT' or 'hub:NAME@SPLIT'; JSON Lines holds one JSON object a line"
+            "'world:SPLIT', 'set:NAME' or 'hub:NAME@SPLIT'; JSON Lines holds one JSON object a line"
         )
     stem = path.name.removesuffix(suffix)
     if suffix == ".parquet":
@@ -354,6 +370,26 @@ def _hub(source: str, rest: str) -> _Source:
     )
 
 
+def _set(source: str, name: str) -> _Source:
+    """A published set: its one file on the hub. Beside it are text files, which ``datasets`` would read instead."""
+    known = known_set(name)
+
+    def records() -> Numbered:
+        from huggingface_hub import hf_hub_download
+
+        try:
+            with asked_once():
+                path = hf_hub_download(known.repository, known.file, repo_type="dataset")
+        except Exception as error:  # as below: what network and cache raise is one fault to the user
+            raise DataError(
+                f"{source} could not be loaded: {_reason(error)}\n  check the network, or name a copy of {known.file} "
+                f"of the data set {known.repository}"
+            ) from error
+        yield from _jsonl(Path(path), source)
+
+    return _Source(name=source, stem=name, unit="line", records=records)
+
+
 def _hub_records(source: str, name: str, config: str, split: str) -> Numbered:
     import datasets
 
@@ -362,9 +398,12 @@ def _hub_records(source: str, name: str, config: str, split: str) -> Numbered:
             table = datasets.load_dataset(name, config or None, split=split)
     # The library raises what its network, cache and format readers raise; all of it is one fault to the user.
     except Exception as error:
-        reason = " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])
         raise DataError(
-            f"{source} could not be loaded: {reason}\n"
+            f"{source} could not be loaded: {_reason(error)}\n"
             "  check name, split and network; a data set with several configs is named hub:NAME:CONFIG@SPLIT"
         ) from error
     yield from enumerate(table, start=1)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])

@@ -1,7 +1,7 @@
 """What a run leaves behind: its folder, its log, and files that are never half written.
 
 runs/NAME/{config.yaml, run.json, metrics.jsonl, samples.jsonl, stages/, student/, results.json, report.html,
-tensorboard/}
+tensorboard/}; with several test sets samples.jsonl, results.json and report.html of each in runs/NAME/SET/
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.errors import ConfigError, DataError, RunExists
+from minillm.stage_base import is_component
 
 UNFINISHED = "samples.partial.jsonl"
 """What an evaluation has of samples.jsonl before it is done."""
@@ -66,12 +67,25 @@ class RunFolder:
             # What this class writes, and nothing else: the folder may hold other runs (runs/quickstart/sft) or a
             # user's notes.
             make_folder(self.path, setting="out or name")
+            self._forget_sets()
             for name in ("config.yaml", *RESULTS):
                 (self.path / name).unlink(missing_ok=True)
             for name in ("student", "stages", "tensorboard"):
                 shutil.rmtree(self.path / name, ignore_errors=True)
             write_text(stored, config_text)
         return False
+
+    def _forget_sets(self) -> None:
+        """Removes the results of the test sets that results.json lists; a folder that holds more stays."""
+        try:
+            sets = json.loads((self.path / "results.json").read_text(encoding="utf-8")).get("sets", {})
+        except (OSError, ValueError, AttributeError):
+            return  # none, or not this class's
+        for folder in (self.path / name for name in sets if is_component(name)):
+            for name in RESULTS:
+                (folder / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def _holds_something(self) -> bool:
         """Whether a step was logged or anything made after it: a run that failed before has nothing to protect."""

@@ -65,6 +65,12 @@ class Keeper:
             self._file.unlink(missing_ok=True)
 
 
+def begin(out: Path, asked: Mapping[str, Any]) -> None:
+    """Says beside results that are about to be replaced what by, before any row is drawn."""
+    if (out / "results.json").is_file() and not (out / UNFINISHED).is_file():
+        write_jsonl(out / UNFINISHED, [{"asked": dict(asked), "seconds": 0.0}])
+
+
 def asked_before(out: Path) -> dict[str, Any] | None:
     """What the unfinished evaluation in a folder was asked; None where there is none. ``DataError`` for another file of
     that name."""
@@ -85,7 +91,8 @@ def _kept(file: Path, asked: Mapping[str, Any], say: Callable[[str], None]) -> t
         differs = ", ".join(differences(asked, head["asked"]))
         say(f"note: {file} is of another evaluation (they differ in: {differs}); starting over")
         return None
-    say(f"{file}: going on with an unfinished evaluation, {len(rows):,} responses are there")
+    if rows:
+        say(f"{file}: going on with an unfinished evaluation, {len(rows):,} responses are there")
     return head["seconds"], rows
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from minillm.compare.evaluated import read_all
 from minillm.compare.html import page
-from minillm.compare.summary import Options, summary
+from minillm.compare.summary import SCHEMA, Options, summary
 from minillm.compare.tables import print_comparison
-from minillm.errors import ConfigError
+from minillm.errors import ConfigError, DataError
+from minillm.report_sets import by_set
 from minillm.store import make_folder, require_writable, write_text
 
 PAGE = "compare.html"
@@ -28,31 +29,55 @@ def compare(
 ) -> dict[str, Any]:
     """The comparison of evaluation folders, by the name to show; the first is what the others are compared with.
 
-    Prints it unless ``quiet``, and writes the record into ``json_file`` and the page into ``out``/compare.html where
-    they are named. Raises ``ConfigError`` or ``DataError``, with nothing written, for fewer than two folders, a folder
-    that holds no evaluation, evaluations of other prompts, references or decoding settings, and a file that cannot be
-    written.
+    Of evaluations on several sets each set is compared by itself, and the record holds those comparisons under
+    ``sets``. Prints it unless ``quiet``, and writes the record into ``json_file`` and the page into
+    ``out``/compare.html (of a set ``out``/SET/compare.html) where they are named. Raises ``ConfigError`` or
+    ``DataError``, with nothing written, for fewer than two folders, a folder that holds no evaluation, evaluations of
+    other prompts, references or decoding settings, and a file that cannot be written.
     """
     if json_file is not None and not (out is not None and json_file.parent == out and not out.exists()):
         require_writable(json_file)
     if out is not None and json_file == out / PAGE:
         raise ConfigError(f"--json {json_file} is the page that --out writes; name another file")
-    evaluated = read_all({name: Path(folder) for name, folder in evaluations.items()})
-    found = summary(evaluated, options or Options())
-    if out is not None:
-        text = page(found, title=title)
-        make_folder(out, setting="--out")
-        write_text(out / PAGE, text)
+    sets, notes = _shared_sets(by_set({name: Path(folder) for name, folder in evaluations.items()}), list(evaluations))
+    compared = {name: summary(read_all(models), options or Options()) for name, models in sets.items()}
+    record = compared.get("") or {"schema": SCHEMA, "sets": compared, "notes": notes}
+    pages = {} if out is None else {out / name / PAGE: (name, found) for name, found in compared.items()}
+    for file, (name, found) in pages.items():
+        text = page(found, title=f"{title}, {name}" if name else title)
+        make_folder(file.parent, setting="--out")
+        write_text(file, text)
     if json_file is not None:
-        write_text(json_file, json.dumps(found, indent=2, allow_nan=False) + "\n")
+        write_text(json_file, json.dumps(record, indent=2, allow_nan=False) + "\n")
     if not quiet:
         from rich.console import Console
 
-        print_comparison(found, Console())
-        for written in (json_file, None if out is None else out / PAGE):
+        for name, found in compared.items():
+            if name:
+                print(f"\n=== {name} ===\n")
+            print_comparison(found, Console())
+        for line in notes:
+            print(line)
+        for written in (json_file, *pages):
             if written is not None:
                 print(f"written: {written}")
-    return found
+    return record
+
+
+def _shared_sets(
+    sets: dict[str, dict[str, Path]], names: Sequence[str]
+) -> tuple[dict[str, dict[str, Path]], list[str]]:
+    """The sets that all models were evaluated on, and what a reader has to know. ``DataError`` where there is none."""
+    shared = {name: models for name, models in sets.items() if len(models) == len(names)}
+    if not shared:
+        found = "; ".join(f"{name}: {', '.join(models)}" for name, models in sets.items())
+        raise DataError(f"no set that all of {', '.join(names)} were evaluated on ({found}); evaluate them on the same")
+    if "" in shared:
+        return shared, []
+    notes = ["Each set is compared by itself: nothing is averaged over sets, and Holm's correction is within a set."]
+    for name in (name for name in sets if name not in shared):
+        notes.append(f"Set {name} is left out: only {', '.join(sets[name])} was evaluated on it.")
+    return shared, notes
 
 
 def named_folders(arguments: Sequence[str]) -> dict[str, Path]:

@@ -227,6 +227,8 @@ def load_study(path: Path) -> StudyConfig:
             raise type(error)(f"{path}: arm {arm}: {error}") from None
         if config.data.test is None:
             raise ConfigError(f"{path}: {study.recipe} has no data.test; a study needs prompts to evaluate on")
+        if isinstance(config.data.test, dict):
+            raise ConfigError(f"{path}: {study.recipe} has several sets in data.test; a study evaluates on one")
         if study.search is not None and config.data.validation is None:
             raise ConfigError(f"{path}: {study.recipe} has no data.validation; a search needs prompts to judge by")
     return study

@@ -204,6 +204,70 @@ def test_a_fresh_evaluation_that_was_stopped_goes_on_beside_older_results(
     assert len(seen) == BATCHES - 4 and figures(out) == figures(whole)
 
 
+def sets_of(folder: Path, *names: str) -> RunConfig:
+    """The same prompts under several names, each in a file of its own."""
+    config = settings(folder)
+    for name in names:
+        tiny.save_prompts(folder / f"{name}.jsonl")
+    test = {name: str(folder / f"{name}.jsonl") for name in names}
+    return config.model_copy(update={"data": config.data.model_copy(update={"test": test})})
+
+
+def test_several_sets_go_on_each_in_its_own_folder(
+    folder: Path, whole: Path, batches: Callable[[int | None], list[int]], tmp_path: Path
+) -> None:
+    """Stopped within the second of two sets: the first is left, the second goes on, and other questions are refused."""
+    out, both = tmp_path / "out", sets_of(folder, "one", "two")
+    batches(BATCHES + 4)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(folder / "student", both, out=out)
+    assert {str(path.relative_to(out)) for path in out.rglob("*.json*")} == {
+        "one/results.json", "one/samples.jsonl", f"two/{UNFINISHED}",
+    }  # fmt: skip
+    seen = batches(None)
+    with pytest.raises(DataError, match=r"one holds other results"):
+        evaluate(folder / "teacher", both, out=out)
+    with pytest.raises(DataError, match=r"two holds another evaluation"):
+        evaluate(folder / "teacher", sets_of(folder, "two"), out=out)
+    assert not seen
+    evaluate(folder / "student", both, out=out)
+    assert len(seen) == BATCHES - 4 and not list(out.rglob(UNFINISHED))
+    for name in ("one", "two"):
+        assert (out / name / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+
+
+def test_fresh_sets_that_were_stopped_go_on_beside_older_results_and_fresh_again_starts_over(
+    folder: Path, whole: Path, batches: Callable[[int | None], list[int]], tmp_path: Path
+) -> None:
+    """Also those that were not reached: their older results are those of another model, and are replaced."""
+    out, both = tmp_path / "out", sets_of(folder, "one", "two")
+    evaluate(folder / "teacher", both, out=out)
+    older = figures(out / "two")
+    for _ in range(2):
+        seen = batches(4)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(folder / "student", both, out=out, fresh=True)
+        assert len(seen) == 4 and figures(out / "two") == older
+    seen = batches(None)
+    evaluate(folder / "student", both, out=out)
+    assert len(seen) == 2 * BATCHES - 4 and not list(out.rglob(UNFINISHED))
+    for name in ("one", "two"):
+        assert (out / name / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
+
+
+def test_several_sets_beside_an_unfinished_evaluation_on_one_source_are_refused(
+    folder: Path, batches: Callable[[int | None], list[int]], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    stopped(folder, out, batches)
+    seen = batches(None)
+    with pytest.raises(DataError, match=r"unfinished evaluation on one source"):
+        evaluate(folder / "student", sets_of(folder, "one"), out=out)
+    assert not seen
+    evaluate(folder / "student", sets_of(folder, "one"), out=out, fresh=True)
+    assert len(seen) == BATCHES and not list(out.rglob(UNFINISHED))
+
+
 def test_within_a_run_what_is_of_another_question_is_left_with_a_line(tmp_path: Path) -> None:
     said: list[str] = []
     one = Keeper(tmp_path, asked={"model": "a"}, ranks=Ranks(), say=said.append)
