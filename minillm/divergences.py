@@ -69,20 +69,20 @@ def top_k_and_rest(logq_NV: Tensor, logp_NV: Tensor, *, k: int) -> tuple[Tensor,
         raise ShapeMismatch("log-probabilities of the two models", tuple(logq_NV.shape), tuple(logp_NV.shape))
     if not 1 <= k <= logp_NV.shape[-1]:
         raise ValueError(f"top_k_and_rest: k must lie between 1 and {logp_NV.shape[-1]}, got {k}")
-    order_NV = logp_NV.sort(dim=-1, descending=True, stable=True).indices
-    kept_NK, rest_NR = order_NV[..., :k], order_NV[..., k:]
-
-    def of(log_NV: Tensor) -> Tensor:
-        rest_N = _log_sum(log_NV.gather(-1, rest_NR))
-        return torch.cat([log_NV.gather(-1, kept_NK), rest_N[..., None]], dim=-1)
-
-    return of(logq_NV), of(logp_NV)
+    kept_NK = logp_NV.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return kept_and_rest(logq_NV, kept_NK), kept_and_rest(logp_NV, kept_NK)
 
 
-def _log_sum(log_NR: Tensor) -> Tensor:
+def kept_and_rest(log_NV: Tensor, kept_NK: Tensor) -> Tensor:
+    """Log-probabilities of these ids, each once in its row, and that of all others together, [N, k + 1]."""
+    rest_N = _log_sum(log_NV.scatter(-1, kept_NK, -math.inf))
+    return torch.cat([log_NV.gather(-1, kept_NK), rest_N[..., None]], dim=-1)
+
+
+def _log_sum(log_NV: Tensor) -> Tensor:
     """log of the sum of exponentials; -inf, with a gradient of 0, where there is nothing to add."""
-    nothing_N = (log_NR == -math.inf).all(dim=-1)
-    summed_N = torch.where(nothing_N[..., None], 0.0, log_NR).logsumexp(dim=-1)
+    nothing_N = (log_NV == -math.inf).all(dim=-1)
+    summed_N = torch.where(nothing_N[..., None], 0.0, log_NV).logsumexp(dim=-1)
     return torch.where(nothing_N, -math.inf, summed_N)
 
 

@@ -13,6 +13,7 @@ is one tensor for each model, and what softmax and divergences need besides is o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -20,9 +21,10 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
-from minillm import divergences
+from minillm.by_definition import tile_statistics
 from minillm.errors import NonFinite
-from minillm.sampling import restrict, unpack_support
+from minillm.kept import Kept, kept_forward_kl_
+from minillm.sampling import unpack_support
 from minillm.types import Rollout, Scored
 
 WORKING_BYTES = {"cpu": 192 * 2**20, "cuda": 512 * 2**20}
@@ -32,11 +34,14 @@ PIECE_BYTES = {"cpu": 4 * 2**20, "cuda": 16 * 2**20}
 """Size of one tensor of a piece: for each thread of a processor what its cache holds a few of; on a GPU enough for a
 kernel to outlast its launch."""
 
-STATISTICS = ("logq", "logp", "entropy", "reverse_kl", "forward_kl", "jsd", "skew_fkl", "skew_rkl")
+STATISTICS = ("logq", "logp", "entropy", "reverse_kl", "forward_kl", "jsd", "skew_fkl", "skew_rkl", "cached_kl")
 """Numbers that there are for each token; see ``token_statistics``."""
 
 OF_ONE_MODEL = {"logq", "logp", "entropy"}
 """Numbers that are no divergence between the two."""
+
+OF_THE_CACHE = "cached_kl"
+"""The forward KL from a teacher of whom a few ids of each token are ``kept``: no model of it is there."""
 
 UNDER_THE_TEACHER = {"forward_kl", "jsd", "skew_fkl", "skew_rkl"}
 """Numbers for which the teacher's probabilities are needed, and not only their logarithms."""
@@ -90,19 +95,31 @@ class Task:
 
     ``wanted`` is chosen from ``STATISTICS``: log-probs of the taken token under student (``logq``) and teacher
     (``logp``), the student's ``entropy``, and the divergences of ``minillm.divergences``, all at ``temperature`` (of
-    both models) and, with a support, over the kept ids only, both distributions renormalised. ``tile`` and ``piece``
-    are numbers of tokens; by default they follow from ``WORKING_BYTES``.
+    both models) and, with a support, over the kept ids only, both distributions renormalised. ``cached_kl`` is the
+    forward KL from ``kept``, which is taken as it is: neither tempered nor put on a support. ``tile`` and ``piece`` are
+    numbers of tokens; by default they follow from ``WORKING_BYTES``.
     """
 
     taken_N: Tensor
     wanted: Sequence[str]
     temperature: float = 1.0
     teacher: TeacherView | None = None
+    kept: Kept | None = None
     support_NC: Tensor | None = None
     jsd_beta: float = 0.5
     skew: float = 0.1
     tile: int | None = None
     piece: int | None = None
+
+
+def _needs_scratch(head: HeadWeights, task: Task) -> bool:
+    """Whether ``Piece.scratch`` is asked for: by products, by logits that are changed first, and by a cap's slope."""
+    products = {*task.wanted} - {"logq", "logp", OF_THE_CACHE}
+    return bool(products) or task.temperature != 1.0 or task.support_NC is not None or head.softcap is not None
+
+
+TENSORS_OF_KEPT = 5.25
+"""How many tensors of kept ids live at once, each a share K/V of a piece's size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,10 +150,13 @@ def tensors_of_a_piece(head: HeadWeights, task: Task) -> int:
 
     MiniLLM's loss has five: log q, q, log p, the gap between the two, and a product.
     """
-    found = 3 + _is_narrow(head) + (task.support_NC is not None)
+    found = 2 + _needs_scratch(head, task) + _is_narrow(head) + (task.support_NC is not None)
+    if task.kept is not None and OF_THE_CACHE in task.wanted:
+        share = TENSORS_OF_KEPT * task.kept.ids_NK.shape[1] / head.weight_VH.shape[0]
+        found += 1 + math.ceil(share - 0.1)  # a tenth of a tensor is let pass
     if task.teacher is not None:
         found += 1 + _is_narrow(task.teacher.head) + bool(UNDER_THE_TEACHER & {*task.wanted})
-        found += len({*task.wanted} - OF_ONE_MODEL)
+        found += len({*task.wanted} - OF_ONE_MODEL - {OF_THE_CACHE})
     return found
 
 
@@ -241,6 +261,7 @@ class Piece:
         packed_NC = task.support_NC
         self._support_nV = None if packed_NC is None else unpack_support(packed_NC[part.here], head.weight_VH.shape[0])
         self._off_nV = None if self._support_nV is None else ~self._support_nV
+        self._kept = None if task.kept is None else task.kept.of(part.here)
         self.student_nV = head.finish_(space.wide("student", part.student_nV))
         """Logits; where nothing had to be widened, in the tile's own storage."""
         self._teacher_nV = None
@@ -261,7 +282,7 @@ class Piece:
         task = self._task
         return tile_statistics(
             student_nV, self._teacher_nV, taken_n=self.taken_n1[:, 0], temperature=task.temperature,
-            support_nV=self._support_nV, wanted=task.wanted, jsd_beta=task.jsd_beta, skew=task.skew,
+            support_nV=self._support_nV, wanted=task.wanted, jsd_beta=task.jsd_beta, skew=task.skew, kept=self._kept,
         )  # fmt: skip
 
     def by_formula(self) -> dict[str, Tensor]:
@@ -270,6 +291,11 @@ class Piece:
         self.logq_nV = self._log_softmax(self.student_nV, "logq")
         values = {"logq": self.logq_nV.gather(1, self.taken_n1)[:, 0]}
         self.q_nV = torch.exp(self.logq_nV, out=take("q", self.logq_nV))
+        if self._kept is not None and OF_THE_CACHE in wanted:
+            values[OF_THE_CACHE], slope_nV = kept_forward_kl_(
+                self._kept, logq_nV=self.logq_nV, q_nV=self.q_nV, out_nV=take(OF_THE_CACHE, self.q_nV)
+            )
+            self.derivatives[OF_THE_CACHE] = (None, slope_nV)
         self._forget(self.logq_nV)
         if "entropy" in wanted:
             values["entropy"] = -self.expected(self.q_nV, self.logq_nV)
@@ -280,7 +306,7 @@ class Piece:
                 self._p_nV = torch.exp(self._logp_nV, out=take("p", self._logp_nV))
             self._forget(self._logp_nV)
             for name in wanted:
-                if name not in OF_ONE_MODEL:
+                if name not in OF_ONE_MODEL and name != OF_THE_CACHE:
                     values[name], *found = self._divergence(name)
                     self.derivatives[name] = (found[0], found[1])
         return {name: values[name] for name in wanted}
@@ -350,39 +376,6 @@ class Piece:
 def _finite(logits_nV: Tensor, temperature: float) -> bool:
     """Whether no logit over the temperature is -inf or NaN; an empty piece has none."""
     return logits_nV.numel() == 0 or bool(logits_nV.amin() / temperature > -torch.inf)
-
-
-def tile_statistics(
-    student_nV: Tensor,
-    teacher_nV: Tensor | None,
-    *,
-    taken_n: Tensor,
-    temperature: float,
-    support_nV: Tensor | None,
-    wanted: Sequence[str],
-    jsd_beta: float,
-    skew: float,
-) -> dict[str, Tensor]:
-    """The same from whole logits: the slow obvious form, which holds for infinities too."""
-    logq_nV = restrict(student_nV / temperature, support_nV).log_softmax(dim=-1)
-    values = {"logq": logq_nV.gather(1, taken_n[:, None])[:, 0]}
-    if "entropy" in wanted:
-        values["entropy"] = divergences.entropy(logq_nV)
-    if teacher_nV is None:
-        return values
-    logp_nV = restrict(teacher_nV / temperature, support_nV).log_softmax(dim=-1)
-    values["logp"] = logp_nV.gather(1, taken_n[:, None])[:, 0]
-    if "reverse_kl" in wanted:
-        values["reverse_kl"] = divergences.reverse_kl(logq_nV, logp_nV)
-    if "forward_kl" in wanted:
-        values["forward_kl"] = divergences.forward_kl(logq_nV, logp_nV)
-    if "jsd" in wanted:
-        values["jsd"] = divergences.jensen_shannon(logq_nV, logp_nV, beta=jsd_beta)
-    if "skew_fkl" in wanted:
-        values["skew_fkl"] = divergences.skew_forward_kl(logq_nV, logp_nV, skew=skew)
-    if "skew_rkl" in wanted:
-        values["skew_rkl"] = divergences.skew_reverse_kl(logq_nV, logp_nV, skew=skew)
-    return values
 
 
 def spread(values_N: Tensor, mask_BT: Tensor) -> Tensor:

@@ -7,12 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillm.sampling import pack_support
+from minillm.divergences import kept_and_rest
+from minillm.kept import Kept
+from minillm.sampling import pack_support, restrict
 from minillm.scoring import STATISTICS, HeadWeights, TeacherView, token_statistics
 from minillm.token_loss import Task, token_loss
 
 N, V, STUDENT_H, TEACHER_H = 13, 21, 6, 9
 JSD_BETA, SKEW = 0.3, 0.2
+K = 8
+"""Ids that are kept of the teacher, more than some tokens' supports have."""
 
 
 class Case:
@@ -41,6 +45,13 @@ class Case:
     def leaves(self) -> list[Tensor]:
         return [leaf for leaf in (self.hidden_NH, self.weight_VH, self.bias_V) if leaf is not None]
 
+    def kept(self, *, support: bool = False, k: int = K) -> Kept:
+        """The teacher's likeliest ids at temperature 1, of the support if there is one."""
+        logits_NV = self.teacher.head.logits(self.teacher.hidden_NH)
+        logp_NV = restrict(logits_NV, self.support_NV if support else None).log_softmax(dim=-1)
+        ids_NK = logp_NV.topk(k, dim=-1).indices
+        return Kept(ids_NK=ids_NK, logp_NJ=kept_and_rest(logp_NV, ids_NK))
+
     def tiled(self, **options: Any) -> dict[str, Tensor]:
         support = self.support_NV if options.pop("support", False) else None
         return token_statistics(
@@ -49,6 +60,7 @@ class Case:
             taken_N=self.taken_N,
             teacher=options.pop("teacher", self.teacher),
             wanted=options.pop("wanted", STATISTICS),
+            kept=options.pop("kept", None) or self.kept(support=support is not None),
             support_NC=None if support is None else pack_support(support),
             jsd_beta=JSD_BETA,
             skew=SKEW,
@@ -62,6 +74,7 @@ class Case:
             taken_N=self.taken_N,
             teacher=options.pop("teacher", self.teacher),
             wanted=options.pop("wanted", STATISTICS),
+            kept=options.pop("kept", None) or self.kept(support=support is not None),
             support_NC=None if support is None else pack_support(support),
             jsd_beta=JSD_BETA,
             skew=SKEW,
@@ -96,6 +109,12 @@ class Case:
         y = (self.teacher.hidden_NH[i] @ self.teacher.head.weight_VH.T + self.teacher.head.bias_V) * 0.7
         q, p = torch.softmax(z[kept] / temperature, 0), torch.softmax(y[kept] / temperature, 0)
         m = JSD_BETA * p + (1 - JSD_BETA) * q
+        plain = torch.softmax(y[kept], 0)
+        top = plain.argsort(descending=True)[:K]
+        rest = torch.ones_like(plain, dtype=torch.bool).index_fill(0, top, False)
+        cached = (plain[top] * (plain[top] / q[top]).log()).sum()
+        if rest.any():
+            cached = cached + plain[rest].sum() * (plain[rest].sum() / q[rest].sum()).log()
         return {
             "logq": q[at].log(),
             "logp": p[at].log(),
@@ -104,6 +123,7 @@ class Case:
             "forward_kl": (p * (p / q).log()).sum(),
             "skew_fkl": (p * (p / (SKEW * p + (1 - SKEW) * q)).log()).sum(),
             "skew_rkl": (q * (q / ((1 - SKEW) * p + SKEW * q)).log()).sum(),
+            "cached_kl": cached,
             "jsd": JSD_BETA * (p * (p / m).log()).sum() + (1 - JSD_BETA) * (q * (q / m).log()).sum(),
         }
 

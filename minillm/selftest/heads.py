@@ -13,12 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from minillm import sampling, scoring, token_loss
+from minillm.divergences import kept_and_rest
+from minillm.kept import Kept
 from minillm.models import Head
 from minillm.scoring import STATISTICS, HeadWeights, Task, TeacherView
 from minillm.selftest.check import Check, Found, device, differing, gap, rough, worst
 
 TOKENS, IDS, WIDTH, TEACHER_WIDTH = 11, 13, 5, 7
 JSD_BETA, SKEW = 0.3, 0.2
+MOST = 4
+"""Ids of the teacher that are kept."""
 SCALE, SOFTCAP = 0.4, 2.5
 CUTS = ((1, 1), (4, 3), (TOKENS, TOKENS))
 """Tokens of a tile, and of a piece of it."""
@@ -47,19 +51,31 @@ class Case:
 
     def task(self, **settings: Any) -> Task:
         """Every number of each token; ``kept`` restricts them to some ids."""
-        packed_NC = sampling.pack_support(self.kept_NV) if settings.pop("kept", False) else None
+        allowed_NV = self.kept_NV if settings.pop("kept", False) else None
+        packed_NC = None if allowed_NV is None else sampling.pack_support(allowed_NV)
         plain = {"wanted": STATISTICS, "teacher": self.teacher, "jsd_beta": JSD_BETA, "skew": SKEW}
+        plain["kept"] = self.cached(allowed_NV)
         return Task(**{"taken_N": self.taken_N, "support_NC": packed_NC, **plain, **settings})
+
+    def cached(self, allowed_NV: Tensor | None = None) -> Kept:
+        """The teacher's likeliest ids at temperature 1."""
+        logits_NV = self.teacher.head.logits(self.teacher.hidden_NH)
+        logp_NV = sampling.restrict(logits_NV, allowed_NV).log_softmax(dim=-1)
+        ids_NK = logp_NV.topk(MOST, dim=-1).indices
+        return Kept(ids_NK=ids_NK, logp_NJ=kept_and_rest(logp_NV, ids_NK))
 
     def whole(self, *, temperature: float = 1.0, kept: bool = False) -> dict[str, Tensor]:
         """The same numbers by their definitions, row by row from whole logits."""
         linear_NV = SCALE * (self.hidden_NH @ self.weight_VH.T + self.bias_V)
         student_NV = SOFTCAP * (linear_NV / SOFTCAP).tanh() / temperature
-        teacher_NV = self.teacher.hidden_NH @ self.teacher.head.weight_VH.T / temperature
+        teacher_NV = self.teacher.hidden_NH @ self.teacher.head.weight_VH.T
         rows = []
         for n, taken in enumerate(self.taken_N.tolist()):
             columns = self.kept_NV[n].nonzero()[:, 0] if kept else torch.arange(IDS, device=student_NV.device)
-            rows.append(numbers_of(student_NV[n, columns], teacher_NV[n, columns], at=int((columns < taken).sum())))
+            row = numbers_of(
+                student_NV[n, columns], teacher_NV[n, columns] / temperature, at=int((columns < taken).sum())
+            )
+            rows.append(row | {"cached_kl": cached_kl(student_NV[n, columns], teacher_NV[n, columns])})
         return {name: torch.stack([row[name] for row in rows]) for name in STATISTICS}
 
 
@@ -81,6 +97,14 @@ def numbers_of(student_V: Tensor, teacher_V: Tensor, *, at: int) -> dict[str, Te
         "skew_fkl": kl(p, SKEW * p + (1 - SKEW) * q),
         "skew_rkl": kl(q, (1 - SKEW) * p + SKEW * q),
     }
+
+
+def cached_kl(student_V: Tensor, teacher_V: Tensor) -> Tensor:
+    """The forward KL over the teacher's likeliest ids and all others together."""
+    order = teacher_V.argsort(descending=True)
+    q, p = student_V.softmax(0)[order], teacher_V.softmax(0)[order]
+    q, p = (torch.cat([each[:MOST], each[MOST:].sum(0, keepdim=True)]) for each in (q, p))
+    return torch.where(p > 0, p * (p / q.where(p > 0, 1.0)).log(), 0.0).sum()
 
 
 def total(of: Mapping[str, Tensor], here: slice) -> Tensor:
@@ -166,7 +190,7 @@ def temperature() -> Found:
         guide = HeadWeights(weight_VH=case.teacher.head.weight_VH, bias_V=None, scale=scale)
         return scoring.token_statistics(
             case.hidden_NH, head=student, taken_N=case.taken_N, wanted=STATISTICS, temperature=degrees,
-            teacher=TeacherView(head=guide, hidden_NH=case.teacher.hidden_NH),
+            teacher=TeacherView(head=guide, hidden_NH=case.teacher.hidden_NH), kept=case.cached(),
         )  # fmt: skip
 
     cold, same, plain = at(1.0, 0.7), at(3.0, 2.1), at(1.0, 1.0)

@@ -16,10 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from minillm.by_definition import tile_statistics
 from minillm.decode import _mix
 from minillm.reading import Asked
 from minillm.repetition import held_back
-from minillm.scoring import tile_statistics
 from minillm.types import Decoding
 from tests.exact.tabular import assert_close
 from tests.exact.test_importance import weight_of

@@ -91,8 +91,9 @@ def test_without_skew_a_skewed_divergence_is_the_plain_one_even_where_a_probabil
     with torch.no_grad():
         case.weight_VH.mul_(100.0)  # e to the minus hundreds
     got = token_statistics(
-        case.hidden_NH, head=case.head, taken_N=case.taken_N, teacher=case.teacher, wanted=STATISTICS, skew=0.0
-    )
+        case.hidden_NH, head=case.head, taken_N=case.taken_N, teacher=case.teacher, kept=case.kept(),
+        wanted=STATISTICS, skew=0.0,
+    )  # fmt: skip
     logq_NV, logp_NV = (
         head.logits(hidden_NH).detach().log_softmax(-1)
         for head, hidden_NH in ((case.head, case.hidden_NH), (case.teacher.head, case.teacher.hidden_NH))
@@ -132,7 +133,7 @@ def test_rows_beyond_the_real_ids_change_nothing_and_receive_no_gradient(
     head = padded_head(case, GARBAGE[garbage])
     got = head(
         case.hidden_NH, taken_N=case.taken_N, wanted=STATISTICS, teacher=case.teacher, tile=tile,
-        jsd_beta=JSD_BETA, skew=SKEW,
+        jsd_beta=JSD_BETA, skew=SKEW, kept=case.kept(support=support),
         support_NC=pack_support(case.support_NV) if support else None,
     )  # fmt: skip
     want = case.tiled(tile=tile, support=support)

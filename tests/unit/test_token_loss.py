@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from minillm import scoring
 from minillm.bench.memory import extra_peak
+from minillm.kept import Kept
 from minillm.policy_loss import clipped_surrogate
 from minillm.sampling import pack_support
 from minillm.scoring import (
@@ -104,8 +106,10 @@ def test_a_student_that_forbids_an_id_has_the_gradients_of_autograd(name: str) -
     case.taken_N[case.taken_N == 3] = 4
     task = case.task(tile=4, piece=3)
     loss, numbers = token_loss(case.hidden_NH, head=case.head, task=task, loss=lambda n, _: n[name].sum())
-    if name == "forward_kl":  # the teacher may say what the student cannot: infinite, and not hidden
-        assert bool((numbers[name] == math.inf).all())
+    if name in {"forward_kl", "cached_kl"}:  # the teacher may say what the student cannot: infinite, and not hidden
+        said_N = (case.kept().ids_NK == 3).any(dim=1) | (name == "forward_kl")
+        assert torch.equal(numbers[name] == math.inf, said_N) and bool(said_N.any())
+        assert gap(numbers[name][~said_N], case.tiled()[name][~said_N]) < TINY if not said_N.all() else True
         return
     (grad,) = torch.autograd.grad(loss, [case.hidden_NH])
     assert bool(grad.isfinite().all()) and bool((grad != 0).any())
@@ -130,7 +134,7 @@ def test_a_nan_is_not_hidden() -> None:
     assert math.isnan(loss.item()) and numbers["reverse_kl"].isnan().sum() == 1
 
 
-@pytest.mark.parametrize("fault", ["middle", "no-onehot", "no-mean"])
+@pytest.mark.parametrize("fault", ["middle", "no-onehot", "no-mean", "no-rest"])
 def test_a_wrong_formula_would_be_seen(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control of the comparison of gradients."""
     case = Case()
@@ -138,6 +142,15 @@ def test_a_wrong_formula_would_be_seen(fault: str, monkeypatch: pytest.MonkeyPat
         right = Piece._middle
         monkeypatch.setattr(Piece, "_middle", lambda self, teachers, out: right(self, teachers * 1.01, out))
         name = "jsd"
+    elif fault == "no-rest":  # as if only the kept ids were learnt
+        right_kl = scoring.kept_forward_kl_
+
+        def without(kept: Kept, *, q_nV: Tensor, **more: Any) -> Any:
+            value_n, _ = right_kl(kept, q_nV=q_nV, **more)
+            return value_n, q_nV.clone().scatter_add_(1, kept.ids_NK, -kept.logp_NJ[:, :-1].exp())
+
+        monkeypatch.setattr(scoring, "kept_forward_kl_", without)
+        name = "cached_kl"
     elif fault == "no-onehot":
         monkeypatch.setattr(torch.Tensor, "scatter_add_", lambda self, *_: self)
         name = "logq"
@@ -146,6 +159,33 @@ def test_a_wrong_formula_would_be_seen(fault: str, monkeypatch: pytest.MonkeyPat
         name = "reverse_kl"
     theirs = gradients_of_twin(case, case.twin()[name])
     assert max(gap(a, b) for a, b in zip(case.gradients(name, tile=4), theirs, strict=True)) > VISIBLE
+
+
+@pytest.mark.parametrize("k", [1, 4, V - 1, V])
+def test_a_cached_teacher_has_at_most_the_forward_kl_and_with_all_ids_that_one_and_its_gradient(k: int) -> None:
+    case = Case(scale=0.4, softcap=2.5)
+    whole_N, kept = case.tiled(wanted=("forward_kl",))["forward_kl"], case.kept(k=k)
+    cached_N = case.tiled(wanted=("cached_kl",), teacher=None, kept=kept)["cached_kl"]
+    assert bool((cached_N <= whole_N + TINY).all()) and bool((cached_N >= 0.0).all())
+    exact = gradients_of_twin(case, case.twin()["forward_kl"])
+    mine = case.gradients("cached_kl", kept=kept, teacher=None, wanted=("cached_kl",), tile=4, piece=3)
+    apart = max(gap(a, b) for a, b in zip(mine, exact, strict=True))
+    assert (apart < TINY and gap(cached_N, whole_N) < TINY) if k == V else apart > VISIBLE  # and a control
+
+
+def test_a_rest_of_almost_nothing_keeps_its_digits() -> None:
+    """In 32 bits 1 - sum(q) would be 0 here, and the divergence infinite."""
+    logits_NV = torch.tensor([[0.0, -30.0, -31.0]])
+    kept = Kept(ids_NK=torch.tensor([[0]]), logp_NJ=torch.tensor([[0.5, 0.5]]).log())
+    head = HeadWeights(weight_VH=torch.eye(3), bias_V=None)
+    task = Task(taken_N=torch.zeros(1, dtype=torch.long), wanted=("cached_kl",), kept=kept)
+    leaf = logits_NV.requires_grad_()
+    loss, _ = token_loss(leaf, head=head, task=task, loss=lambda n, _: n["cached_kl"].sum())
+    rest = math.exp(-30.0) + math.exp(-31.0)
+    assert float(loss) == pytest.approx(math.log(0.5) - 0.5 * math.log(rest), rel=1e-6)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    share = math.exp(-30.0) / rest
+    assert grad[0].tolist() == pytest.approx([0.5, -0.5 * share, -0.5 * (1.0 - share)], rel=1e-5)
 
 
 def test_a_clipped_surrogate_goes_back_through_it() -> None:
@@ -279,8 +319,9 @@ TILE, PIECE, MANY_V, NARROW_H = 32, 8, 4096, 2
 
 
 def at_the_peak(
-    wanted: Sequence[str], *, dtype: torch.dtype = torch.float32, whole: bool = False, gradient: bool = True
-) -> tuple[float, int]:
+    wanted: Sequence[str], *, dtype: torch.dtype = torch.float32, whole: bool = False, gradient: bool = True,
+    kept: int = 16,
+) -> tuple[float, int]:  # fmt: skip
     """Memory beyond both models' tiles in tensors of a piece's size, as counted and as foreseen.
 
     ``whole``: with all that a head and a task may have. Heads are frozen, and so narrow that the rest is nothing
@@ -297,10 +338,12 @@ def at_the_peak(
         return HeadWeights(weight_VH=random(MANY_V, NARROW_H), **more)
 
     support_NV = torch.ones(tokens, MANY_V, dtype=torch.bool)
+    ids_NK = torch.arange(kept).repeat(tokens, 1)
+    cached = Kept(ids_NK=ids_NK, logp_NJ=torch.zeros(tokens, kept + 1).log_softmax(-1))
     task = Task(
         taken_N=torch.zeros(tokens, dtype=torch.long), wanted=wanted, tile=TILE, piece=PIECE,
         teacher=TeacherView(head=head(), hidden_NH=random(tokens, NARROW_H)), temperature=0.7 if whole else 1.0,
-        support_NC=pack_support(support_NV) if whole else None,
+        support_NC=pack_support(support_NV) if whole else None, kept=cached,
     )  # fmt: skip
     hidden_NH, own = random(tokens, NARROW_H).requires_grad_(gradient), head()
     with Live() as live:
@@ -315,7 +358,9 @@ def at_the_peak(
 
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("wanted", [("logq", "reverse_kl"), ("logq", "entropy"), ("jsd",), STATISTICS])
+@pytest.mark.parametrize(
+    "wanted", [("logq",), ("logq", "cached_kl"), ("logq", "reverse_kl"), ("logq", "entropy"), ("jsd",), STATISTICS]
+)
 def test_as_many_tensors_of_a_piece_live_at_once_as_memory_is_set_aside_for(
     wanted: tuple[str, ...], dtype: torch.dtype, whole: bool
 ) -> None:
@@ -323,6 +368,16 @@ def test_as_many_tensors_of_a_piece_live_at_once_as_memory_is_set_aside_for(
     for gradient in (False, True):
         found, foreseen = at_the_peak(wanted, dtype=dtype, whole=whole, gradient=gradient)
         assert foreseen - 0.6 < found < foreseen + 0.1
+
+
+@pytest.mark.parametrize("kept", [512, 1024, 2048, MANY_V])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_many_kept_ids_are_counted_too(dtype: torch.dtype, kept: int) -> None:
+    """Their numbers are int64, so a share of a tensor stays in doubt."""
+    few, _ = at_the_peak(("logq", "cached_kl"), dtype=dtype)
+    found, foreseen = at_the_peak(("logq", "cached_kl"), dtype=dtype, kept=kept)
+    assert foreseen - 1.0 < found < foreseen + 0.2
+    assert found - few > 4 * kept / MANY_V  # control: ids cost something
 
 
 def test_the_loss_of_minillm_needs_five_tensors_of_a_piece() -> None:
