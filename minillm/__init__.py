@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from minillm.api import build_report, distill, evaluate, generate
+    from minillm.api import build_report, cache_teacher, distill, evaluate, generate
     from minillm.config import RunConfig, dump_config, load_config
 
-__all__ = ["RunConfig", "__version__", "build_report", "distill", "dump_config", "evaluate", "generate", "load_config"]
+__all__ = [
+    "RunConfig", "__version__", "build_report", "cache_teacher", "distill", "dump_config", "evaluate", "generate",
+    "load_config",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -30,7 +33,7 @@ def __getattr__(name: str) -> Any:
         from minillm import report
 
         return report.build_report
-    if name in {"distill", "evaluate", "generate"}:
+    if name in {"cache_teacher", "distill", "evaluate", "generate"}:
         from minillm import api
 
         return getattr(api, name)

@@ -16,7 +16,16 @@ from minillm.evaluation_sets import evaluate_sets, forget_unfinished, read_sets,
 from minillm.generation import generate
 from minillm.model_card import CardFacts, render
 from minillm.models import fingerprint, inspect
-from minillm.preflight import Anchor, Pair, Split, check_pair, read_anchor, read_split, read_teacher_text
+from minillm.preflight import (
+    Anchor,
+    Pair,
+    Split,
+    check_pair,
+    read_anchor,
+    read_split,
+    read_teacher_caches,
+    read_teacher_text,
+)
 from minillm.ranks import Ranks
 from minillm.report import build_report, combine, write_reports
 from minillm.report_files import sets_in
@@ -24,7 +33,9 @@ from minillm.report_sets import by_set
 from minillm.results import judge_of, stored_results, versions
 from minillm.stages import Start, check_rows, idle_words, load_teacher, run_stage, unbiased_words
 from minillm.store import Clock, RunFolder, make_folder
-from minillm.text_stages import DistilStage
+from minillm.teacher_cache import TeacherCache
+from minillm.teacher_caching import cache_teacher
+from minillm.text_stages import DistilStage, asks_teacher
 from minillm.trackers import require_packages, tracked
 from minillm.types import Purpose
 
@@ -40,11 +51,12 @@ def distill(config: RunConfig, *, fresh: bool = False) -> Path:
     pair = check_pair(config)
     splits = _read_splits(config, pair)
     anchor = read_anchor(config, pair=pair)
+    caches = read_teacher_caches(config, pair=pair, splits=splits)
     ranks = Ranks(threads=config.threads)
     for stage in config.stages:
         check_rows(stage, splits[stage.reads].prompts, ranks=ranks)
     folder = RunFolder(Path(config.out) / config.name, writes=ranks.first)
-    made_from = _made_from(pair, splits, anchor)
+    made_from = _made_from(pair, splits, anchor, caches)
     interrupted = not fresh and folder.status().get("state") == "running"
     done = folder.open(config_text=dump_config(config), fresh=fresh, wait=ranks.barrier)
     ranks.barrier()
@@ -56,6 +68,8 @@ def distill(config: RunConfig, *, fresh: bool = False) -> Path:
         _say(ranks, f"{folder.path}: an earlier run did not end; this one starts again from its beginning")
     folder.set_status(state="running", made_from=made_from, seconds={}, ranks=ranks.size, versions=versions())
     _introduce(config, pair, splits, anchor, ranks)
+    for name, cache in caches.items():
+        _say(ranks, f"stage {name}: learns from {cache}")
     with contextlib.ExitStack() as stack:
         settings = config.model_dump(mode="json")
         stack.enter_context(tracked(folder, config.trackers, run=config.name, settings=settings, ranks=ranks))
@@ -64,7 +78,7 @@ def distill(config: RunConfig, *, fresh: bool = False) -> Path:
             teacher = load_teacher(pair, ranks=ranks, say=lambda line: _say(ranks, line))
             stack.callback(teacher.close)
         seconds = _train_and_evaluate(
-            config, pair=pair, splits=splits, anchor=anchor, teacher=teacher, ranks=ranks, folder=folder
+            config, pair=pair, splits=splits, anchor=anchor, caches=caches, teacher=teacher, ranks=ranks, folder=folder
         )
     if ranks.first:
         _write_run_report(config, folder, seconds)
@@ -74,12 +88,15 @@ def distill(config: RunConfig, *, fresh: bool = False) -> Path:
     return folder.path
 
 
-def _made_from(pair: Pair, splits: Mapping[str, Split], anchor: Anchor | None) -> dict[str, str]:
-    """Names what a run is made from beside its configuration: the weights, the prompts and the corpus."""
+def _made_from(
+    pair: Pair, splits: Mapping[str, Split], anchor: Anchor | None, caches: Mapping[str, TeacherCache]
+) -> dict[str, str]:
+    """Names what a run is made from beside its configuration: weights, prompts, corpus and teacher caches."""
     cards = {"student": pair.student_card, "teacher": pair.teacher_card}
     weights = {name: fingerprint(card) for name, card in cards.items() if card is not None}
     corpus = {} if anchor is None else {"corpus": anchor.sha256}
-    return {**weights, **{f"{name} prompts": split.sha256 for name, split in splits.items()}, **corpus}
+    cached = {f"teacher cache of {name}": cache.sha256 for name, cache in caches.items()}
+    return {**weights, **{f"{name} prompts": split.sha256 for name, split in splits.items()}, **corpus, **cached}
 
 
 def _require_made_from(folder: RunFolder, made_from: Mapping[str, str]) -> None:
@@ -100,6 +117,7 @@ def _train_and_evaluate(
     pair: Pair,
     splits: Mapping[str, Split],
     anchor: Anchor | None,
+    caches: Mapping[str, TeacherCache],
     teacher: Teacher | None,
     ranks: Ranks,
     folder: RunFolder,
@@ -130,6 +148,7 @@ def _train_and_evaluate(
                 step=student.updates_done,
             ),
             corpus=None if anchor is None else anchor.rows,
+            cache=caches.get(stage.name),
         )
         seconds[stage.name] = round(done.seconds, 2)
         stages[stage.name] = dataclasses.asdict(done)
@@ -250,7 +269,7 @@ def _require_references(config: RunConfig, validation: Split) -> None:
 
 
 def _needs_teacher(config: RunConfig, splits: Mapping[str, Split]) -> bool:
-    distils = any(stage.wants_teacher for stage in config.stages)
+    distils = any(asks_teacher(stage) for stage in config.stages)
     return config.teacher is not None and (distils or bool(_test_sets(splits)))
 
 
@@ -357,4 +376,4 @@ def _say(ranks: Ranks, line: str) -> None:
         print(line, flush=True)
 
 
-__all__ = ["Record", "build_report", "distill", "evaluate", "generate"]
+__all__ = ["Record", "build_report", "cache_teacher", "distill", "evaluate", "generate"]

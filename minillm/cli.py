@@ -37,6 +37,8 @@ Examples:
   minillm report a=runs/a b=runs/b --difference a,b --out runs/a-and-b
   minillm generate runs/quickstart/teacher/student --out taught.jsonl \\
     --config recipes/quickstart/minillm.yaml
+  minillm cache runs/quickstart/teacher/student --top-k 16 --out cached \\
+    --config recipes/quickstart/minillm.yaml
   minillm compare a=runs/a b=runs/b --out runs/a-or-b
   minillm world --out world
   minillm diagnose --config recipes/quickstart/minillm.yaml \\
@@ -180,6 +182,36 @@ def generate(  # noqa: PLR0917 (typer reads options from parameters)
     from minillm import api
 
     api.generate(model, settings, out=out, split=split, samples=samples, keep_cut=keep_cut, fresh=fresh)
+
+
+@app.command()
+def cache(  # noqa: PLR0917 (typer reads options from parameters)
+    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="A model folder, a teacher card or a hub name.")],
+    config: Config,
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Likeliest ids to keep of each token.")],
+    overrides: Overrides = None,
+    precision: Annotated[
+        str, typer.Option("--precision", help="Of stored log-probabilities: float16 or float32.")
+    ] = "float16",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over: replace the cache that is there.")] = False,
+) -> None:
+    """Store what a teacher says about reference responses.
+
+    The teacher reads the responses of data.train once; a kd stage with teacher_cache then trains without it. For each
+    token the likeliest ids are kept, and how likely all others are together.
+
+    \b
+    Example:
+      minillm cache runs/quickstart/teacher/student --top-k 16 \\
+        --out cached --config recipes/quickstart/minillm.yaml
+    """
+    if precision not in {"float16", "float32"}:
+        raise ConfigError(f"--precision {precision!r}: wanted float16 or float32")
+    settings = _load(config, overrides)
+    from minillm import api
+
+    api.cache_teacher(teacher, settings, out=out, top_k=top_k, precision=precision, fresh=fresh)  # type: ignore[arg-type]
 
 
 @app.command()

@@ -17,7 +17,7 @@ from minillm.released import SCHEME, known_set
 from minillm.settings import Count, Flag, Positive, PositiveShare, Seed, Settings, Text, Whole, headed
 from minillm.stage_base import BETTER, KeepConfig, OptimiserConfig, is_component
 from minillm.stage_config import MinillmStage, Stage
-from minillm.text_stages import SftStage
+from minillm.text_stages import SftStage, asks_teacher
 from minillm.yaml_reader import read_yaml, read_yaml_file, write_yaml
 
 __all__ = [
@@ -305,7 +305,7 @@ class RunConfig(Settings):
             at = f"stages.{index} ('{stage.name}')"
             if stage.name in names[:index]:
                 raise ConfigError(f"{at} has the name of an earlier stage; give it another name")
-            if stage.wants_teacher and self.teacher is None:
+            if asks_teacher(stage) and self.teacher is None:
                 raise UnsupportedCombination(f"{at} distils a teacher, but the run names none; add 'teacher: NAME'")
             if stage.validate_every > 0 and self.data.validation is None:
                 raise UnsupportedCombination(

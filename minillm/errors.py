@@ -28,6 +28,10 @@ class ManifestError(DataError):
     """Generated text has no manifest, a broken one, or one that was written with other text."""
 
 
+class CacheError(DataError):
+    """A teacher cache is broken, incomplete, or of another teacher, tokenizer, template or data than the run's."""
+
+
 class ModelError(MinillmError, ValueError):
     """A model folder cannot be read safely, or its model cannot do what the run asks of it."""
 

@@ -4,7 +4,7 @@ files."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -13,14 +13,16 @@ from minillm.cards import Card, load_card
 from minillm.config import DecodingConfig, RunConfig
 from minillm.corpus import blocks_of
 from minillm.engine_settings import read_engine_settings, zero_stage
-from minillm.errors import DataError, ManifestError, ModelError, UnsupportedCombination
+from minillm.errors import CacheError, DataError, ManifestError, ModelError, UnsupportedCombination
 from minillm.generated import read_generated
 from minillm.models import ModelFacts, fingerprint, inspect
 from minillm.prompts import PrepareReport, data_hash, prepare
 from minillm.records import Document, Row
 from minillm.rows import counted, read_corpus, read_rows
+from minillm.teacher_cache import TeacherCache, read_cache
+from minillm.text_stages import KdStage
 from minillm.types import Decoding, Examples, Ids, Prompt
-from minillm.vocabulary import agree, check_heads, eos_ids, real_ids
+from minillm.vocabulary import agree, check_heads, eos_ids, identity, real_ids
 
 BLOCK_TOKENS = 512
 """Of a corpus's text, where the run says nothing else."""
@@ -240,6 +242,45 @@ def read_teacher_text(config: RunConfig, *, pair: Pair) -> Split:
     split = read_split(config, source, pair=pair, name="teacher text", need_response=True)
     told = f"teacher text: {manifest.counts.written:,} responses of {manifest.model} to {manifest.asked.source}"
     return dataclasses.replace(split, words=(told, *split.words))
+
+
+def read_teacher_caches(config: RunConfig, *, pair: Pair, splits: Mapping[str, Split]) -> dict[str, TeacherCache]:
+    """The caches that kd stages learn from, by stage, proved to be of this run's rows, and of its teacher if it names
+    one.
+
+    Raises ``DataError``, or its child ``CacheError``, where one is missing, was edited, or was made with another
+    teacher, tokenizer, template or data.
+    """
+    caches = {}
+    for stage in config.stages:
+        if isinstance(stage, KdStage) and stage.teacher_cache is not None:
+            cache = read_cache(stage.teacher_cache)
+            _check_cache(cache, config, pair=pair)
+            split = splits[stage.reads]
+            cache.require([row for row in split.prompts if row.response_ids], source=split.source)
+            caches[stage.name] = cache
+    return caches
+
+
+def _check_cache(cache: TeacherCache, config: RunConfig, *, pair: Pair) -> None:
+    """Raise ``CacheError`` where a cache is of another teacher, tokenizer or template."""
+    asked, remedy = cache.manifest.asked, "make it again with minillm cache"
+    if pair.teacher_card is not None and asked.weights != fingerprint(pair.teacher_card):
+        raise CacheError(
+            f"{cache.path}: of {cache.manifest.teacher} with weights {asked.weights}, and the run's teacher "
+            f"{pair.teacher_card.name} has {fingerprint(pair.teacher_card)}; name that teacher, or {remedy}"
+        )
+    if asked.template != config.data.template:
+        raise CacheError(
+            f"{cache.path}: its rows were read with template '{asked.template}', and data.template is "
+            f"'{config.data.template}'; set the same, or {remedy}"
+        )
+    if asked.tokenizer != identity(pair.tokenizer) or asked.real_ids != pair.real_ids:
+        raise CacheError(
+            f"{cache.path}: its teacher has another tokenizer than student {pair.student_card.name} "
+            f"({asked.real_ids:,} and {pair.real_ids:,} ids, or other tokens of the same ids); give a student that "
+            "reads the same ids, or a cache of a teacher that does"
+        )
 
 
 def read_anchor(config: RunConfig, *, pair: Pair) -> Anchor | None:

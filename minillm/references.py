@@ -15,10 +15,12 @@ from torch import Tensor
 
 from minillm.batches import ExampleBatch, example_batch
 from minillm.engines import Student, Teacher
+from minillm.kept import Kept
 from minillm.micro_batches import Limits
 from minillm.order import WindowedOrder, share
 from minillm.ranks import Ranks
 from minillm.scoring import HeadWeights, TeacherView
+from minillm.teacher_cache import TeacherCache
 from minillm.text_stages import KdStage, ReferenceStage
 from minillm.types import Example, Ids, Prompt
 from minillm.updates import Loss, Sums, Update, in_step, limits_of, nobody
@@ -30,10 +32,11 @@ class References:
 
     def __init__(
         self, stage: ReferenceStage, *, prompts: Sequence[Prompt], ids: Ids, ranks: Ranks, seed: int,
-        teacher: Teacher | None = None,
+        teacher: Teacher | None = None, cache: TeacherCache | None = None,
     ) -> None:  # fmt: skip
-        """``teacher`` for a ``KdStage``."""
-        self._stage, self._prompts, self._ids, self._ranks, self._teacher = stage, prompts, ids, ranks, teacher
+        """A ``KdStage`` has a ``teacher``, or what one once said, in a ``cache``."""
+        self._stage, self._prompts, self._ids, self._ranks = stage, prompts, ids, ranks
+        self._teacher, self._cache = teacher, cache
         lengths = [len(prompt.ids) + len(prompt.response_ids) for prompt in prompts]
         self._order = WindowedOrder(
             lengths, batch=stage.batch, window=stage.length_window, seed=seed, purpose=f"{stage.name}/rows"
@@ -50,7 +53,9 @@ class References:
         """One step on them."""
         with ExitStack() as stack:
             lesson = likelihood()
-            if isinstance(self._stage, KdStage):
+            if isinstance(self._stage, KdStage) and self._cache is not None:
+                lesson = cached_labels(self._cache, share=self._stage.teacher_share, device=self._ranks.device)
+            elif isinstance(self._stage, KdStage):
                 assert self._teacher is not None, "the configuration refuses a kd stage without a teacher"
                 head = stack.enter_context(self._teacher.head())
                 taught = TeacherText(read=self._teacher.reader.read, head=head)
@@ -88,6 +93,8 @@ class Lesson:
     per_token: Callable[[Mapping[str, Tensor]], Tensor]
     """From those of some tokens, each [n], to their share of the loss before it is divided, [n]."""
     teacher: TeacherText | None = None
+    kept: Callable[[Sequence[Example]], Kept] | None = None
+    """In place of a teacher: what one said about the learnt tokens of some rows, row by row."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Other fields of ``scoring.Task``: temperature, jsd_beta, skew."""
 
@@ -105,6 +112,15 @@ def soft_labels(teacher: TeacherText, *, share: float) -> Lesson:
         return share * of["forward_kl"] - (1.0 - share) * of["logq"]
 
     return Lesson(wanted=("logq", "forward_kl"), per_token=per_token, teacher=teacher)
+
+
+def cached_labels(cache: TeacherCache, *, share: float, device: torch.device) -> Lesson:
+    """``soft_labels`` of a teacher of whom a few ids are stored; what is not is one bucket."""
+
+    def per_token(of: Mapping[str, Tensor]) -> Tensor:
+        return share * of["cached_kl"] - (1.0 - share) * of["logq"]
+
+    return Lesson(wanted=("logq", "cached_kl"), per_token=per_token, kept=lambda rows: cache.of(rows, device=device))
 
 
 def learnt_tokens(rows: Sequence[Example]) -> float:
@@ -127,16 +143,17 @@ def text_losses(
     sums = Sums({name: 0.0})
 
     def loss_of(number: int, indices: Sequence[int]) -> Tensor:
-        inputs = nobody(ranks.device)
-        if indices:
-            inputs = _example_inputs(example_batch([rows[i] for i in indices], pad_id=ids.pad, device=ranks.device))
+        inputs, picked = nobody(ranks.device), [rows[i] for i in indices]
+        if picked:
+            inputs = _example_inputs(example_batch(picked, pad_id=ids.pad, device=ranks.device))
         view = None if views is None else views.get(number)
         if lesson.teacher is not None and view is None:
             view = lesson.teacher.view(inputs)
             if views is not None:
                 views[number] = view
         loss, _ = student.loss(
-            **inputs, wanted=lesson.wanted, teacher=view, **lesson.settings,
+            **inputs, wanted=lesson.wanted, teacher=view,
+            kept=None if lesson.kept is None else lesson.kept(picked), **lesson.settings,
             loss=lambda of, _: lesson.per_token(of).sum() / denominator,
         )  # fmt: skip
         sums.add(**{name: loss.detach()})

@@ -21,6 +21,7 @@ from minillm.publish import publish_student
 from minillm.ranks import Ranks
 from minillm.references import References
 from minillm.store import RunFolder
+from minillm.teacher_cache import TeacherCache
 from minillm.text_stages import DistilStage, ReferenceStage
 from minillm.types import Examples, Prompt
 from minillm.updates import Objective
@@ -48,9 +49,11 @@ def run_stage(
     into: Path,
     model_card: Callable[[Student, Mapping[str, float]], str],
     corpus: Examples | None = None,
+    cache: TeacherCache | None = None,
 ) -> Progressed:
     """Trains one stage and publishes its student at ``into``; ``model_card`` writes that folder's README. ``corpus`` is
-    what a language-model loss learns from, if not from the prompts' responses."""
+    what a language-model loss learns from, if not from the prompts' responses; ``cache`` what a kd stage has in
+    place of the teacher."""
     check_rows(stage, prompts, ranks=ranks)
     student = Student(
         # In 32 bits whatever the card says: that is what the optimiser keeps, and the engine makes its own bf16 copy.
@@ -85,7 +88,9 @@ def run_stage(
 
     try:
         return run_steps(
-            _objective(config, stage, pair=pair, prompts=prompts, teacher=teacher, ranks=ranks, corpus=corpus),
+            _objective(
+                config, stage, pair=pair, prompts=prompts, teacher=teacher, ranks=ranks, corpus=corpus, cache=cache
+            ),
             student,
             stage=stage.name,
             steps=stage.steps,
@@ -158,11 +163,14 @@ def _objective(
     teacher: Teacher | None,
     ranks: Ranks,
     corpus: Examples | None,
+    cache: TeacherCache | None,
 ) -> Objective:
     """The one place that knows which objective a kind of stage has."""
     rows = usable(stage, prompts)
     if isinstance(stage, ReferenceStage):
-        return References(stage, prompts=rows, ids=pair.ids, ranks=ranks, seed=config.seed, teacher=teacher)
+        return References(
+            stage, prompts=rows, ids=pair.ids, ranks=ranks, seed=config.seed, teacher=teacher, cache=cache
+        )
     assert teacher is not None, "the configuration refuses a stage that wants a teacher where there is none"
     if isinstance(stage, DistilStage):
         return Distil(

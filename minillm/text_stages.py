@@ -90,8 +90,16 @@ class KdStage(ReferenceStage):
     teacher_share: Share = 0.5
     """How much of the loss is the forward KL from the teacher instead of the reference's own token, 0 to 1; official
     0.5."""
+    teacher_cache: Text | None = None
+    """Folder that 'minillm cache' wrote: what the teacher said about the rows, so that it is not loaded to train. The
+    forward KL is then that over the stored ids and one bucket for all others."""
 
     wants_teacher: ClassVar[bool] = True
+
+
+def asks_teacher(stage: BaseStage) -> bool:
+    """Whether a stage needs the teacher beside it, and not only what it once said."""
+    return stage.wants_teacher and not (isinstance(stage, KdStage) and stage.teacher_cache is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -54,6 +54,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "model_card",
         "generated",
         "generation_parts",
+        "teacher_cache",
         "trackers",
     ),
     6: (
@@ -70,7 +71,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "terminal",
     ),
     7: (
-        *("measures", "evaluation", "generation", "results", "statistics", "plots"),
+        *("measures", "evaluation", "generation", "teacher_caching", "results", "statistics", "plots"),
         *("diagnose", "judge", "text_measures", "self_bleu", "exposure", "calibration"),
         *("exposure_run", "calibration_run", "extras", "report", "report_files", "report_html"),
         *("report_style", "report_text", "report_words", "report_extras", "report_sets", "compare", "gold"),

@@ -170,7 +170,7 @@ def test_a_cached_teacher_has_at_most_the_forward_kl_and_with_all_ids_that_one_a
     exact = gradients_of_twin(case, case.twin()["forward_kl"])
     mine = case.gradients("cached_kl", kept=kept, teacher=None, wanted=("cached_kl",), tile=4, piece=3)
     apart = max(gap(a, b) for a, b in zip(mine, exact, strict=True))
-    assert (apart < TINY and gap(cached_N, whole_N) < TINY) if k == V else apart > VISIBLE  # and a control
+    assert (apart < TINY and gap(cached_N, whole_N) < TINY) if k >= V - 1 else apart > VISIBLE  # and a control
 
 
 def test_a_rest_of_almost_nothing_keeps_its_digits() -> None:
@@ -182,7 +182,7 @@ def test_a_rest_of_almost_nothing_keeps_its_digits() -> None:
     leaf = logits_NV.requires_grad_()
     loss, _ = token_loss(leaf, head=head, task=task, loss=lambda n, _: n["cached_kl"].sum())
     rest = math.exp(-30.0) + math.exp(-31.0)
-    assert float(loss) == pytest.approx(math.log(0.5) - 0.5 * math.log(rest), rel=1e-6)
+    assert loss.item() == pytest.approx(math.log(0.5) - 0.5 * math.log(rest), rel=1e-6)
     (grad,) = torch.autograd.grad(loss, leaf)
     share = math.exp(-30.0) / rest
     assert grad[0].tolist() == pytest.approx([0.5, -0.5 * share, -0.5 * (1.0 - share)], rel=1e-5)

@@ -1,0 +1,235 @@
+"""Has a teacher read the reference responses of a run once, and keeps what it says (``teacher_cache``).
+
+Ranks share the reading and rank 0 writes, so the teacher may be whole or sharded. Arrays are filled in place as batches
+come in, in a folder that takes its name when it is whole: memory holds a batch, and a reader never sees half a cache.
+
+Legend: B rows, L positions, n tokens of a tile, N tokens of all ranks, V real ids, H hidden width, K kept ids,
+J = K + 1 with the bucket.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minillm.batches import example_batch
+from minillm.config import RunConfig
+from minillm.divergences import kept_and_rest
+from minillm.engines import Teacher
+from minillm.errors import ConfigError, DataError, NonFinite
+from minillm.kept import Kept
+from minillm.models import fingerprint
+from minillm.order import share
+from minillm.preflight import Pair, check_alone, read_split
+from minillm.progress import Progress
+from minillm.prompts import data_hash
+from minillm.ranks import Ranks
+from minillm.results import versions
+from minillm.scoring import WORKING_BYTES, HeadWeights
+from minillm.stages import load_teacher
+from minillm.store import make_folder, replaced_folder, write_text
+from minillm.teacher_cache import (
+    FILES,
+    IDS,
+    LOGP,
+    MANIFEST,
+    ROWS,
+    Asked,
+    Manifest,
+    Precision,
+    TeacherCache,
+    differences,
+    digest,
+    id_kind,
+    read_cache,
+    read_manifest,
+    sha256_of,
+)
+from minillm.types import Prompt
+from minillm.updates import nobody
+from minillm.vocabulary import identity
+
+
+def cache_teacher(
+    teacher: str | Path,
+    config: RunConfig,
+    *,
+    out: str | Path,
+    top_k: int,
+    precision: Precision = "float16",
+    fresh: bool = False,
+) -> TeacherCache:
+    """Stores the ``top_k`` likeliest ids for each response token of ``data.train``, and the mass of all others.
+
+    ``config`` says which rows and which template; its models are not read. A cache that answers the same question is
+    left as it is. Raises ``DataError`` where ``out`` holds anything else, unless ``fresh``, which replaces a cache and
+    nothing but a cache.
+    """
+    out, pair, rows = Path(out), *_read(str(teacher), config, top_k=top_k)
+    asked = Asked(
+        weights=fingerprint(pair.student_card),
+        tokenizer=identity(pair.tokenizer),
+        real_ids=pair.real_ids,
+        dtype=pair.student_card.dtype,
+        source=str(config.data.train),
+        data=data_hash(rows),
+        template=config.data.template,
+        top_k=top_k,
+        precision=precision,
+    )
+    ranks = Ranks(threads=config.threads)
+    if _done(out, asked, fresh=fresh):
+        _say(ranks, f"{out}: made already; --fresh starts over")
+        return read_cache(out)
+    if ranks.first:
+        make_folder(out.parent, setting="--out")
+    ranks.barrier()  # every rank has read what is there
+    model = load_teacher(pair, ranks=ranks, say=lambda line: _say(ranks, line))
+    try:
+        _write(out, rows, asked, model=model, name=str(teacher), batch=config.evaluation.batch, pair=pair, ranks=ranks)
+    finally:
+        model.close()
+    ranks.barrier()
+    cache = read_cache(out)
+    size = cache.manifest.bytes_per_token
+    _say(ranks, f"{out}: {len(rows):,} rows, {cache.manifest.tokens:,} tokens, {size:,.1f} bytes a token")
+    return cache
+
+
+def _read(teacher: str, config: RunConfig, *, top_k: int) -> tuple[Pair, list[Prompt]]:
+    """The teacher's facts, and the rows with a response."""
+    if config.data.train is None:
+        raise DataError("data.train is missing; wanted the rows whose responses the teacher is to read")
+    pair = check_alone(config, teacher)
+    if not 1 <= top_k <= pair.real_ids:
+        raise ConfigError(f"--top-k {top_k}: wanted 1 to {pair.real_ids:,}, the ids of {teacher}")
+    limit = config.data.train_limit
+    split = read_split(config, config.data.train, pair=pair, name="train", need_response=True, limit=limit)
+    return pair, [prompt for prompt in split.prompts if prompt.response_ids]
+
+
+def _done(out: Path, asked: Asked, *, fresh: bool) -> bool:
+    """Whether this very cache is there already; ``DataError`` where something else is that may not be replaced."""
+    if not out.exists():
+        return False
+    manifest = read_manifest(out) if out.is_dir() and not fresh else None
+    ours = out.is_dir() and (out / MANIFEST).is_file() and {file.name for file in out.iterdir()} <= {*FILES}
+    if not ours and not (out.is_dir() and not any(out.iterdir())):
+        raise DataError(f"{out} is there and is no teacher cache; nothing was touched.\n  give another --out")
+    if fresh or manifest is None:
+        return False
+    if differs := differences(manifest.asked, asked):
+        raise DataError(
+            f"{out} holds another cache (it differs in: {', '.join(differs)}); nothing was touched.\n"
+            "  give another --out, or --fresh to replace it"
+        )
+    read_cache(out)
+    return True
+
+
+def _write(
+    out: Path, rows: Sequence[Prompt], asked: Asked, *, model: Teacher, name: str, batch: int, pair: Pair, ranks: Ranks
+) -> None:
+    """All files, on rank 0; the other ranks only read."""
+    starts = [0, *accumulate(len(row.response_ids) for row in rows)]
+    if not ranks.first:
+        _fill(None, rows, starts, asked, model=model, batch=batch, pair=pair, ranks=ranks)
+        return
+    shapes = {IDS: (id_kind(asked.real_ids), asked.top_k), LOGP: (np.dtype(asked.precision), asked.top_k + 1)}
+    with replaced_folder(out) as staging:
+        arrays = [
+            np.lib.format.open_memmap(staging / file, mode="w+", dtype=kind, shape=(starts[-1], width))
+            for file, (kind, width) in shapes.items()
+        ]
+        _fill(arrays, rows, starts, asked, model=model, batch=batch, pair=pair, ranks=ranks)
+        for array in arrays:
+            array.flush()
+        lines = (
+            json.dumps({"uid": row.uid, "start": at, "tokens": end - at, "ids": digest(row)}) + "\n"
+            for row, (at, end) in zip(rows, pairwise(starts), strict=True)
+        )
+        write_text(staging / ROWS, "".join(lines))
+        size = sum((staging / file).stat().st_size for file in (IDS, LOGP, ROWS))
+        manifest = Manifest(
+            teacher=name,
+            asked=asked,
+            rows=len(rows),
+            tokens=starts[-1],
+            bytes_per_token=round(size / starts[-1], 2),
+            sha256={file: sha256_of(staging / file) for file in (IDS, LOGP, ROWS)},
+            versions=versions(),
+            date=time.strftime("%Y-%m-%d"),
+        )
+        write_text(staging / MANIFEST, json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n")
+
+
+def _fill(
+    arrays: Sequence[np.memmap] | None, rows: Sequence[Prompt], starts: Sequence[int], asked: Asked, *, model: Teacher,
+    batch: int, pair: Pair, ranks: Ranks,
+) -> None:  # fmt: skip
+    """Reads all rows, those of similar length together, ``batch`` of them a rank at a time."""
+    lengths = [len(row.ids) + len(row.response_ids) for row in rows]
+    order = sorted(range(len(rows)), key=lambda row: (lengths[row], row))
+    width = batch * ranks.size
+    pieces = [order[at : at + width] for at in range(0, len(order), width)]
+    bar = Progress(f"cache {pair.student_card.name}", total=len(pieces), unit="batches", shown=ranks.first)
+    try:
+        for number, piece in enumerate(pieces):
+            shares = [share(piece, lengths=lengths, rank=rank, ranks=ranks.size) for rank in range(ranks.size)]
+            mine = [rows[row] for row in shares[ranks.rank]]
+            kept = ranks.together(
+                lambda mine=mine: _said(mine, model=model, k=asked.top_k, pad=pair.ids.pad, ranks=ranks)  # type: ignore[misc]
+            )
+            ids_NK, logp_NJ = ranks.gather_rows(kept.ids_NK), ranks.gather_rows(kept.logp_NJ)
+            for array, value in zip(arrays or (), (ids_NK, logp_NJ), strict=bool(arrays)):
+                at, numbers = 0, value.cpu().numpy()
+                for row in (row for each in shares for row in each):
+                    tokens = len(rows[row].response_ids)
+                    array[starts[row] : starts[row + 1]] = numbers[at : at + tokens]
+                    at += tokens
+            bar.advance(number + 1, {})
+    finally:
+        bar.close()
+
+
+@torch.no_grad()
+def _said(rows: Sequence[Prompt], *, model: Teacher, k: int, pad: int, ranks: Ranks) -> Kept:
+    """What the teacher says about the response tokens of these rows; with none it still keeps step with the others."""
+    inputs = nobody(ranks.device)
+    if rows:
+        batch = example_batch(rows, pad_id=pad, device=ranks.device)
+        inputs = {"ids_BL": batch.ids_BL, "mask_BL": batch.mask_BL, "predict_BL": batch.target_BL}
+    hidden_BLH = model.reader.read(inputs["ids_BL"], inputs["mask_BL"])
+    hidden_NH = hidden_BLH[inputs["predict_BL"].roll(-1, dims=1)]
+    with model.head() as head:
+        found = [likeliest(hidden_nH, head=head, k=k) for hidden_nH in hidden_NH.split(_tile(head))]
+    kept = Kept(ids_NK=torch.cat([one.ids_NK for one in found]), logp_NJ=torch.cat([one.logp_NJ for one in found]))
+    if bool(kept.logp_NJ.isnan().any()):
+        uids = ", ".join(repr(row.uid) for row in rows[:3])
+        raise NonFinite(f"the teacher says no numbers in a batch of rows {uids}, …; nothing was kept")
+    return kept
+
+
+def likeliest(hidden_nH: Tensor, *, head: HeadWeights, k: int) -> Kept:
+    """The ``k`` likeliest ids of each state, likeliest first, and what is left for all others."""
+    logp_nV = head.logits(hidden_nH).log_softmax(dim=-1)
+    ids_nK = logp_nV.topk(k, dim=-1).indices
+    return Kept(ids_NK=ids_nK, logp_NJ=kept_and_rest(logp_nV, ids_nK))
+
+
+def _tile(head: HeadWeights) -> int:
+    """Tokens whose logits, and the five tensors that are made of them, stay within the memory of a pass."""
+    vocabulary, kind = head.weight_VH.shape[0], "cpu" if head.weight_VH.device.type == "cpu" else "cuda"
+    return max(16, WORKING_BYTES[kind] // (6 * 4 * vocabulary))
+
+
+def _say(ranks: Ranks, line: str) -> None:
+    if ranks.first:
+        print(line, flush=True)
