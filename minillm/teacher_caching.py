@@ -209,7 +209,7 @@ def _said(rows: Sequence[Prompt], *, model: Teacher, k: int, pad: int, ranks: Ra
     hidden_BLH = model.reader.read(inputs["ids_BL"], inputs["mask_BL"])
     hidden_NH = hidden_BLH[inputs["predict_BL"].roll(-1, dims=1)]
     with model.head() as head:
-        found = [likeliest(hidden_nH, head=head, k=k) for hidden_nH in hidden_NH.split(_tile(head))]
+        found = [likeliest(hidden_nH, head=head, k=k) for hidden_nH in torch.split(hidden_NH, _tile(head))]
     kept = Kept(ids_NK=torch.cat([one.ids_NK for one in found]), logp_NJ=torch.cat([one.logp_NJ for one in found]))
     if bool(kept.logp_NJ.isnan().any()):
         uids = ", ".join(repr(row.uid) for row in rows[:3])
