@@ -269,7 +269,7 @@ CONTROLS: dict[str, tuple[str, Wrap]] = {
     "step: MiniLLM, ZeRO 3, sharded teacher": ("minillm.objectives:clipped_surrogate", told(clip=0.01)),
     "step: MiniLLM in micro-batches, ZeRO 2": ("minillm.objectives:Minillm._loss", own_sequences),
     "text: ROUGE-L, golden numbers": (
-        "minillm.measures:rouge_l",
+        "minillm.text_measures:rouge_l",
         lambda plain: lambda response, references: plain(response, references[:1]),
     ),
     "text: distinct-4 and repetition-3": (
