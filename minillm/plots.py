@@ -97,6 +97,7 @@ def lines(
             axes.plot((0.0, 1.0), (0.0, 1.0), color=INK, linewidth=1.0, alpha=0.45)
         for one in series:
             _curve(axes, one)
+        _label(axes, series)
         axes.set(xlabel=x, ylabel=y)
         if falling:
             axes.invert_xaxis()
@@ -112,14 +113,16 @@ def bars(
     def draw(axes: Axes) -> None:
         places = list(range(len(rows)))
         for place, (_, colour, value, ends) in zip(places, rows, strict=True):
-            axes.barh(place, value, color=STAND_IN[colour % COLOURS], height=0.62)
+            # Pale in a full edge: an interval's ink is not lost on the bar, in dark pages above all.
+            axes.barh(place, value, color=STAND_IN[colour % COLOURS], height=0.62, alpha=0.45, linewidth=0)
+            axes.barh(place, value, fill=False, edgecolor=STAND_IN[colour % COLOURS], height=0.62, linewidth=1.2)
             if ends is not None:
                 # An interval of a skewed bootstrap may lie beside its mean; a negative length is not drawable.
                 reach = [[max(value - ends[0], 0.0)], [max(ends[1] - value, 0.0)]]
                 axes.errorbar(value, place, xerr=reach, fmt="none", ecolor=INK, elinewidth=1.2, capsize=3)
             edge = max([value, *(ends or ())])
             axes.annotate(
-                f"{value:.{digits}f}", (max(edge, 0.0), place), (5, 0), textcoords="offset points", va="center"
+                _rounded(value, digits), (max(edge, 0.0), place), (5, 0), textcoords="offset points", va="center"
             )
         axes.set_yticks(places, [_short(name) for name, *_ in rows])
         axes.invert_yaxis()
@@ -146,7 +149,7 @@ def block_means(x: Sequence[float], y: Sequence[float]) -> tuple[tuple[float, ..
 def _curve(axes: Axes, one: Series) -> None:
     colour, marker = STAND_IN[one.colour % COLOURS], MARKERS[one.colour % COLOURS]
     if one.faint:
-        axes.plot(one.x, one.y, color=colour, linewidth=1.0, alpha=0.45)
+        axes.plot(one.x, one.y, color=colour, linewidth=1.0, alpha=0.6)
         return
     if one.band:
         if one.low is not None and one.high is not None:
@@ -160,8 +163,39 @@ def _curve(axes: Axes, one: Series) -> None:
         ]
         axes.errorbar(one.x, one.y, yerr=reach, fmt="none", ecolor=colour, elinewidth=1.0, capsize=2.5, alpha=0.7)
     axes.plot(one.x, one.y, color=colour, marker=marker, markersize=4.5, linewidth=1.6)
-    for x, y, label in zip(one.x, one.y, one.labels, strict=False):
-        axes.annotate(label, (x, y), (5, 4), textcoords="offset points", fontsize=8)
+
+
+def _label(axes: Axes, series: Sequence[Series]) -> None:
+    """The labels beside their points, each in the first corner that is free of other labels and points."""
+    points = [(x, y, label) for one in series for x, y, label in zip(one.x, one.y, one.labels, strict=False)]
+    if not points:
+        return
+    # Where things will be, in points, once the limits are settled: asking for them settles them.
+    axes.get_xlim(), axes.get_ylim()
+    scale = 72.0 / axes.get_figure(root=True).dpi  # type: ignore[union-attr]
+    at_N2 = axes.transData.transform([(x, y) for x, y, _ in points]) * scale
+    least, most = axes.bbox.x0 * scale, axes.bbox.x1 * scale + 15
+    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in at_N2]
+    for (x, y, label), (left, low) in zip(points, at_N2, strict=True):
+        wide = 5.0 * len(label)
+        corners = [(5.0, 4.0), (5.0, -10.0), (-wide - 4, -10.0), (-wide - 4, 4.0)]
+        boxes = [(left + a, low + b, left + a + wide, low + b + 7) for a, b in corners]
+        # Over the edge there are the figures of the axis.
+        met = [sum(_meet(box, other) for other in taken) + (not least < box[0] < box[2] < most) for box in boxes]
+        best = met.index(min(met))
+        taken.append(boxes[best])
+        axes.annotate(label, (x, y), corners[best], textcoords="offset points", fontsize=8)
+
+
+def _meet(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    """Whether two boxes (left, low, right, high) share a part."""
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def _rounded(value: float, digits: int) -> str:
+    """A number as the tables have it: with a minus sign, and without one where it rounds to 0."""
+    text = f"{value:.{digits}f}"
+    return f"{0:.{digits}f}" if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
 
 
 def _svg(draw: Callable[[Axes], None], *, key: str, title: str) -> str:

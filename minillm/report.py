@@ -97,7 +97,7 @@ def write_reports(
             combined[""], evaluations=sets[""], training=training, out=out / PAGE, title=title, settings=settings
         )
         return
-    more = body(
+    more, _ = body(
         {**_NOTHING, "seconds": dict(seconds)},
         samples={},
         courses={name: read_course(Path(path)) for name, path in training.items()},

@@ -7,13 +7,16 @@ and a content policy in the page's head forbids scripts and every request beside
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 from minillm import plots
 from minillm.measures import MEASURES, shown
 from minillm.report_extras import chapters, without_curves
 from minillm.report_files import Course
+from minillm.report_samples import samples_shown
 from minillm.report_style import STYLE
 from minillm.report_text import (
     AT_EACH_TEMPERATURE,
@@ -28,7 +31,6 @@ from minillm.report_text import (
 )
 from minillm.report_words import describe
 
-SAMPLES_SHOWN = 12
 CURVES = ("reverse_kl", "validity", "mean_length", "repetition_3", "loss")
 OVER_TEMPERATURE = ("validity", "reverse_kl", "distinct_4", "rouge_l")
 
@@ -42,9 +44,9 @@ def page(
     settings: Mapping[str, Any],
 ) -> str:
     """The whole page. Sections without anything to show say so or are left out."""
-    head = f"<header><h1>{safe(title)}</h1></header>\n"
     words = section("In words", "".join(f"<p>{safe(text)}</p>" for text in describe(combined)))
-    return frame(title, f"{head}{words}\n{body(combined, samples=samples, courses=courses, settings=settings)}")
+    below, filters = body(combined, samples=samples, courses=courses, settings=settings)
+    return frame(title, f"{words}\n{below}", style=filters)
 
 
 def body(
@@ -53,26 +55,29 @@ def body(
     samples: Mapping[str, Sequence[Mapping[str, Any]]],
     courses: Mapping[str, Course],
     settings: Mapping[str, Any],
-) -> str:
-    """The sections below the words; "" where there is nothing at all."""
+) -> tuple[str, str]:
+    """The sections below the words ("" where there is nothing at all), and the style that their filters need."""
     names = [*combined["models"], *(name for name in courses if name not in combined["models"])]
     colour = {name: number for number, name in enumerate(names)}
-    return "\n".join(
+    cards, filters = samples_shown(samples, colour, main=combined["temperature"])
+    content = "\n".join(
         part
         for part in (
             _figures(combined, colour),
             _temperatures(combined, colour),
             _extras(combined, colour),
             _training(courses, colour),
-            _samples(combined, samples, colour),
+            section("Samples", cards),
             _about(combined, settings),
         )
         if part
     )
+    return content, filters
 
 
 def frame(title: str, content: str, *, style: str = "") -> str:
-    """A whole page around content that is safe already; ``style`` is added to the report's."""
+    """A whole page around content that is safe already: heading, links to its sections, the content; ``style`` is added
+    to the report's."""
     # No default-src exception for scripts or images: a tag that slipped through would still do nothing.
     policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
     return (
@@ -80,13 +85,31 @@ def frame(title: str, content: str, *, style: str = "") -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta name="color-scheme" content="light dark">\n<title>{safe(title)}</title>\n'
-        f"<style>{STYLE}{style}</style>\n</head>\n<body>\n<main>\n{content}\n</main>\n</body>\n</html>\n"
+        f"<style>{STYLE}{style}</style>\n</head>\n<body>\n<main>\n"
+        f"<header><h1>{safe(title)}</h1>{_contents(content)}</header>\n"
+        f"{_numbered(content)}\n</main>\n</body>\n</html>\n"
     )
 
 
 def section(heading: str, content: str) -> str:
     """A part of the page; "" where there is nothing in it."""
     return f"<section><h2>{safe(heading)}</h2>{content}</section>" if content else ""
+
+
+SECTION = re.compile(r"<section><h2>(.*?)</h2>", flags=re.DOTALL)
+"""How each section starts. Strangers' text is escaped, so nothing else does."""
+
+
+def _numbered(body: str) -> str:
+    """The body with an id for each of its sections."""
+    numbers = count(1)
+    return SECTION.sub(lambda found: f'<section id="part-{next(numbers)}"><h2>{found[1]}</h2>', body)
+
+
+def _contents(body: str) -> str:
+    """Links to the sections; "" where there are not two of them."""
+    links = [f'<a href="#part-{n}">{heading}</a>' for n, heading in enumerate(SECTION.findall(body), start=1)]
+    return f'<nav aria-label="sections">{"".join(links)}</nav>' if len(links) > 1 else ""
 
 
 def _legend(names: Sequence[str], colour: Mapping[str, int]) -> str:
@@ -104,9 +127,13 @@ def scrolling(rows: str) -> str:
     return f'<div class="wide" tabindex="0"><table>{rows}</table></div>'
 
 
-def head_row(cells: Sequence[str]) -> str:
-    """The head of a table."""
-    return "<thead><tr>" + "".join(f'<th scope="col">{safe(cell)}</th>' for cell in cells) + "</tr></thead>"
+def head_row(cells: Sequence[str], *, words: int | None = None) -> str:
+    """The head of a table; ``words`` is the number of a column that holds words, none by default."""
+    heads = (
+        f'<th scope="col"{" class=text" if number == words else ""}><span>{safe(cell)}</span></th>'
+        for number, cell in enumerate(cells)
+    )
+    return f"<thead><tr>{''.join(heads)}</tr></thead>"
 
 
 def _estimate_cell(estimate: Mapping[str, Any] | None, name: str) -> str:
@@ -119,7 +146,8 @@ def _estimate_cell(estimate: Mapping[str, Any] | None, name: str) -> str:
 def _change_cell(change: Mapping[str, Any] | None, name: str) -> str:
     if change is None or change.get("mean") is None:
         return f"<td>{DASH}</td>"
-    ends = "" if change["ci95"] is None else f"<small>{interval(change, name, signed=True)}, {reading(change)}</small>"
+    ends = f"<small>{interval(change, name, signed=True)}</small><small>{reading(change)}</small>"
+    ends = "" if change["ci95"] is None else ends
     kind = ' class="sure"' if reading(change) == "excludes zero" else ""
     return f"<td{kind}>{figure(change['mean'], name, signed=True)}{ends}</td>"
 
@@ -143,14 +171,17 @@ def _figures(combined: Mapping[str, Any], colour: Mapping[str, int]) -> str:
 def _measure_table(combined: Mapping[str, Any], names: Sequence[str]) -> str:
     models, pairs = combined["models"], combined["pairs"]
     rows = [head_row(["", *models, *(f"{left} {MINUS} {right}, paired" for left, right in pairs.values())])]
+    meanings = []
     for name in names:
         measure = MEASURES[name]
         way = f", {measure.better} is better" if measure.better else ""
         cells = [_estimate_cell(measures.get(name), name) for measures in models.values()]
         cells += [_change_cell(combined["differences"][pair].get(name), name) for pair in pairs]
         head = f'<th scope="row">{safe(measure.label)}<small>{safe(measure.meaning + way)}</small></th>'
-        rows.append(f"<tr>{head}{''.join(cells)}</tr>")
-    return scrolling("".join(rows))
+        rows.append(f'<tr class="told">{head}{"".join(cells)}</tr>')
+        meanings.append(f"<dt>{safe(measure.label)}</dt><dd>{safe(measure.meaning + way)}</dd>")
+    # The meanings again, for pages too narrow to have them in the table.
+    return scrolling("".join(rows)) + f'<dl class="meanings">{"".join(meanings)}</dl>'
 
 
 def _bars(models: Mapping[str, Any], name: str, colour: Mapping[str, int]) -> str:
@@ -253,9 +284,11 @@ def _extras(combined: Mapping[str, Any], colour: Mapping[str, int]) -> str:
     """Exposure bias and calibration, where some evaluation measured them."""
     parts = []
     for chapter in chapters(combined["evaluations"], colour):
-        rows = [head_row(chapter.head)]
-        for name, *cells in chapter.rows:
-            rows.append(f'<tr><th scope="row">{safe(name)}</th>{"".join(f"<td>{safe(c)}</td>" for c in cells)}</tr>')
+        # The second column is words in both chapters: to the left, and broken where it is long.
+        rows = [head_row(chapter.head, words=1)]
+        for name, what, *cells in chapter.rows:
+            figures = "".join(f"<td>{safe(cell)}</td>" for cell in cells)
+            rows.append(f'<tr><th scope="row">{safe(name)}</th><td class="text">{safe(what)}</td>{figures}</tr>')
         drawn = _legend(chapter.models, colour) + _grid(chapter.drawings) if chapter.drawings else ""
         note = f"<p class='note'>{safe(chapter.note)}</p>"
         parts.append(section(chapter.heading, drawn + scrolling("".join(rows)) + note))
@@ -311,62 +344,6 @@ def _drawn(
     if block > 1:
         notes.append(f"{what}: drawn as means of {block} steps")
     return plots.Series(colour=colour, x=x, y=y, faint=kind == "train")
-
-
-def _samples(
-    combined: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]], colour: Mapping[str, int]
-) -> str:
-    """The same prompts answered by each model under the first sampling seed, evenly spaced over the file."""
-    first: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for name, rows in samples.items():
-        here = [row for row in rows if str(float(row["temperature"])) == combined["temperature"]]
-        first[name] = {str(row["uid"]): row for row in here if row["seed"] == here[0]["seed"]}
-    uids = list(dict.fromkeys(uid for rows in first.values() for uid in rows))
-    if not uids:
-        return ""
-    shown = [uids[n * len(uids) // SAMPLES_SHOWN] for n in range(SAMPLES_SHOWN)] if len(uids) > SAMPLES_SHOWN else uids
-    note = (
-        f"<p class='note'>{len(shown)} of {len(uids)} prompts, evenly spaced over the file and not chosen by "
-        f"result; the first sampling seed at temperature {safe(combined['temperature'])}.</p>"
-    )
-    cards = []
-    for uid in shown:
-        rows = [rows[uid] for rows in first.values() if uid in rows]
-        answers = "".join(answer(name, rows.get(uid), colour) for name, rows in first.items())
-        references = [str(text) for text in rows[0].get("references") or []]
-        more = f" <small>and {len(references) - 1} more</small>" if len(references) > 1 else ""
-        wanted = f'<div class="said"><b>reference{more}</b>{text_block(references[0])}</div>' if references else ""
-        cards.append(
-            f'<article><h3>{safe(uid)}</h3><div class="prompt">{text_block(rows[0]["prompt"])}</div>'
-            f'<div class="answers">{wanted}{answers}</div></article>'
-        )
-    return section("Samples", note + "".join(cards))
-
-
-def answer(name: str, row: Mapping[str, Any] | None, colour: Mapping[str, int]) -> str:
-    """What a model said to a prompt, with the measures of the response; a row of samples.jsonl, or None."""
-    head = f'<b><i class="k{colour.get(name, 0) % plots.COLOURS}"></i>{safe(name)}</b>'
-    if row is None:
-        return f'<div class="said">{head}<p>{DASH} (not asked)</p></div>'
-    own = row.get("measures", {})
-    told = []
-    if "validity" in own:
-        good = bool(own["validity"])
-        word = "valid" if good else f"not valid: {own.get('reason') or 'no reason given'}"
-        told.append(f'<span class="{"good" if good else "bad"}">{safe(word)}</span>')
-    for key in ("rouge_l", "reverse_kl"):
-        if finite(own.get(key)):
-            told.append(f"<span>{safe(MEASURES[key].label)} {own[key]:.2f}</span>".replace("-0.00", "0.00"))
-    if row.get("stop") == "length":
-        told.append("<span>cut at the length limit</span>")
-    return f'<div class="said">{head}{text_block(row["response"])}<small class="told">{"".join(told)}</small></div>'
-
-
-def text_block(text: Any) -> str:
-    """A stranger's text as a paragraph."""
-    cleaned = safe(text)
-    # bdi: right-to-left text cannot pull the text around it along.
-    return f"<p><bdi>{cleaned}</bdi></p>" if cleaned.strip() else '<p class="empty">(empty)</p>'
 
 
 def _about(combined: Mapping[str, Any], settings: Mapping[str, Any]) -> str:

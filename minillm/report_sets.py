@@ -61,7 +61,6 @@ def overview(reports: Mapping[str, Mapping[str, Any]], *, title: str, more: str 
         "averaged: they have other prompts, other lengths and other numbers of rows.</p>"
     )
     parts = [
-        f"<header><h1>{safe(title)}</h1></header>",
         section("All sets", content + note),
         section("By the length of the reference", _lengths(reports)),
         more,

@@ -15,7 +15,8 @@ from minillm import plots
 from minillm.compare.tables import net_share, temperature
 from minillm.compare.words import describe, probability
 from minillm.measures import LENGTH_BUCKETS, MEASURES
-from minillm.report_html import answer, frame, head_row, scrolling, section, text_block
+from minillm.report_html import frame, head_row, scrolling, section
+from minillm.report_samples import answer, choice, text_block
 from minillm.report_text import DASH, MINUS, clean, figure, finite, interval, reading, safe
 
 Pair = Mapping[str, Any]
@@ -23,23 +24,15 @@ BAR, HEIGHT = 220, 18
 """Width and height of an interval's drawing, in its own units."""
 LENGTHS = tuple(LENGTH_BUCKETS)
 STYLE = """
-td.bar { min-width: 9rem; padding-top: .55rem; } td.bar svg { width: 11rem; max-width: 11rem; }
+td.bar { min-width: 9rem; padding-top: .55rem; } td svg { width: 11rem; max-width: 11rem; margin-left: auto; }
+td.under svg { width: 8.5rem; margin-top: .2rem; } td.under { min-width: 9.5rem; }
 .zero { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 2 2; }
-.reach { stroke: var(--c2); stroke-width: 5; } .reach.no { stroke: var(--c0); opacity: .55; }
+.reach { stroke: var(--c2); stroke-width: 5; } .reach.no { stroke: var(--c0); opacity: .75; }
 .at { fill: var(--ink); }
-.filters { position: relative; } .filters > input { position: absolute; opacity: 0; }
-.filters > label { display: inline-block; padding: .15rem .7rem; margin: 0 .3rem .4rem 0; border-radius: 1rem;
-  border: 1px solid var(--grid); font-size: .85rem; cursor: pointer; overflow-wrap: anywhere; }
-.filters > input:checked + label { border-color: var(--ink); font-weight: 600; }
-.filters > input:focus-visible + label { outline: 2px solid var(--c2); }
-.filters > hr { border: 0; margin: 0; }
 .show-other:checked ~ article.ahead-base, .show-base:checked ~ article.ahead-other { display: none; }
 .show-l0:checked ~ article:not(.l0), .show-l1:checked ~ article:not(.l1), .show-l2:checked ~ article:not(.l2)
   { display: none; }
 ul.said-list { padding-left: 1.1rem; max-width: 46rem; } ul.said-list li { margin: .35rem 0; overflow-wrap: anywhere; }
-@media (max-width: 30rem) { th, td { padding: .3rem .45rem; } th[scope=row] { min-width: 6rem; } }
-@media print { .filters > label { display: none; }
-  .wide { overflow: visible; } td { white-space: normal; } body { font-size: 11px; } section { break-inside: auto; } }
 """
 
 
@@ -50,7 +43,7 @@ def page(found: Mapping[str, Any], *, title: str) -> str:
         f"<h3>{safe(heading)}</h3><ul class='said-list'>{''.join(f'<li>{safe(text)}</li>' for text in sentences)}</ul>"
         for heading, sentences in describe(found)
     )
-    parts = [f"<header><h1>{safe(title)}</h1></header>", section("In words", words)]
+    parts = [section("In words", words)]
     several = len(found["names"]) > 2
     for number, pair in enumerate(found["comparisons"]):
         parts.append(
@@ -101,15 +94,18 @@ def _reach(changes: Sequence[Mapping[str, Any] | None]) -> float:
     return max([end for end in ends if math.isfinite(end)], default=0.0)
 
 
-def _bar_cell(change: Mapping[str, Any], name: str, *, reach: float) -> str:
+def _drawn(change: Mapping[str, Any], name: str, *, reach: float) -> str:
     says = f"{MEASURES[name].label}: {figure(change['mean'], name, signed=True)}, {interval(change, name, signed=True)}"
-    return f'<td class="bar">{bar(change, reach=reach, label=says)}</td>'
+    return bar(change, reach=reach, label=says)
 
 
-def _change_cell(change: Mapping[str, Any], name: str) -> str:
+def _change_cell(change: Mapping[str, Any], name: str, *, reach: float | None = None) -> str:
+    """A difference with its interval, and with its bar below where the reach of the bars is given."""
     ends = "" if change["ci95"] is None else f"<small>{interval(change, name, signed=True)}</small>"
-    kind = ' class="sure"' if reading(change) == "excludes zero" else ""
-    return f"<td{kind}>{figure(change['mean'], name, signed=True)}{ends}</td>"
+    below = "" if reach is None else _drawn(change, name, reach=reach)
+    kinds = ["sure"] * (reading(change) == "excludes zero") + ["under"] * bool(below)
+    kind = f' class="{" ".join(kinds)}"' if kinds else ""
+    return f"<td{kind}>{figure(change['mean'], name, signed=True)}{ends}{below}</td>"
 
 
 def _row_head(label: str, small: str = "") -> str:
@@ -121,7 +117,7 @@ def _changes(pair: Pair, *, several: bool) -> str:
     for name, change in pair["changes"].items():
         better = MEASURES[name].better
         cells = "".join(f"<td>{figure(change[side], name)}</td>" for side in ("base", "other"))
-        cells += _change_cell(change, name) + _bar_cell(change, name, reach=_reach([change]))
+        cells += f'{_change_cell(change, name)}<td class="bar">{_drawn(change, name, reach=_reach([change]))}</td>'
         if several:
             cells += f"<td>{probability(change['holm']) if 'holm' in change else DASH}</td>".replace(
                 "<td>p <", "<td>p &lt;"
@@ -148,15 +144,12 @@ def _wins(pair: Pair) -> str:
 
 
 def _table(title: str, first: str, lines: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> str:
-    """A row for each line, two cells for each measure: the difference and its bar, scaled over the lines."""
-    heads = [first, *(text for name in names for text in (MEASURES[name].label, ""))]
+    """A row for each line, a cell for each measure: the difference and, below it, its bar, scaled over the lines."""
     reach = {name: _reach([changes.get(name) for changes in lines.values()]) for name in names}
-    rows = [head_row(heads)]
+    rows = [head_row([first, *(MEASURES[name].label for name in names)])]
     for label, changes in lines.items():
         cells = "".join(
-            _change_cell(changes[name], name) + _bar_cell(changes[name], name, reach=reach[name])
-            if name in changes
-            else f"<td>{DASH}</td><td></td>"
+            _change_cell(changes[name], name, reach=reach[name]) if name in changes else f"<td>{DASH}</td>"
             for name in names
         )
         rows.append(f"<tr>{_row_head(label)}{cells}</tr>")
@@ -213,25 +206,18 @@ def _samples(pair: Pair, colour: Mapping[str, int], *, key: str) -> str:
         return ""
     lengths = [name for name in LENGTHS if any(one["length"] == name for _, one in cards)]
     choices = [("all", "both"), ("other", f"{clean(pair['other'])} ahead"), ("base", f"{clean(pair['base'])} ahead")]
-    filters = "".join(_choice(f"{key}-who", kind, label) for kind, label in choices)
+    filters = "<span>who is ahead</span>" + "".join(
+        choice(f"{key}-who", kind, label, checked=kind == "all") for kind, label in choices
+    )
     if len(lengths) > 1:
-        filters += "<hr>" + _choice(f"{key}-length", "any", "reference of any length")
-        filters += "".join(_choice(f"{key}-length", f"l{LENGTHS.index(name)}", f"{name} words") for name in lengths)
+        filters += "<br><span>reference</span>" + choice(f"{key}-length", "any", "of any length", checked=True)
+        filters += "".join(choice(f"{key}-length", f"l{LENGTHS.index(name)}", f"{name} words") for name in lengths)
     shown = "".join(_card(pair, side, one, colour) for side, one in cards)
     note = (
         "The prompts that differ most, chosen by result: they show what the difference is made of, not what is usual. "
         "Of each prompt the sampling seed at which the two differ most."
     )
     return f"<h3>Where they differ most</h3><p class='note'>{note}</p><div class='filters'>{filters}{shown}</div>"
-
-
-def _choice(group: str, kind: str, label: str) -> str:
-    checked = " checked" if kind in ("all", "any") else ""
-    ident = f"{group}-{kind}"
-    return (
-        f'<input type="radio" name="{group}" id="{ident}" class="show-{kind}"{checked}>'
-        f'<label for="{ident}">{safe(label)}</label>'
-    )
 
 
 def _card(pair: Pair, side: str, one: Mapping[str, Any], colour: Mapping[str, int]) -> str:

@@ -74,8 +74,8 @@ FLOORS: dict[int, tuple[str, ...]] = {
         *("measures", "evaluation", "generation", "teacher_caching", "results", "statistics", "plots"),
         *("diagnose", "judge", "text_measures", "self_bleu", "exposure", "calibration"),
         *("exposure_run", "calibration_run", "extras", "report", "report_files", "report_html"),
-        *("report_style", "report_text", "report_words", "report_extras", "report_sets", "compare", "gold"),
-        *("unfinished", "evaluation_sets", "length_buckets"),
+        *("report_style", "report_text", "report_words", "report_extras", "report_sets", "compare"),
+        *("gold", "unfinished", "evaluation_sets", "length_buckets", "report_samples"),
     ),
     8: ("bench", "selftest", "study", "cli", "api", "__main__", "__init__"),
 }
