@@ -503,7 +503,7 @@ def _guarded(command: Callable[..., object]) -> int:
     if result == INTERRUPTED:
         print(
             "interrupted; the same command starts from the beginning again "
-            "(a study keeps its finished cells, generate and judge their answers)",
+            "(a study keeps its finished cells, an evaluation and generate their answers, a judge its answers)",
             file=sys.stderr,
         )
     return result if isinstance(result, int) else 0

@@ -59,7 +59,7 @@ def body(
     """The sections below the words ("" where there is nothing at all), and the style that their filters need."""
     names = [*combined["models"], *(name for name in courses if name not in combined["models"])]
     colour = {name: number for number, name in enumerate(names)}
-    cards, filters = samples_shown(samples, colour, main=combined["temperature"])
+    cards, filters = samples_shown(samples, colour, main=combined.get("temperature", ""))
     content = "\n".join(
         part
         for part in (

@@ -20,10 +20,10 @@ from transformers.generation.logits_process import (
 
 from minillm.decode import _mix
 from minillm.errors import ShapeMismatch
-from minillm.measures import repetition_3
 from minillm.reading import Asked
 from minillm.repetition import banned_ids, held_back, penalised, repetition_rewards
 from minillm.sampling import support_mask
+from minillm.text_measures import repetition_3
 from minillm.types import Decoding
 
 V, L = 6, 14
@@ -240,7 +240,7 @@ def test_golden_repetitions() -> None:
 
 
 def test_a_response_with_a_repetition_is_one_that_the_measure_of_text_finds() -> None:
-    """Ids as words: the definition of ``measures.repetition_3``."""
+    """Ids as words: the definition of ``text_measures.repetition_3``."""
     response_BT, mask_BT = responses_of(9)
     got_B = repetition_rewards(response_BT, mask_BT, ngram=3).any(dim=1)
     texts = [" ".join(map(str, ids_T[kept_T].tolist())) for ids_T, kept_T in zip(response_BT, mask_BT, strict=True)]

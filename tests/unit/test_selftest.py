@@ -273,7 +273,7 @@ CONTROLS: dict[str, tuple[str, Wrap]] = {
         lambda plain: lambda response, references: plain(response, references[:1]),
     ),
     "text: distinct-4 and repetition-3": (
-        "minillm.measures:ngram_counts",
+        "minillm.text_measures:ngram_counts",
         lambda plain: lambda texts, n: Counter(set(plain(texts, n))),
     ),
     "text: other vocabularies are refused": (
