@@ -41,7 +41,7 @@ NO_RESULT = (
         "study/config.py",
         "study/table.py",
         "study/curves.py",
-        "cli.py",
+        "cli/",
     ),
     *("report.py", "report_html.py", "report_style.py", "report_text.py", "report_words.py", "plots.py"),
     *("progress.py", "terminal.py", "model_card.py", "trackers.py"),

@@ -1,0 +1,155 @@
+"""The command line: thin commands over the Python API, with errors told in a few lines and no traceback.
+
+``runs``, ``comparisons`` and ``builtin`` hold the commands as functions, from which typer reads arguments, options and
+help; here they become one command line. ``minillm bench`` is put together in ``bench/``.
+
+Exit codes: 0 done; 1 a check of ``minillm selftest`` failed; 2 something the user can mend (nothing was trained); 3
+numbers that are not finite; 4 an alarm that stops the run; 130 interrupted.
+In help texts, ``\\b`` keeps a paragraph's lines as they are, so that an example can be copied.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from minillm.bench import commands, commands_rollout, commands_scale  # noqa: F401 (each adds its benchmarks)
+from minillm.bench.options import app as bench_app
+from minillm.cli import builtin, comparisons, runs
+from minillm.errors import MinillmError
+
+INTERRUPTED = 130
+FIRST_RANK_SPEAKS_S = 10.0
+"""How long the other ranks leave rank 0 to tell an error that all of them have; the launcher ends them once it did."""
+EXAMPLES = """
+\b
+Examples:
+  minillm sft --config recipes/quickstart/teacher.yaml threads=2
+  minillm distill --config recipes/quickstart/minillm.yaml name=mine seed=3
+  minillm evaluate runs/mine/student --out runs/mine/again \\
+    --config recipes/quickstart/minillm.yaml
+  minillm report a=runs/a b=runs/b --difference a,b --out runs/a-and-b
+  minillm generate runs/quickstart/teacher/student --out taught.jsonl \\
+    --config recipes/quickstart/minillm.yaml
+  minillm cache runs/quickstart/teacher/student --top-k 16 --out cached \\
+    --config recipes/quickstart/minillm.yaml
+  minillm compare a=runs/a b=runs/b --out runs/a-or-b
+  minillm world --out world
+  minillm diagnose --config recipes/quickstart/minillm.yaml \\
+    student=runs/mine/student --prompts 128
+  minillm study --config docs/results/long-horizon.yaml --show
+  minillm judge runs/a runs/b --url http://localhost:8000/v1 --model NAME
+  minillm selftest --json selftest.json
+  minillm bench loss --json bench.json
+
+\b
+On several processes or GPUs, under DeepSpeed's launcher:
+  deepspeed --num_accelerators 2 --module minillm distill \\
+    --config recipes/quickstart/minillm.yaml
+
+More on a command: minillm COMMAND --help
+"""
+COMMANDS = (
+    runs.sft,
+    runs.distill,
+    runs.evaluate,
+    runs.generate,
+    runs.cache,
+    comparisons.report,
+    comparisons.compare,
+    builtin.world,
+    runs.diagnose,
+    comparisons.study,
+    comparisons.judge,
+    builtin.selftest,
+)
+"""In the order in which the help lists them."""
+
+app = typer.Typer(
+    name="minillm",
+    help="Distil a large language model into a small one, on the small one's own text, and prove what it is worth.",
+    epilog=EXAMPLES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"minillm {version('minillm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None:
+    # DeepSpeed's launcher puts --local_rank before the command; the environment says the same, and libraries read it
+    # there.
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))
+
+
+for _command in COMMANDS:
+    app.command()(_command)
+app.add_typer(bench_app, name="bench")
+
+
+def main() -> None:
+    """Entry point of ``minillm`` and ``python -m minillm``."""
+    sys.exit(_guarded(app))
+
+
+def _guarded(command: Callable[..., object]) -> int:
+    """Runs a command; its exit code, with an error of the user's told in a few lines."""
+    try:
+        result = command(standalone_mode=False)
+    except MinillmError as error:
+        _tell(f"{type(error).__name__}: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        result = INTERRUPTED
+    except OSError as error:
+        where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        _tell(f"{type(error).__name__}: {where}\n  look at that path: what it is, its rights, the room on its disk")
+        return MinillmError.exit_code
+    except Exception as error:
+        if not _is_usage_error(error):
+            raise
+        error.show()  # type: ignore[attr-defined]
+        return MinillmError.exit_code
+    # typer turns an interruption that reaches it into this code.
+    if result == INTERRUPTED:
+        print(
+            "interrupted; the same command starts from the beginning again "
+            "(a study keeps its finished cells, an evaluation and generate their answers, a judge its answers)",
+            file=sys.stderr,
+        )
+    return result if isinstance(result, int) else 0
+
+
+def _tell(text: str) -> None:
+    """Prints an error once, although all ranks have it, and also where only one of them has it."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        # The launcher ends all ranks as soon as one has ended, which must not be before rank 0 has spoken.
+        time.sleep(FIRST_RANK_SPEAKS_S)
+        text = f"rank {rank}: {text}"
+    print(text, file=sys.stderr, flush=True)
+
+
+def _is_usage_error(error: Exception) -> bool:
+    """Whether the command line itself was wrong: an unknown option, a missing argument."""
+    return hasattr(error, "show") and hasattr(error, "exit_code")

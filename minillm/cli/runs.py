@@ -1,0 +1,184 @@
+"""Commands that read a run's configuration: train, measure, write down what a model says, look at the gradient."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from minillm.cli import options
+from minillm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from minillm.config import RunConfig
+
+
+def sft(config: options.Config, overrides: options.Overrides = None, fresh: options.Fresh = False) -> None:
+    """Train a model on reference responses (fine-tuning).
+
+    \b
+    Example:
+      minillm sft --config recipes/quickstart/teacher.yaml threads=2
+    """
+    settings = _load(config, overrides)
+    if any(stage.kind != "sft" for stage in settings.stages):
+        raise ConfigError(f"{config}: holds a stage that is not sft; run it with: minillm distill --config {config}")
+    _run(settings, fresh=fresh)
+
+
+def distill(config: options.Config, overrides: options.Overrides = None, fresh: options.Fresh = False) -> None:
+    """Distil a teacher into a student, evaluate it, report.
+
+    Runs all stages of the configuration, in one process or on every rank of a launcher.
+
+    \b
+    Examples:
+      minillm distill --config recipes/quickstart/minillm.yaml seed=3
+      deepspeed --num_accelerators 2 --module minillm distill \\
+        --config recipes/quickstart/minillm.yaml
+    """
+    _run(_load(config, overrides), fresh=fresh)
+
+
+def evaluate(  # noqa: PLR0917 (typer reads options from parameters)
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a student card or a hub name.")],
+    config: options.Config,
+    out: Annotated[Path, typer.Option("--out", help="Folder for results.json and samples.jsonl.")],
+    overrides: options.Overrides = None,
+    preset: Annotated[
+        str, typer.Option("--preset", help="A published protocol: minillm. Its settings replace the file's.")
+    ] = "",
+    fresh: options.Fresh = False,
+) -> None:
+    """Measure a model on a configuration's test prompts.
+
+    Writes results.json and samples.jsonl into the --out folder; of several sets in data.test each into a folder of
+    its name there. Interrupted, it goes on where it was when the same command is given again.
+
+    \b
+    Examples:
+      minillm evaluate runs/mine/student --out runs/mine/again \\
+        --config recipes/quickstart/minillm.yaml
+      minillm evaluate runs/mine/student --out runs/mine/five --preset minillm \\
+        --config recipes/jsonl.yaml 'data.test={dolly: set:dolly, sinst: set:sinst}'
+    """
+    settings = _load(config, [*_preset(preset), *(overrides or [])])
+    from minillm import api
+
+    api.evaluate(model, settings, out=out, fresh=fresh)
+
+
+def generate(  # noqa: PLR0917 (typer reads options from parameters)
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a teacher card or a hub name.")],
+    config: options.Config,
+    out: Annotated[Path, typer.Option("--out", help="File of rows to write, ending in .jsonl.")],
+    overrides: options.Overrides = None,
+    split: Annotated[str, typer.Option("--split", help="Whose prompts: train, validation or test.")] = "train",
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Responses to each prompt.")] = 1,
+    keep_cut: Annotated[
+        bool, typer.Option("--keep-cut", help="Also write responses that were cut or are empty.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over: replace the file that is there.")] = False,
+) -> None:
+    """Have a model answer prompts, as rows to train on.
+
+    The prompts are those of a configuration's split, drawn as its decoding section says. The file says beside it, in
+    FILE.manifest.json, which weights wrote it. Interrupted, the same command goes on where it stopped.
+
+    \b
+    Example:
+      minillm generate runs/quickstart/teacher/student --split train \\
+        --out taught.jsonl --config recipes/quickstart/minillm.yaml
+    """
+    settings = _load(config, overrides)
+    from minillm import api
+
+    api.generate(model, settings, out=out, split=split, samples=samples, keep_cut=keep_cut, fresh=fresh)
+
+
+def cache(  # noqa: PLR0917 (typer reads options from parameters)
+    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="A model folder, a teacher card or a hub name.")],
+    config: options.Config,
+    out: Annotated[Path, typer.Option("--out", help="Folder to write.")],
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Likeliest ids to keep of each token.")],
+    overrides: options.Overrides = None,
+    precision: Annotated[
+        str, typer.Option("--precision", help="Of stored log-probabilities: float16 or float32.")
+    ] = "float16",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over: replace the cache that is there.")] = False,
+) -> None:
+    """Store what a teacher says about reference responses.
+
+    The teacher reads the responses of data.train once; a kd stage with teacher_cache then trains without it. For each
+    token the likeliest ids are kept, and how likely all others are together.
+
+    \b
+    Example:
+      minillm cache runs/quickstart/teacher/student --top-k 16 \\
+        --out cached --config recipes/quickstart/minillm.yaml
+    """
+    if precision not in {"float16", "float32"}:
+        raise ConfigError(f"--precision {precision!r}: wanted float16 or float32")
+    settings = _load(config, overrides)
+    from minillm import api
+
+    api.cache_teacher(teacher, settings, out=out, top_k=top_k, precision=precision, fresh=fresh)  # type: ignore[arg-type]
+
+
+def diagnose(  # noqa: PLR0917 (typer reads options from parameters)
+    config: options.Config,
+    overrides: options.Overrides = None,
+    estimators: Annotated[
+        str, typer.Option("--estimators", metavar="A,B,…", help="Choices of credit, such as expected+ridge+g0.95.")
+    ] = "",
+    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Training prompts to measure on.")] = 64,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Responses to each of them; even.")] = 4,
+    directions: Annotated[int, typer.Option("--directions", min=1, help="Random directions in weight space.")] = 32,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of prompts, text and directions.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures into this file.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Also draw the variances: .png, .svg or .pdf.")] = None,
+) -> None:
+    """Measure how noisy and how biased the gradient is on your pair.
+
+    Every choice of credit (returns, baseline, discount, horizon), on the configuration's teacher, student and prompts.
+    Nothing is trained. The student is the one that the configuration starts from.
+
+    \b
+    Example:
+      minillm diagnose --config recipes/quickstart/minillm.yaml \\
+        student=runs/quickstart/sft/student --json diagnosis.json
+    """
+    settings = _load(config, overrides)
+    from minillm.diagnose.command import run
+
+    names = [name.strip() for name in estimators.split(",")] if estimators else None
+    run(
+        settings, names=names, prompts=prompts, samples=samples, directions=directions, seed=seed,
+        json_file=json_file, plot=plot,
+    )  # fmt: skip
+
+
+def _load(config: Path, overrides: list[str] | None) -> RunConfig:
+    from minillm.config import load_config
+
+    return load_config(config, overrides or [])
+
+
+def _preset(name: str) -> tuple[str, ...]:
+    """The overrides of a protocol, told, since some of them move every score; none without a name."""
+    if not name:
+        return ()
+    from minillm.released import preset
+
+    found = preset(name)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"preset {name}: {' '.join(found)}", flush=True)
+    return found
+
+
+def _run(settings: RunConfig, *, fresh: bool) -> None:
+    from minillm import api
+
+    api.distill(settings, fresh=fresh)
