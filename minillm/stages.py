@@ -55,37 +55,7 @@ def run_stage(
     what a language-model loss learns from, if not from the prompts' responses; ``cache`` what a kd stage has in
     place of the teacher."""
     check_rows(stage, prompts, ranks=ranks)
-    student = Student(
-        # In 32 bits whatever the card says: that is what the optimiser keeps, and the engine makes its own bf16 copy.
-        lambda: load(start.card, start.facts, seed=config.seed, dtype=torch.float32),
-        ranks=ranks,
-        settings=config.engine.student,
-        precision=config.engine.precision,
-        optimiser=stage.optimiser,
-        updates=stage.steps * stage.updates_per_step,
-        real_ids=pair.real_ids,
-        from_files=start.card.build is None,
-        dropout=not stage.on_policy,
-        seed=config.seed,
-        name=stage.name,
-    )
-
-    def publish(scores: Mapping[str, float]) -> None:
-        state = student.state()
-        if ranks.first:
-            publish_student(
-                into,
-                state=state,
-                config=student.config,
-                tokenizer=pair.tokenizer,
-                real_ids=pair.real_ids,
-                decoding=decoding_record(config.decoding),
-                eos_ids=pair.ids.eos,
-                pad_id=pair.ids.pad,
-                card=model_card(student, scores),
-            )
-        ranks.barrier()
-
+    student = _student(config, stage, start=start, pair=pair, ranks=ranks)
     try:
         return run_steps(
             _objective(
@@ -101,7 +71,9 @@ def run_stage(
             validate_every=stage.validate_every,
             keep=Keep(metric=stage.keep.metric, highest=stage.keep.mode == "max"),
             patience=stage.patience,
-            publish=publish,
+            publish=lambda scores: _publish(
+                student, into=into, config=config, pair=pair, ranks=ranks, card=lambda: model_card(student, scores)
+            ),
             alarms=Alarms(stage.alarms) if isinstance(stage, MinillmStage) else None,
         )
     finally:
@@ -152,6 +124,44 @@ def idle_words(config: RunConfig, stage: Stage) -> list[str]:
     """A line for each reason why settings of the stage change nothing."""
     idle = stage.idle_settings(tempered=config.decoding.tempered)
     return [f"no effect here: {', '.join(names)} ({reason})" for reason, names in idle.items()]
+
+
+def _student(config: RunConfig, stage: Stage, *, start: Start, pair: Pair, ranks: Ranks) -> Student:
+    """The stage's engine, with the weights that the stage starts from."""
+    return Student(
+        # In 32 bits whatever the card says: that is what the optimiser keeps, and the engine makes its own bf16 copy.
+        lambda: load(start.card, start.facts, seed=config.seed, dtype=torch.float32),
+        ranks=ranks,
+        settings=config.engine.student,
+        precision=config.engine.precision,
+        optimiser=stage.optimiser,
+        updates=stage.steps * stage.updates_per_step,
+        real_ids=pair.real_ids,
+        from_files=start.card.build is None,
+        dropout=not stage.on_policy,
+        seed=config.seed,
+        name=stage.name,
+    )
+
+
+def _publish(
+    student: Student, *, into: Path, config: RunConfig, pair: Pair, ranks: Ranks, card: Callable[[], str]
+) -> None:
+    """Writes the student as it stands; called on every rank, since all of them hand over their shards."""
+    state = student.state()
+    if ranks.first:
+        publish_student(
+            into,
+            state=state,
+            config=student.config,
+            tokenizer=pair.tokenizer,
+            real_ids=pair.real_ids,
+            decoding=decoding_record(config.decoding),
+            eos_ids=pair.ids.eos,
+            pad_id=pair.ids.pad,
+            card=card(),
+        )
+    ranks.barrier()
 
 
 def _objective(
