@@ -51,8 +51,9 @@ class UnsupportedCombination(ConfigError):
 class ShapeMismatch(MinillmError, ValueError):
     """Two tensors that must agree in shape do not."""
 
-    def __init__(self, what: str, got: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-        super().__init__(f"{what}: got shape {got}, wanted {wanted}")
+    def __init__(self, what: str, got: tuple[int, ...] | None = None, wanted: tuple[int, ...] | None = None) -> None:
+        # Alone, the text is the whole message: that is how an error is built again in another process.
+        super().__init__(what if got is None else f"{what}: got shape {got}, wanted {wanted}")
 
 
 class NonFinite(MinillmError, ArithmeticError):

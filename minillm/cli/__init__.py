@@ -3,8 +3,8 @@
 ``runs``, ``comparisons`` and ``builtin`` hold the commands as functions, from which typer reads arguments, options and
 help; here they become one command line. ``minillm bench`` is put together in ``bench/``.
 
-Exit codes: 0 done; 1 a check of ``minillm selftest`` failed; 2 something the user can mend (nothing was trained); 3
-numbers that are not finite; 4 an alarm that stops the run; 130 interrupted.
+Exit codes: 0 done; 1 a check of ``minillm selftest`` or a figure of ``study --reproduce`` does not hold; 2 something
+the user can mend (nothing was trained); 3 numbers that are not finite; 4 an alarm that stops the run; 130 interrupted.
 In help texts, ``\\b`` keeps a paragraph's lines as they are, so that an example can be copied.
 """
 

@@ -10,8 +10,6 @@ import typer
 from minillm.cli import options
 from minillm.errors import DataError
 
-CHECK_FAILED = 1
-
 
 def world(
     out: Annotated[Path, typer.Option("--out", help="Folder for train.jsonl, validation.jsonl and test.jsonl.")],
@@ -65,4 +63,4 @@ def selftest(
     from minillm.selftest.run import selftest as run_checks
 
     if not run_checks(json_file):
-        raise typer.Exit(CHECK_FAILED)
+        raise typer.Exit(options.CHECK_FAILED)

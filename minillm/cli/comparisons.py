@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from minillm.cli import options
 from minillm.errors import ConfigError, DataError
 
 
@@ -104,6 +105,11 @@ def study(  # noqa: PLR0917 (typer reads options from parameters)
     plot: Annotated[Path | None, typer.Option("--plot", help="Also draw them: .png, .svg or .pdf.")] = None,
     curves: Annotated[Path | None, typer.Option("--curves", help="Also draw validations during training.")] = None,
     against: Annotated[str, typer.Option(help="Drawn against what: tokens, update or seconds.")] = "tokens",
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Processes that share the work on this machine.")] = 1,
+    quick: Annotated[bool, typer.Option("--quick", help="The file's short form, in folders of its own.")] = False,
+    again_as: Annotated[
+        str, typer.Option("--reproduce", metavar="ARM:SEED", help="Make this cell again, hold it against its file.")
+    ] = "",
 ) -> None:
     """Compare ways to train over several training seeds.
 
@@ -114,8 +120,16 @@ def study(  # noqa: PLR0917 (typer reads options from parameters)
     Example:
       minillm study --config docs/results/long-horizon.yaml --show
     """
-    from minillm.study.command import run
+    from minillm.study.command import run, run_again
 
+    if again_as:
+        others = {"--arms": arms, "--seeds": seeds, "--show": show, "--again": again, "--json": json_file,
+                  "--plot": plot, "--curves": curves}  # fmt: skip
+        if unheard := [name for name, given in others.items() if given]:
+            raise ConfigError(f"--reproduce makes one cell and nothing else; leave {unheard[0]} out")
+        if not run_again(config, again_as, quick=quick):
+            raise typer.Exit(options.CHECK_FAILED)
+        return
     if any(not each.strip().isdecimal() for each in seeds.split(",") if seeds):
         raise ConfigError(f"--seeds {seeds!r}: wanted whole numbers with commas between them, such as 1,2")
     run(
@@ -123,6 +137,7 @@ def study(  # noqa: PLR0917 (typer reads options from parameters)
         arms=[arm.strip() for arm in arms.split(",")] if arms else None,
         seeds=[int(seed) for seed in seeds.split(",")] if seeds else None,
         show=show, again=again, json_file=json_file, plot=plot, curves=curves, against=against,
+        jobs=jobs, quick=quick,
     )  # fmt: skip
 
 

@@ -41,6 +41,8 @@ NO_RESULT = (
         "study/config.py",
         "study/table.py",
         "study/curves.py",
+        "study/jobs.py",
+        "study/reproduce.py",
         "cli/",
     ),
     *("report.py", "report_html.py", "report_style.py", "report_text.py", "report_words.py", "plots.py"),

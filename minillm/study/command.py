@@ -13,7 +13,8 @@ from minillm.ranks import Ranks
 from minillm.store import write_text
 from minillm.study.config import StudyConfig, load_study
 from minillm.study.curves import LABELS_AGAINST, draw_curves
-from minillm.study.run import run_study
+from minillm.study.jobs import run_by_jobs
+from minillm.study.reproduce import reproduce
 from minillm.study.table import difference_rows, draw_plot, headline_rows, read_cells, summary, words
 from minillm.terminal import print_table
 
@@ -35,6 +36,8 @@ def run(
     plot: Path | None,
     curves: Path | None,
     against: str,
+    quick: bool = False,
+    jobs: int = 1,
 ) -> None:
     """``arms`` and ``seeds`` None are all of the study's; with ``show`` nothing is made."""
     require_outputs(json_file=json_file, plot=plot)
@@ -44,15 +47,31 @@ def run(
         raise ConfigError(f"--against: got {against!r}, wanted one of {', '.join(LABELS_AGAINST)}{near}")
     if show and again:
         raise ConfigError("--show makes nothing and --again makes all anew; leave one out")
-    study = load_study(config)
+    study = load_study(config, quick=quick)
     wanted_arms = _some_of("--arms", arms, list(study.arms))
     wanted_seeds = _some_of("--seeds", seeds, list(study.seeds))
     if not show:
-        run_study(study, arms=wanted_arms, seeds=wanted_seeds, again=again, say=lambda line: print(line, flush=True))
+        run_by_jobs(
+            study, jobs=jobs, arms=wanted_arms, seeds=wanted_seeds, again=again,
+            say=lambda line: print(line, flush=True),
+        )  # fmt: skip
     if Ranks().first:
         _tell(study, json_file=json_file, plot=plot)
         if curves is not None:
             _draw_curves(study, curves, against=against)
+
+
+def run_again(config: Path, cell: str, *, quick: bool = False) -> bool:
+    """Makes a committed cell, 'ARM:SEED', again and says whether its figures come out."""
+    study = load_study(config, quick=quick)
+    arm, _, seed = cell.partition(":")
+    if not seed.isdecimal():
+        raise ConfigError(
+            f"--reproduce {cell!r}: wanted an arm and a seed of the study, such as {study.compare_with}:1"
+        )
+    _some_of("--reproduce", [arm], list(study.arms))
+    _some_of("--reproduce", [int(seed)], list(study.seeds))
+    return reproduce(study, arm, int(seed))
 
 
 def _some_of(option: str, asked: Sequence[T] | None, known: Sequence[T]) -> list[T]:

@@ -11,12 +11,15 @@ from pydantic import Field, field_validator, model_validator
 
 from minillm.config import RunConfig, load_config
 from minillm.errors import ConfigError, DataError, did_you_mean
+from minillm.measures import MEASURES
 from minillm.settings import Count, Positive, Seed, Settings, Text, headed
 from minillm.stage_base import BETTER, is_component
 from minillm.yaml_reader import read_yaml_file
 
-STUDENTS, TEACHER = "student", "teacher"
+STUDENT, TEACHER = "student", "teacher"
 """Names below the study's that no arm may have: the models that the study makes for itself stand there."""
+BY_PATH = ("settings", "teacher_settings", "student_settings")
+"""Entries that replace settings of run files; those of 'quick' come on top of the file's."""
 OF_THE_CELL = ("name", "seed")
 """Settings that a study gives to each cell itself."""
 
@@ -78,6 +81,10 @@ class StudyConfig(Settings):
     """A run file that makes the teacher first, once; null takes the one that the recipe names."""
     student: Text | None = None
     """A run file that makes each training seed a student of its own first; null starts all from the recipe's."""
+    teacher_settings: dict[str, Any] = Field(default_factory=dict)
+    """Settings that 'teacher' replaces in its file, by path: {stages.0.steps: 800}."""
+    student_settings: dict[str, Any] = Field(default_factory=dict)
+    """The same of 'student'."""
     taught: TaughtConfig | None = None
     """What the teacher answers, once, into runs/studies/NAME/taught.jsonl, for arms whose data.teacher_text names
     that file."""
@@ -95,6 +102,10 @@ class StudyConfig(Settings):
     """Sets one setting of each arm before its cells are made; null leaves all as they are."""
     results: Text
     """Folder of the cells: one small JSON an arm and seed, made to be committed."""
+    within: dict[str, Positive] = Field(default_factory=dict)
+    """How near each measure of a cell that '--reproduce' makes again has to be to the committed one."""
+    quick: dict[str, Any] | None = None
+    """Entries of this file that '--quick' replaces, for a short form of the study with a name and cells of its own."""
 
     @field_validator("name")
     @classmethod
@@ -113,14 +124,24 @@ class StudyConfig(Settings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         for arm, replaced in self.arms.items():
-            if not is_component(arm) or arm in {STUDENTS, TEACHER}:
+            if not is_component(arm) or arm in {STUDENT, TEACHER}:
                 raise ConfigError(
                     f"arms: got the name {arm!r}, wanted letters, digits, '.', '_' and '-', "
-                    f"and neither '{STUDENTS}' nor '{TEACHER}'"
+                    f"and neither '{STUDENT}' nor '{TEACHER}'"
                 )
             own = [path for path in (*self.settings, *replaced) if path in OF_THE_CELL]
             if own:
                 raise ConfigError(f"arms.{arm}: '{own[0]}' is set by the study itself; leave it out")
+        for role in (TEACHER, STUDENT):
+            settings = getattr(self, f"{role}_settings")
+            own = [path for path in settings if path in OF_THE_CELL]
+            if settings and getattr(self, role) is None:
+                raise ConfigError(f"{role}_settings: there is no '{role}' whose file they could replace something in")
+            if own:
+                raise ConfigError(f"{role}_settings: '{own[0]}' is set by the study itself; leave it out")
+        if unknown := [name for name in self.within if name not in MEASURES]:
+            near = did_you_mean(unknown[0], MEASURES)
+            raise ConfigError(f"within: {unknown[0]!r} is no measure{near}")
         if self.search is not None and self.search.seed in self.seeds:
             raise ConfigError(
                 f"search.seed {self.search.seed} is one of the study's; wanted another, or luck would decide"
@@ -142,7 +163,9 @@ class StudyConfig(Settings):
 
     def teacher_config(self) -> RunConfig | None:
         """The run that makes the teacher; None where the study makes none."""
-        return None if self.teacher is None else load_config(self.teacher, [f"name={self.run_name(TEACHER)}"])
+        if self.teacher is None:
+            return None
+        return load_config(self.teacher, _overrides({**self.teacher_settings, "name": self.run_name(TEACHER)}))
 
     @property
     def taught_file(self) -> str:
@@ -153,9 +176,8 @@ class StudyConfig(Settings):
         """The run whose training prompts the teacher answers."""
         assert self.taught is not None
         teacher = self.teacher_config()
-        made = [] if teacher is None else [f"teacher={teacher.out}/{teacher.name}/student"]
-        changes = [f"{path}={json.dumps(value, ensure_ascii=False)}" for path, value in self.settings.items()]
-        return load_config(self.recipe, [*made, *changes, f"data.train_limit={self.taught.rows}"])
+        made = {} if teacher is None else {"teacher": f"{teacher.out}/{teacher.name}/student"}
+        return load_config(self.recipe, _overrides({**made, **self.settings, "data.train_limit": self.taught.rows}))
 
     def learns_from_taught(self, arm: str) -> bool:
         """Whether an arm's cells need the text that the study makes."""
@@ -165,7 +187,8 @@ class StudyConfig(Settings):
         """The run that makes the student that a training seed starts from; None where the study makes none."""
         if self.student is None:
             return None
-        return load_config(self.student, [f"name={self.run_name(STUDENTS, seed)}", f"seed={seed}"])
+        own = {"name": self.run_name(STUDENT, seed), "seed": seed}
+        return load_config(self.student, _overrides({**self.student_settings, **own}))
 
     def makes(self, arm: str, role: Literal["student", "teacher"]) -> bool:
         """Whether the model of this role in an arm's cells is one that the study makes."""
@@ -182,8 +205,7 @@ class StudyConfig(Settings):
             role: f"{run.out}/{run.name}/student" for role, run in made.items() if run is not None
         }
         replaced |= {**self.settings, **self.arms[arm], **changes, "name": name, "seed": seed}
-        overrides = [f"{path}={json.dumps(value, ensure_ascii=False)}" for path, value in replaced.items()]
-        return load_config(self.recipe, overrides)
+        return load_config(self.recipe, _overrides(replaced))
 
     @property
     def tunes(self) -> bool:
@@ -207,8 +229,8 @@ class StudyConfig(Settings):
         return dict(found)
 
 
-def load_study(path: Path) -> StudyConfig:
-    """The study that a YAML file describes, every cell's configuration checked.
+def load_study(path: Path, *, quick: bool = False) -> StudyConfig:
+    """The study that a YAML file describes, or its short form, every cell's configuration checked.
 
     Raises ``ConfigError``, or its child ``UnsupportedCombination``, naming the file, the arm and the problem.
     """
@@ -217,9 +239,12 @@ def load_study(path: Path) -> StudyConfig:
         raise ConfigError(f"{path}: holds {'nothing' if values is None else 'no mapping'}; wanted 'name: value' lines")
     try:
         study = StudyConfig(**values)
+        if quick:
+            study = _short_form(study)
     except ConfigError as error:
         raise type(error)(headed(str(error).split("\n"), source=str(path))) from None
     study.teacher_config()
+    study.student_config(study.seeds[0])
     for arm in study.arms:
         try:
             config = study.arm_config(arm, study.seeds[0], name="checked", changes=_tried(study))
@@ -232,6 +257,29 @@ def load_study(path: Path) -> StudyConfig:
         if study.search is not None and config.data.validation is None:
             raise ConfigError(f"{path}: {study.recipe} has no data.validation; a search needs prompts to judge by")
     return study
+
+
+def _short_form(study: StudyConfig) -> StudyConfig:
+    """What '--quick' makes: never in the folders of the study itself, so that its cells stay as they are."""
+    if study.quick is None:
+        raise ConfigError("--quick: this file has no entry 'quick' that says what is shorter")
+    name = f"{study.name}-quick"
+    own = {"name": name, "results": f"runs/studies/{name}/cells"}
+    if same := [entry for entry in ("name", "results", "quick") if entry in study.quick]:
+        raise ConfigError(f"quick: '{same[0]}' is set by the short form itself; leave it out")
+    whole = study.model_dump(exclude={"quick"}, exclude_unset=True)
+    added = {entry: {**whole.get(entry, {}), **study.quick[entry]} for entry in BY_PATH if entry in study.quick}
+    short = StudyConfig(**{**whole, **study.quick, **added, **own})
+    arms = {
+        arm: {path: short.taught_file if value == study.taught_file else value for path, value in replaced.items()}
+        for arm, replaced in short.arms.items()
+    }
+    return short.model_copy(update={"arms": arms})
+
+
+def _overrides(replaced: Mapping[str, Any]) -> list[str]:
+    """Settings by path, as a command line has them."""
+    return [f"{path}={json.dumps(value, ensure_ascii=False)}" for path, value in replaced.items()]
 
 
 def _tried(study: StudyConfig) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,38 +35,54 @@ def run_study(
         make_folder(Path(study.results), setting="results")
     code_digest()  # of the code that runs, before anybody changes it
     _tune(study, arms, again=again, ranks=ranks, say=tell)
-    todo = _todo(study, arms=arms, seeds=seeds, again=again, say=tell)
-    began, made = time.monotonic(), set[str]()
+    todo = cells_to_make(study, arms=arms, seeds=seeds, again=again, say=tell)
+    began = time.monotonic()
     for number, wanted in enumerate(todo, start=1):
-        with log_into(Path(wanted.run.out) / f"{wanted.run.name}.log", first=ranks.first):
-            for needed in (wanted.teacher, wanted.student):
-                if needed is not None and needed.name not in made:
-                    make_model(needed, ranks=ranks)
-                    made.add(needed.name)
-            if study.learns_from_taught(wanted.arm):
-                make_text(study, ranks=ranks)
-            found = make(wanted.run, ranks=ranks)
-        forget_digests()
-        if differs({"config": wanted.config, "made_from": wanted.made_from}, asked(study, wanted.arm, wanted.seed)):
-            raise DataError(f"{wanted.file}: its recipe, models or data changed while it was made; it is not kept")
-        if ranks.first:
-            write_cell(wanted, found)
-        spent = time.monotonic() - began
-        tell(f"{number}/{len(todo)}  {wanted.arm} seed {wanted.seed}: {_in_words(found)}  "
-             f"{spent * (len(todo) - number) / number:.0f} s left")  # fmt: skip
-        ranks.barrier()
+        found = make_cell(study, wanted, ranks=ranks)
+        tell(progress_line(wanted, found, made=number, of=len(todo), began=began))
+
+
+def make_cell(study: StudyConfig, wanted: Asked, *, ranks: Ranks) -> dict[str, Any]:
+    """One cell, the models and text that it needs first; kept in its file. ``DataError`` where what it is made from
+    changed meanwhile."""
+    with log_into(Path(wanted.run.out) / f"{wanted.run.name}.log", first=ranks.first):
+        for needed in (wanted.teacher, wanted.student):
+            if needed is not None:
+                make_model(needed, ranks=ranks)
+        if study.learns_from_taught(wanted.arm):
+            make_text(study, ranks=ranks)
+        found = make(wanted.run, ranks=ranks)
+    forget_digests()
+    if differs({"config": wanted.config, "made_from": wanted.made_from}, asked(study, wanted.arm, wanted.seed)):
+        raise DataError(f"{wanted.file}: its recipe, models or data changed while it was made; it is not kept")
+    if ranks.first:
+        write_cell(wanted, found)
+    ranks.barrier()
+    return found
+
+
+def progress_line(wanted: Asked, found: Mapping[str, Any], *, made: int, of: int, began: float) -> str:
+    """A finished cell in a line: how far the study is, the figures, the seconds left at this rate."""
+    left = (time.monotonic() - began) * (of - made) / made
+    return f"{made}/{of}  {wanted.arm} seed {wanted.seed}: {_in_words(found)}  {left:.0f} s left"
 
 
 def _tune(study: StudyConfig, arms: Sequence[str], *, again: bool, ranks: Ranks, say: Callable[[str], None]) -> None:
     """Settles what the budget and the search leave open, for the arms where that is not there."""
+    for arm in arms_to_tune(study, arms, again=again, say=say):
+        tune(study, arm, ranks=ranks, say=say, again=again)
+
+
+def arms_to_tune(study: StudyConfig, arms: Sequence[str], *, again: bool, say: Callable[[str], None]) -> list[str]:
+    """The arms of which tuning is not there, or not any more."""
     open_arms = {arm: [] for arm in arms} if again and study.tunes else untuned(study, arms)
     for arm, changed in open_arms.items():
         if changed:
             say(f"{study.tuning_file(arm)}: made again, since it differs in {', '.join(changed)}")
-        tune(study, arm, ranks=ranks, say=say, again=again)
+    return list(open_arms)
 
 
-def _todo(
+def cells_to_make(
     study: StudyConfig, *, arms: Sequence[str], seeds: Sequence[int], again: bool, say: Callable[[str], None]
 ) -> list[Asked]:
     """The cells to be made, in order; everything else about them is told."""
@@ -84,7 +100,7 @@ def _todo(
     return [wanted for wanted, _ in lacking]
 
 
-def _in_words(found: dict[str, Any]) -> str:
+def _in_words(found: Mapping[str, Any]) -> str:
     training = found["training"]
     if found["reason"] is not None:
         return f"failed: {found['reason']}"
