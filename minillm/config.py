@@ -12,8 +12,8 @@ from typing import Any, Literal, Self
 
 from pydantic import field_validator, model_validator
 
-from minillm.errors import ConfigError, UnsupportedCombination, did_you_mean
-from minillm.released import SCHEME, known_set
+from minillm.data_config import DataConfig
+from minillm.errors import ConfigError, UnsupportedCombination
 from minillm.settings import Count, Flag, Positive, PositiveShare, Seed, Settings, Text, Whole, headed
 from minillm.stage_base import BETTER, KeepConfig, OptimiserConfig, is_component
 from minillm.stage_config import MinillmStage, Stage
@@ -37,15 +37,8 @@ __all__ = [
     "load_config",
 ]
 
-WORLD_SPLITS = ("train", "validation", "test")
-FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
-CORPUS_ENDINGS = (*FILE_ENDINGS, ".txt")
-LEAST_BLOCK = 2
-"""Tokens of a block of a corpus: its first is not learnt."""
 _SHOWN_OVERRIDES = 3
 """Overrides that an error names one by one."""
-NOT_SETS = ("student", "stages", "tensorboard", "")
-"""Folders of a run that no set may be called."""
 
 
 class DecodingConfig(Settings):
@@ -75,115 +68,6 @@ class DecodingConfig(Settings):
     def tempered(self) -> bool:
         """Whether text is drawn from other than the models' own probabilities."""
         return self.temperature != 1
-
-
-class DataConfig(Settings):
-    """Where rows come from and how they are read.
-
-    A source is 'world:SPLIT', a .jsonl, .jsonl.gz or .parquet file, 'hub:NAME@SPLIT', or 'set:NAME' for a set that
-    MiniLLM was evaluated on; a corpus may be a .txt file.
-    """
-
-    train: Text | None = None
-    """Rows to train on; every stage needs them but seqkd."""
-    teacher_text: Text | None = None
-    """Responses that the teacher wrote, as 'minillm generate' left them with their manifest: what seqkd stages learn
-    from."""
-    validation: Text | None = None
-    """Rows for choosing the best step; needed where a stage has validate_every above 0."""
-    test: Text | dict[str, Text] | None = None
-    """Rows for the final evaluation only: a source, or several by the names of their results, each evaluated by
-    itself."""
-    corpus: Text | None = None
-    """What the language-model loss of minillm stages learns from: rows with a 'text', plain text (blank lines part
-    documents), or prompts with responses. The responses of train where not given."""
-    corpus_length: Count | None = None
-    """Tokens of the blocks that the corpus's text is cut into, from 2; 512 where not given, or the models' positions if
-    they have fewer. 512 is official."""
-    template: Literal["plain", "alpaca", "chat"] = "plain"
-    """How a row becomes a prompt: its text as it is, the Alpaca frame, or the tokenizer's chat template."""
-    max_prompt_tokens: Count
-    """Longest prompt in tokens, template included."""
-    over_long: Literal["error", "drop", "keep_right"] = "error"
-    """What happens to longer ones: stop, leave the row out, or keep the prompt's last tokens; counted and printed."""
-    broken: Literal["error", "skip"] = "error"
-    """What happens to rows that cannot be read: stop, or leave them out; counted and printed."""
-    max_broken: Whole = 0
-    """Most rows that 'broken: skip' may leave out."""
-    train_limit: Count | None = None
-    """Use the first N rows of the training split; all where not given."""
-    train_responses: Count | None = None
-    """Use the responses of the first N rows of train; all others are prompts alone. All have theirs where not given."""
-    validation_limit: Count | None = None
-    """Use the first N rows of the validation split; all where not given."""
-    test_limit: Count | None = None
-    """Use the first N rows of the test split, or of each of its sets; all where not given."""
-
-    @property
-    def test_sets(self) -> dict[str, str]:
-        """The sources of ``test`` by name; a single source has the name ''."""
-        if self.test is None:
-            return {}
-        return dict(self.test) if isinstance(self.test, dict) else {"": self.test}
-
-    @field_validator("teacher_text")
-    @classmethod
-    def _generated(cls, source: str | None) -> str | None:
-        if source is not None and not source.endswith(".jsonl"):
-            raise ConfigError(f"got {source!r}, wanted a .jsonl file that 'minillm generate' wrote")
-        return source
-
-    @field_validator("test", mode="before")
-    @classmethod
-    def _known_sets(cls, value: Any) -> Any:
-        """Checks what a union of types would tell badly."""
-        if value is None or (isinstance(value, str) and value):
-            if value is not None:
-                _check_source(value, FILE_ENDINGS)
-            return value
-        if not isinstance(value, dict):
-            raise ConfigError(f"got {value!r}, wanted a source, or a mapping of names to sources")
-        _check_set_names(list(value))
-        for name, source in value.items():
-            if not isinstance(source, str):
-                raise ConfigError(f"set {name!r}: got {source!r}, wanted a source")
-            try:
-                _check_source(source, FILE_ENDINGS)
-            except ConfigError as error:
-                raise ConfigError(f"set {name!r}: {error}") from None
-        return value
-
-    @field_validator("train", "validation")
-    @classmethod
-    def _known_source(cls, source: str | None) -> str | None:
-        if source is not None:
-            _check_source(source, FILE_ENDINGS)
-        return source
-
-    @field_validator("corpus")
-    @classmethod
-    def _known_corpus(cls, source: str | None) -> str | None:
-        if source is not None:
-            _check_source(source, CORPUS_ENDINGS)
-        return source
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if (self.broken == "skip") != (self.max_broken > 0):
-            raise UnsupportedCombination(
-                f"broken '{self.broken}' with max_broken {self.max_broken}: "
-                "give 'broken: skip' and the most rows it may leave out, or neither"
-            )
-        if self.corpus_length is not None and self.corpus is None:
-            raise UnsupportedCombination(
-                f"corpus_length {self.corpus_length} without a corpus: nothing is cut; add corpus, or leave it out"
-            )
-        if self.corpus_length is not None and self.corpus_length < LEAST_BLOCK:
-            raise ConfigError(
-                f"corpus_length {self.corpus_length}: wanted at least {LEAST_BLOCK}, since the first token "
-                "of a block is not learnt"
-            )
-        return self
 
 
 class EngineConfig(Settings):
@@ -352,43 +236,6 @@ def _check_repetition(stage: MinillmStage, decoding: DecodingConfig, *, at: str)
             f"under decoding.no_repeat_ngram_size {decoding.no_repeat_ngram_size} none of them is ever repeated; "
             "set one of the two to 0"
         )
-
-
-def _check_source(source: str, endings: tuple[str, ...]) -> None:
-    scheme, _, rest = source.partition(":")
-    if scheme == "world":
-        if rest not in WORLD_SPLITS:
-            raise ConfigError(
-                f"got {source!r}, wanted world: and one of {', '.join(WORLD_SPLITS)}{did_you_mean(rest, WORLD_SPLITS)}"
-            )
-    elif scheme == SCHEME:
-        known_set(rest)
-    elif scheme == "hub":
-        name, at, split = rest.rpartition("@")
-        if not (name and at and split):
-            raise ConfigError(
-                f"got {source!r}, wanted 'hub:NAME@SPLIT' such as 'hub:databricks/databricks-dolly-15k@train'"
-            )
-    elif not source.endswith(endings):
-        raise ConfigError(
-            f"got {source!r}, wanted 'world:SPLIT', 'hub:NAME@SPLIT', 'set:NAME' or a file ending in "
-            f"{', '.join(endings)}"
-        )
-
-
-def _check_set_names(names: Sequence[Any]) -> None:
-    """Raise unless each can be a folder of its own beside what a run leaves."""
-    if not names:
-        raise ConfigError("got no set, wanted a source, or a mapping of names to sources")
-    for place, name in enumerate(names):
-        if not isinstance(name, str) or not is_component(name) or name in NOT_SETS or "." in name:
-            raise ConfigError(
-                f"set {name!r}: a set is a folder of results; wanted letters, digits, '_' and '-', and none of "
-                f"{', '.join(filter(None, NOT_SETS))}"
-            )
-        # Some file systems take Dolly and dolly for one folder.
-        if name.lower() in [str(earlier).lower() for earlier in names[:place]]:
-            raise ConfigError(f"set {name!r}: another set has this name; give each a name of its own")
 
 
 def _few(overrides: Sequence[str]) -> str:

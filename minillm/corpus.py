@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from minillm.config import LEAST_BLOCK
+from minillm.data_config import LEAST_BLOCK
 from minillm.prompts import ENCODE_ROWS, Fate, PrepareReport, encode, groups, require_used
 from minillm.records import Document
 from minillm.rows import counted

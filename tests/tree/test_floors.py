@@ -24,7 +24,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     2: ("sampling", "repetition", "divergences", "kept", "by_definition", "credit", "ridge", "policy_loss"),
     3: (
         *("settings", "alarm_config", "published", "stage_base", "text_stages", "text_mix"),
-        *("minillm_settings", "stage_checks", "stage_config", "yaml_reader", "config"),
+        *("minillm_settings", "stage_checks", "stage_config", "yaml_reader", "data_config", "config"),
         *(
             "cards",
             "hub",
