@@ -9,12 +9,10 @@ from pydantic import field_validator, model_validator
 
 from minillm.errors import ConfigError, UnsupportedCombination, did_you_mean
 from minillm.released import SCHEME, known_set
+from minillm.row_sources import CORPUS_ENDINGS, FILE_ENDINGS, WORLD_SPLITS
 from minillm.settings import Count, Settings, Text, Whole
 from minillm.stage_base import is_component
 
-WORLD_SPLITS = ("train", "validation", "test")
-FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
-CORPUS_ENDINGS = (*FILE_ENDINGS, ".txt")
 LEAST_BLOCK = 2
 """Tokens of a block of a corpus: its first is not learnt."""
 NOT_SETS = ("student", "stages", "tensorboard", "")

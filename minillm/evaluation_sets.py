@@ -21,9 +21,10 @@ from minillm.errors import DataError
 from minillm.extras import require_extras
 from minillm.preflight import Pair, Split, read_split
 from minillm.ranks import Ranks
+from minillm.records import listed
 from minillm.report_files import SCHEMA, sets_in
 from minillm.results import already, asked_of, evaluate_into, opened, stored_results, versions, with_versions
-from minillm.rows import counted, listed
+from minillm.rows import counted
 from minillm.stages import Start
 from minillm.store import UNFINISHED, make_folder, write_text
 from minillm.unfinished import asked_before, begin

@@ -10,8 +10,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Literal
 
 from minillm.errors import DataError
-from minillm.records import Row, plain_name, shown
-from minillm.rows import ReadReport, counted, listed, read_rows
+from minillm.records import Row, listed, plain_name, shown
+from minillm.rows import ReadReport, counted, read_rows
 from minillm.templates import Template, is_blank, render
 from minillm.types import Example, Prompt
 

@@ -20,6 +20,8 @@ TEXT_FIELD = "text"
 BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 LONGEST_NAME = 60
 """Characters of a name from a file that a message repeats."""
+SHOWN = 3
+"""How many rows a message lists before it says '…'."""
 _STRING_OR_CONSTANT = re.compile(r'"(?:[^"\\]|\\.)*"|(?P<constant>NaN|-?Infinity)')
 
 
@@ -63,6 +65,11 @@ class RowFault(Exception):
 def shown(name: str) -> str:
     """A name out of a file, safe for a terminal: quoted, control characters escaped, cut when long."""
     return repr(name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…")
+
+
+def listed(names: list[str]) -> str:
+    """The first few names, then an ellipsis where there are more."""
+    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
 
 
 def plain_name(name: str) -> str:

@@ -1,47 +1,18 @@
-"""Rows of a prompt file or a corpus, read strictly: a broken row is an error with its line, or it is counted.
-
-One record per row, from JSON Lines (``.jsonl``, ``.jsonl.gz``), Parquet, a hub data set
-(``hub:NAME@SPLIT``, ``hub:NAME:CONFIG@SPLIT``), one of the published sets (``set:NAME``) or the embedded world
-(``world:SPLIT``); of a corpus also from text (``.txt``), where lines up to a blank one are a document.
-"""
+"""Rows of a prompt file or a corpus, read strictly: a broken row is an error with its line, or it is counted."""
 
 from __future__ import annotations
 
-import gzip
-import itertools
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import BinaryIO, Literal, TypeVar
+from typing import Literal, TypeVar
 
-from minillm.errors import DataError, did_you_mean
-from minillm.hub import asked_once
-from minillm.records import (
-    TEXT_FIELD,
-    Document,
-    Row,
-    RowFault,
-    decode_line,
-    parse_entry,
-    parse_line,
-    parse_record,
-    shown,
-)
-from minillm.released import known_set, unfolded
+from minillm.errors import DataError
+from minillm.records import TEXT_FIELD, Document, Row, RowFault, listed, parse_entry, parse_record, shown
+from minillm.released import unfolded
+from minillm.row_sources import CORPUS, PROMPTS, Kind, Record, Source, locate
 
 Broken = Literal["error", "skip"]
-Record = Mapping[str, object]
-Numbered = Iterator[tuple[int, Record | RowFault]]
 Entry = TypeVar("Entry", bound=Row | Document)
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-TEXT_SUFFIX = ".txt"
-WORLD_SPLITS = ("train", "validation", "test")
-MAX_LINE_BYTES = 16 * 2**20
-"""A longer line is broken: it is never a prompt, and it must not fill the memory of every rank. So is a longer document
-of a text file."""
-SHOWN = 3
-"""How many rows a message lists before it says '…'."""
 SKIP_REMEDY = "mend the row, or leave broken rows out, counted: data.broken: skip and data.max_broken: N (the most)"
 
 
@@ -81,35 +52,6 @@ class ReadReport:
         return "; ".join(parts)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Source:
-    """Where records come from, and how their places are spoken of."""
-
-    name: str
-    stem: str
-    """Begins the uid of a row that has none of its own."""
-    unit: Literal["line", "row"]
-    records: Callable[[], Numbered]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Kind:
-    """A kind of file, as messages speak of it."""
-
-    name: str
-    suffixes: tuple[str, ...]
-    row: str
-    """What a file of it has to hold at least one of."""
-
-
-_PROMPTS = _Kind(name="prompt file", suffixes=SUFFIXES, row="one JSON object a line (or a Parquet row) for each prompt")
-_CORPUS = _Kind(
-    name="corpus",
-    suffixes=(*SUFFIXES, TEXT_SUFFIX),
-    row=f"one JSON object a line (or a Parquet row) for each document, or in a {TEXT_SUFFIX} file lines of text",
-)
-
-
 def read_rows(source: str, *, broken: Broken = "error", max_broken: int = 0) -> tuple[list[Row], ReadReport]:
     """Every row of ``source`` in its order, and the report of what was left out.
 
@@ -117,7 +59,7 @@ def read_rows(source: str, *, broken: Broken = "error", max_broken: int = 0) -> 
     ``broken='skip'`` counts broken rows and raises once there are more than ``max_broken``. A source
     that cannot be read at all, or holds no usable row, is a ``DataError`` in both modes.
     """
-    return _read(source, kind=_PROMPTS, parse=parse_record, broken=broken, max_broken=max_broken)
+    return _read(source, kind=PROMPTS, parse=parse_record, broken=broken, max_broken=max_broken)
 
 
 def read_corpus(
@@ -125,7 +67,7 @@ def read_corpus(
 ) -> tuple[list[Row] | list[Document], ReadReport]:
     """The same of a corpus: all its documents, or its prompts with their responses. One that holds both is a
     ``DataError``."""
-    found, report = _read(source, kind=_CORPUS, parse=parse_entry, broken=broken, max_broken=max_broken)
+    found, report = _read(source, kind=CORPUS, parse=parse_entry, broken=broken, max_broken=max_broken)
     rows = [entry for entry in found if isinstance(entry, Row)]
     documents = [entry for entry in found if isinstance(entry, Document)]
     if rows and documents:
@@ -138,9 +80,9 @@ def read_corpus(
 
 
 def _read(
-    source: str, *, kind: _Kind, parse: Callable[..., tuple[Entry, list[str]]], broken: Broken, max_broken: int
+    source: str, *, kind: Kind, parse: Callable[..., tuple[Entry, list[str]]], broken: Broken, max_broken: int
 ) -> tuple[list[Entry], ReadReport]:
-    origin = _locate(source, kind)
+    origin = locate(source, kind)
     allowed = max_broken if broken == "skip" else 0
     entries: list[Entry] = []
     skipped: list[Skipped] = []
@@ -175,11 +117,11 @@ def _read(
     return entries, report
 
 
-def _unfolded(origin: _Source, kind: _Kind) -> Iterator[tuple[int, Record | RowFault, str]]:
+def _unfolded(origin: Source, kind: Kind) -> Iterator[tuple[int, Record | RowFault, str]]:
     """Numbered records with the id of a row that has none; several where one record holds several instances."""
     for number, record in origin.records():
         name = f"{origin.stem}-{number}"
-        document = kind is _CORPUS and not isinstance(record, RowFault) and TEXT_FIELD in record
+        document = kind is CORPUS and not isinstance(record, RowFault) and TEXT_FIELD in record
         if isinstance(record, RowFault) or document:
             yield number, record, name
             continue
@@ -193,11 +135,6 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
-def listed(names: list[str]) -> str:
-    """The first few names, then an ellipsis where there are more."""
-    return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
-
-
 def _too_broken(where: str, *, skipped: list[Skipped], broken: Broken, max_broken: int) -> str:
     if broken == "error":
         return f"{where}\n  {SKIP_REMEDY}"
@@ -207,203 +144,3 @@ def _too_broken(where: str, *, skipped: list[Skipped], broken: Broken, max_broke
         f"{where}\n  this is broken row {len(skipped):,} and data.max_broken allows {max_broken:,}{before}\n"
         "  mend the file, or raise data.max_broken if losing these rows is right"
     )
-
-
-def _locate(source: str, kind: _Kind) -> _Source:
-    scheme, _, rest = source.partition(":")
-    if scheme == "world":
-        return _world(rest)
-    if scheme == "hub":
-        return _hub(source, rest)
-    if scheme == "set":
-        return _set(source, rest)
-    return _file(source, kind)
-
-
-def _file(source: str, kind: _Kind) -> _Source:
-    path = Path(source).expanduser()
-    if path.is_dir():
-        raise DataError(
-            f"{source} is a folder, wanted a file{_files_in(path, kind)}\n  name one {' or '.join(kind.suffixes)} file"
-        )
-    if not path.exists():
-        raise DataError(f"{source} does not exist{_near_files(path, kind)}")
-    suffix = next((end for end in kind.suffixes if path.name.endswith(end)), None)
-    if suffix is None or not path.is_file():
-        raise DataError(
-            f"{source} is not a kind of {kind.name} known here\n  wanted a {', '.join(kind.suffixes)} file, "
-            "'world:SPLIT', 'set:NAME' or 'hub:NAME@SPLIT'; JSON Lines holds one JSON object a line"
-        )
-    stem = path.name.removesuffix(suffix)
-    if suffix == ".parquet":
-        return _Source(name=source, stem=stem, unit="row", records=lambda: _parquet(path, source))
-    records = _text if suffix == TEXT_SUFFIX else _jsonl
-    return _Source(name=source, stem=stem, unit="line", records=lambda: records(path, source))
-
-
-def _data_files(folder: Path, kind: _Kind) -> list[str]:
-    return sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(kind.suffixes))
-
-
-def _files_in(folder: Path, kind: _Kind) -> str:
-    names = _data_files(folder, kind)
-    return f"; it holds {listed(names)}" if names else f"; no {' or '.join(kind.suffixes)} file lies in it"
-
-
-def _near_files(path: Path, kind: _Kind) -> str:
-    if not path.parent.is_dir():
-        return (
-            f"; neither does its folder {path.parent}\n"
-            f"  paths start at the working folder {Path.cwd()}; a hub data set is written 'hub:NAME@SPLIT'"
-        )
-    names = _data_files(path.parent, kind)
-    return did_you_mean(path.name, names) or f"; its folder {path.parent} is there{_files_in(path.parent, kind)}"
-
-
-def _text(path: Path, name: str) -> Numbered:
-    """Documents of a text file: runs of lines between blank ones, each under the number of its first line."""
-    try:
-        with path.open("rb") as stream:
-            for blank, lines in itertools.groupby(
-                _lines(stream), key=lambda of: of[1] is not None and not of[1].strip()
-            ):
-                if not blank:
-                    yield _document(lines)
-    except OSError as error:
-        raise DataError(f"{name} cannot be read: {error}\n  the file is damaged; fetch or write it again") from error
-
-
-def _document(lines: Iterator[tuple[int, bytes | None]]) -> tuple[int, Record | RowFault]:
-    """All of these lines; a fault stands under the number of its own line."""
-    begun, size, texts = 0, 0, list[str]()
-    fault: tuple[int, RowFault] | None = None
-    for number, line in lines:
-        begun = begun or number
-        size += len(line or b"")
-        try:
-            if size > MAX_LINE_BYTES:
-                raise RowFault("a document longer than 16 MiB begins there; a blank line parts documents")
-            texts.append(decode_line(line, first=number == 1).replace("\r\n", "\n"))
-        except RowFault as found:
-            fault = fault or (begun if size > MAX_LINE_BYTES else number, found)
-            texts, size = [], 0
-    return fault or (begun, {TEXT_FIELD: "".join(texts).rstrip("\n")})
-
-
-def _jsonl(path: Path, name: str) -> Numbered:
-    """Records of a JSON Lines file; damage to the file as a whole (gzip, disk) is a ``DataError``."""
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
-            for number, line in _lines(stream):
-                try:
-                    record: Record | RowFault = parse_line(line, first=number == 1)
-                except RowFault as fault:
-                    record = fault
-                yield number, record
-    except (OSError, EOFError, zlib.error) as error:
-        # A cut or damaged archive may hide any number of rows, so it is never skipped.
-        raise DataError(
-            f"{name} cannot be read{_beyond('line', number)}: {error}\n  the file is damaged; fetch or write it again"
-        ) from error
-
-
-def _lines(stream: BinaryIO | gzip.GzipFile) -> Iterator[tuple[int, bytes | None]]:
-    """Numbered lines with their newline; None in place of a line over ``MAX_LINE_BYTES``."""
-    number = 0
-    while line := stream.readline(MAX_LINE_BYTES + 1):
-        number += 1
-        too_long = len(line) > MAX_LINE_BYTES
-        while too_long and line and not line.endswith(b"\n"):
-            line = stream.readline(MAX_LINE_BYTES)
-        yield number, None if too_long else line
-
-
-def _beyond(unit: str, number: int) -> str:
-    return f" beyond {unit} {number}" if number else ""
-
-
-def _parquet(path: Path, name: str) -> Numbered:
-    # Heavy, and needed by no other kind of source; so are the next two imports like this one.
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches():
-                for record in batch.to_pylist():
-                    number += 1
-                    yield number, record
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise DataError(
-            f"{name} cannot be read as Parquet{_beyond('row', number)}: {first_line}\n  write the file again"
-        ) from error
-
-
-def _world(split: str) -> _Source:
-    if split not in WORLD_SPLITS:
-        raise DataError(
-            f"the embedded world has no split {split!r}{did_you_mean(split, WORLD_SPLITS)}\n"
-            f"  wanted one of {', '.join('world:' + name for name in WORLD_SPLITS)}"
-        )
-
-    def records() -> Numbered:
-        from minillm.world import rows
-
-        yield from enumerate(rows(split), start=1)
-
-    return _Source(name=f"world:{split}", stem=split, unit="row", records=records)
-
-
-def _hub(source: str, rest: str) -> _Source:
-    whole, at, split = rest.rpartition("@")
-    name, _, config = whole.partition(":")
-    if not (at and split and name):
-        raise DataError(
-            f"{source!r} does not name a hub data set and its split\n"
-            "  wanted 'hub:NAME@SPLIT', such as hub:openai/gsm8k:main@train (with the config 'main')"
-        )
-    return _Source(
-        name=source, stem=name.rpartition("/")[2], unit="row", records=lambda: _hub_records(source, name, config, split)
-    )
-
-
-def _set(source: str, name: str) -> _Source:
-    """A published set: its one file on the hub. Beside it are text files, which ``datasets`` would read instead."""
-    known = known_set(name)
-
-    def records() -> Numbered:
-        from huggingface_hub import hf_hub_download
-
-        try:
-            with asked_once():
-                path = hf_hub_download(known.repository, known.file, repo_type="dataset")
-        except Exception as error:  # as below: what network and cache raise is one fault to the user
-            raise DataError(
-                f"{source} could not be loaded: {_reason(error)}\n  check the network, or name a copy of {known.file} "
-                f"of the data set {known.repository}"
-            ) from error
-        yield from _jsonl(Path(path), source)
-
-    return _Source(name=source, stem=name, unit="line", records=records)
-
-
-def _hub_records(source: str, name: str, config: str, split: str) -> Numbered:
-    import datasets
-
-    try:
-        with asked_once():
-            table = datasets.load_dataset(name, config or None, split=split)
-    # The library raises what its network, cache and format readers raise; all of it is one fault to the user.
-    except Exception as error:
-        raise DataError(
-            f"{source} could not be loaded: {_reason(error)}\n"
-            "  check name, split and network; a data set with several configs is named hub:NAME:CONFIG@SPLIT"
-        ) from error
-    yield from enumerate(table, start=1)
-
-
-def _reason(error: Exception) -> str:
-    return " ".join([f"{type(error).__name__}:", *str(error).strip().splitlines()[:1]])

@@ -31,6 +31,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
             "model_files",
             "records",
             "released",
+            "row_sources",
             "rows",
             "prompts",
             "corpus",

@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from minillm import prompts, rows
+from minillm import prompts, row_sources
 from minillm.batches import example_batch
 from minillm.corpus import Blocks, blocks_of
 from minillm.errors import DataError
 from minillm.prompts import data_hash
 from minillm.records import Document, Row
-from minillm.rows import read_corpus
+from minillm.rows import read_corpus, read_rows
 from tests import tiny
 
 EOS, PAD = tiny.WORDS.index(tiny.EOS), tiny.WORDS.index("<pad>")
@@ -101,7 +101,7 @@ def test_a_row_with_a_prompt_is_read_as_everywhere(tmp_path: Path) -> None:
     row = {"instruction": "a", "output": "b", "text": "a b"}
     source = written(tmp_path, "c.jsonl", [row])
     (found,), _ = read_corpus(source)
-    assert found == rows.read_rows(source)[0][0]
+    assert found == read_rows(source)[0][0]
     assert isinstance(found, Row) and (found.instruction, found.responses) == ("a", ("b",))
 
 
@@ -148,7 +148,7 @@ def test_a_text_file_that_is_not_plain_text_names_the_line(tmp_path: Path, raw: 
 
 
 def test_a_document_without_end_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "MAX_LINE_BYTES", 10)
+    monkeypatch.setattr(row_sources, "MAX_LINE_BYTES", 10)
     path = tmp_path / "c.txt"
     path.write_text("a\n\nb b b\nb b b\nb\n\nc\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"line 3: a document longer than 16 MiB .* a blank line parts documents"):
@@ -169,7 +169,7 @@ def test_a_missing_corpus_names_its_neighbour_and_a_prompt_file_is_no_text(tmp_p
     with pytest.raises(DataError, match=r"did you mean 'corpus.txt'"):
         read_corpus(str(tmp_path / "corpsu.txt"))
     with pytest.raises(DataError, match="not a kind of prompt file"):
-        rows.read_rows(str(tmp_path / "corpus.txt"))
+        read_rows(str(tmp_path / "corpus.txt"))
 
 
 @pytest.mark.parametrize("length", [2, 3, 4, 5, 6, 11, 12, 13, 99])

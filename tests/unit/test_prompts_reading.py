@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from minillm import records, rows
+from minillm import records, row_sources
 from minillm.errors import DataError
 from minillm.rows import read_rows
 
@@ -123,7 +123,7 @@ def test_ids_that_would_steer_a_terminal_are_escaped(tmp_path: Path) -> None:
 
 
 def test_a_line_over_the_bound_is_broken_and_the_next_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "MAX_LINE_BYTES", 64)
+    monkeypatch.setattr(row_sources, "MAX_LINE_BYTES", 64)
     long = b'{"prompt": "' + b"a" * 1000 + b'"}\n'
     got, report = read_rows(write(tmp_path, long, GOOD), broken="skip", max_broken=1)
     assert [row.uid for row in got] == ["train-2"]
@@ -131,7 +131,7 @@ def test_a_line_over_the_bound_is_broken_and_the_next_is_read(tmp_path: Path, mo
 
 
 def test_a_line_at_the_bound_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "MAX_LINE_BYTES", len(GOOD))
+    monkeypatch.setattr(row_sources, "MAX_LINE_BYTES", len(GOOD))
     assert len(read_rows(write(tmp_path, GOOD, GOOD))[0]) == 2
 
 
@@ -151,7 +151,7 @@ def test_strict_mode_ignores_max_broken(tmp_path: Path) -> None:
 
 def test_many_skips_are_counted_and_the_first_listed(tmp_path: Path) -> None:
     _, report = read_rows(write(tmp_path, GOOD, *[b"x\n"] * 5), broken="skip", max_broken=5)
-    assert str(report).count("line") == rows.SHOWN and str(report).endswith("…")
+    assert str(report).count("line") == records.SHOWN and str(report).endswith("…")
 
 
 def test_an_empty_file_and_a_file_of_broken_rows_hold_nothing(tmp_path: Path) -> None:
