@@ -14,8 +14,8 @@ from minillm.errors import DataError, RunExists
 from minillm.evaluation import Record, validator
 from minillm.evaluation_sets import evaluate_sets, forget_unfinished, read_sets, shared_words, stored_index, unanswered
 from minillm.generation import generate
+from minillm.loading import fingerprint, inspect
 from minillm.model_card import CardFacts, render
-from minillm.models import fingerprint, inspect
 from minillm.preflight import (
     Anchor,
     Pair,

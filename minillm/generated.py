@@ -22,7 +22,7 @@ class Question(Settings):
     """What was asked: two files with equal questions hold the same answers, up to rounding."""
 
     weights: Text
-    """Fingerprint of the model's weights (``models.fingerprint``)."""
+    """Fingerprint of the model's weights (``loading.fingerprint``)."""
     tokenizer: Text
     """Of what its tokenizer reads (``vocabulary.identity``); tokenizers that agree have the same."""
     dtype: Text

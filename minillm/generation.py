@@ -30,7 +30,8 @@ from minillm.generated import (
     read_manifest,
 )
 from minillm.generation_parts import Answer, Cell, Parts
-from minillm.models import ModelReader, fingerprint
+from minillm.loading import fingerprint
+from minillm.models import ModelReader
 from minillm.preflight import Pair, Split, check_alone, decoding_record, read_split
 from minillm.progress import Progress
 from minillm.prompts import encode

@@ -15,7 +15,7 @@ from minillm.corpus import blocks_of
 from minillm.engine_settings import read_engine_settings, zero_stage
 from minillm.errors import CacheError, DataError, ManifestError, ModelError, UnsupportedCombination
 from minillm.generated import read_generated
-from minillm.models import ModelFacts, fingerprint, inspect
+from minillm.loading import ModelFacts, fingerprint, inspect
 from minillm.prompts import PrepareReport, data_hash, prepare
 from minillm.records import Document, Row
 from minillm.rows import counted, read_corpus, read_rows

@@ -14,7 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from minillm.errors import ModelError
-from minillm.models import CausalLM, quiet_transformers
+from minillm.loading import quiet_transformers
+from minillm.models import CausalLM
 
 PROBE_TOLERANCE = 1e-3
 PROBE_WIDTH = 64

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from minillm.models import CausalLM, quiet_transformers
+from minillm.loading import quiet_transformers
+from minillm.models import CausalLM
 from minillm.store import replaced_folder, write_text
 from minillm.types import Decoding
 

@@ -17,8 +17,9 @@ from minillm.errors import DataError
 from minillm.evaluation import Judge, sample_and_judge
 from minillm.extras import asked_extras, idle_extras, measure_extras
 from minillm.length_buckets import by_length
+from minillm.loading import fingerprint, load
 from minillm.measures import summarise
-from minillm.models import CausalLM, ModelReader, fingerprint, load
+from minillm.models import CausalLM, ModelReader
 from minillm.preflight import Pair, Split, decoding_record
 from minillm.probes import probe_head
 from minillm.ranks import Ranks

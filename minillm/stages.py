@@ -13,8 +13,8 @@ from minillm.cards import Card
 from minillm.config import MinillmStage, RunConfig, Stage
 from minillm.distillation import Distil
 from minillm.engines import Student, Teacher
+from minillm.loading import ModelFacts, load
 from minillm.loop import Keep, Progressed, Validate, run_steps
-from minillm.models import ModelFacts, load
 from minillm.objectives import Minillm
 from minillm.preflight import Pair, decoding_record, require_rows
 from minillm.publish import publish_student

@@ -38,7 +38,7 @@ class Asked(Settings):
     """What a teacher was asked: two caches with equal questions hold the same numbers, up to rounding."""
 
     weights: Text
-    """Fingerprint of the teacher's weights (``models.fingerprint``)."""
+    """Fingerprint of the teacher's weights (``loading.fingerprint``)."""
     tokenizer: Text
     """Of what its tokenizer reads (``vocabulary.identity``); tokenizers that agree have the same."""
     real_ids: Count

@@ -25,7 +25,7 @@ from minillm.divergences import kept_and_rest
 from minillm.engines import Teacher
 from minillm.errors import ConfigError, DataError, NonFinite
 from minillm.kept import Kept
-from minillm.models import fingerprint
+from minillm.loading import fingerprint
 from minillm.order import share
 from minillm.preflight import Pair, check_alone, read_split
 from minillm.progress import Progress

@@ -19,7 +19,7 @@ from minillm.bench.loss import whole_logits_loss
 from minillm.cards import Kind, load_card
 from minillm.decode import rows_of_groups, toss
 from minillm.errors import ConfigError
-from minillm.models import inspect, load
+from minillm.loading import inspect, load
 from minillm.scoring import HeadWeights, TeacherView
 from minillm.types import DrawKey, Prompt, Purpose
 

@@ -22,7 +22,8 @@ from minillm.bench.bare import Sizes, check_pair, model_loader, random_prompts
 from minillm.bench.pairs import threads
 from minillm.cards import Kind, load_card
 from minillm.engines import Teacher
-from minillm.models import CausalLM, inspect
+from minillm.loading import inspect
+from minillm.models import CausalLM
 from minillm.objectives import Minillm
 from minillm.prompts import prepare, read_rows
 from minillm.ranks import Ranks

@@ -144,6 +144,6 @@ def _open(name: str) -> PreTrainedTokenizerBase:
         from minillm.world import build_tokenizer
 
         return build_tokenizer()
-    from minillm.models import inspect
+    from minillm.loading import inspect
 
     return inspect(load_card(name, kind="students")).tokenizer

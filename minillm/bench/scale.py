@@ -27,7 +27,8 @@ from minillm.bench.scale_worker import team
 from minillm.bench.step import Ours, StepCase
 from minillm.cards import Kind, load_card
 from minillm.errors import ConfigError
-from minillm.models import CausalLM, ModelFacts, inspect
+from minillm.loading import ModelFacts, inspect
+from minillm.models import CausalLM
 from minillm.probes import probe_packing
 from minillm.ranks import Ranks
 from minillm.scoring import HeadWeights, Task, TeacherView, cut_for

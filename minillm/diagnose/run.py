@@ -14,7 +14,8 @@ from minillm.diagnose.measure import Budget, Whole, figures_of
 from minillm.diagnose.names import REFERENCE, Estimator, chosen, name_of
 from minillm.diagnose.scores import Memory
 from minillm.errors import ConfigError, DataError
-from minillm.models import CausalLM, fingerprint, load
+from minillm.loading import fingerprint, load
+from minillm.models import CausalLM
 from minillm.order import GlobalOrder
 from minillm.preflight import Pair, Split, check_pair, decoding_record, read_split
 from minillm.probes import probe_head

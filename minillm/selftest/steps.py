@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from minillm import engines, objectives, references
 from minillm.cards import Card
 from minillm.config import MinillmStage, OptimiserConfig
+from minillm.loading import inspect, load, quiet_transformers
 from minillm.micro_batches import Limits
-from minillm.models import CausalLM, inspect, load, quiet_transformers
+from minillm.models import CausalLM
 from minillm.ranks import Ranks
 from minillm.selftest.check import Check, Found, worst
 from minillm.selftest.tiny import Tiny, tiny

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 
 from minillm.cards import BuildSpec, Card
-from minillm.models import ModelFacts, inspect, load
+from minillm.loading import ModelFacts, inspect, load
 
 # Wide enough that next tokens are far from even: at the usual 0.02 every model says the same.
 SPREAD = 0.2

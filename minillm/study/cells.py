@@ -18,7 +18,7 @@ from minillm.cards import load_card
 from minillm.config import RunConfig
 from minillm.engine_settings import read_engine_settings
 from minillm.errors import ConfigError, DataError, ModelError
-from minillm.models import fingerprint, names_a_folder
+from minillm.loading import fingerprint, names_a_folder
 from minillm.store import make_folder, record_text, write_text
 from minillm.study.config import StudyConfig
 from minillm.world import rows

@@ -13,7 +13,7 @@ from torch import Tensor
 from minillm.cards import Card
 from minillm.config import MinillmStage, OptimiserConfig
 from minillm.engines import Student, Teacher
-from minillm.models import inspect, load
+from minillm.loading import inspect, load
 from minillm.objectives import Minillm
 from minillm.ranks import Ranks
 from minillm.types import Decoding, Ids, Prompt, Targets

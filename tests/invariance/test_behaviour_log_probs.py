@@ -24,7 +24,8 @@ from torch import Tensor
 from minillm import decode, objectives, scoring
 from minillm.cards import Card
 from minillm.config import MinillmStage, OptimiserConfig
-from minillm.models import CausalLM, ModelReader, inspect, load
+from minillm.loading import inspect, load
+from minillm.models import CausalLM, ModelReader
 from minillm.objectives import Collected, Minillm, rollout_inputs
 from minillm.packing import Reads, pack
 from minillm.probes import probe_packing

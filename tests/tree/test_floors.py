@@ -42,7 +42,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         ),
         *("order", "templates", "vocabulary", "world"),
     ),
-    4: ("models", "probes", "reading", "decode", "scoring", "token_loss"),
+    4: ("loading", "models", "probes", "reading", "decode", "scoring", "token_loss"),
     5: (
         "ranks",
         "engine_settings",

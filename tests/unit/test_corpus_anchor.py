@@ -24,7 +24,7 @@ from minillm.config import MinillmStage, RunConfig
 from minillm.corpus import blocks_of
 from minillm.engines import Student, Teacher
 from minillm.errors import RunExists
-from minillm.models import inspect, load
+from minillm.loading import inspect, load
 from minillm.objectives import Minillm
 from minillm.prompts import prepare
 from minillm.ranks import Ranks

@@ -27,7 +27,8 @@ from minillm.diagnose.run import Diagnosis, Sizes, diagnose
 from minillm.diagnose.scores import direction, token_scores
 from minillm.engines import Teacher
 from minillm.errors import ConfigError, DataError
-from minillm.models import CausalLM, load
+from minillm.loading import load
+from minillm.models import CausalLM
 from minillm.objectives import Minillm
 from minillm.preflight import check_pair, decoding_record, read_split
 from minillm.ranks import Ranks

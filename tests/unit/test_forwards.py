@@ -20,7 +20,7 @@ from minillm.alarm_config import AlarmsConfig
 from minillm.cards import Card
 from minillm.config import MinillmStage, OptimiserConfig
 from minillm.engines import Student, Teacher
-from minillm.models import inspect, load
+from minillm.loading import inspect, load
 from minillm.objectives import Minillm
 from minillm.ranks import Ranks
 from minillm.scoring import HeadWeights, score

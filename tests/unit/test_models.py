@@ -22,7 +22,8 @@ from minillm.batches import prompt_batch
 from minillm.cards import BuildSpec, Card
 from minillm.decode import roll_out
 from minillm.errors import ModelError, PositionsExceeded
-from minillm.models import CausalLM, ModelReader, inspect, load
+from minillm.loading import inspect, load
+from minillm.models import CausalLM, ModelReader
 from minillm.objectives import rollout_inputs
 from minillm.probes import probe_head
 from minillm.scoring import score

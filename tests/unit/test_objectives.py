@@ -23,8 +23,8 @@ from minillm.cards import Card
 from minillm.config import MinillmStage, SftStage
 from minillm.engines import Student, Teacher
 from minillm.errors import DataError
+from minillm.loading import inspect, load
 from minillm.micro_batches import Limits
-from minillm.models import inspect, load
 from minillm.objectives import Minillm, rollout_inputs
 from minillm.order import parts
 from minillm.preflight import require_rows

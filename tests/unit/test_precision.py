@@ -16,7 +16,7 @@ from torch import Tensor
 from minillm.cards import Card
 from minillm.config import OptimiserConfig
 from minillm.engines import Student, Teacher
-from minillm.models import inspect, load
+from minillm.loading import inspect, load
 from minillm.ranks import Ranks
 from tests import tiny
 

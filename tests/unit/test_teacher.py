@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from minillm import api, distill
 from minillm.cards import Card
 from minillm.engines import Teacher
-from minillm.models import inspect, load
+from minillm.loading import inspect, load
 from minillm.ranks import Ranks
 from minillm.scoring import HeadWeights
 from tests import tiny
