@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Literal
 
 from minillm.config import DecodingConfig
-from minillm.errors import ConfigError, DataError, ManifestError
-from minillm.settings import Count, Flag, NonNegative, Seed, Settings, Text, Whole, headed
+from minillm.errors import DataError, ManifestError
+from minillm.manifests import read_record
+from minillm.settings import Count, Flag, NonNegative, Seed, Settings, Text, Whole
 
 SUFFIX = ".jsonl"
 _AGAIN = "generate it again (minillm generate … --fresh)"
@@ -126,19 +126,7 @@ def read_generated(path: str | Path) -> Manifest:
 
 def read_manifest(path: Path) -> Manifest | None:
     """What stands beside a file, be the file there or not; ``ManifestError`` where it cannot be read."""
-    file = manifest_of(path)
-    if not file.is_file():
-        return None
-    try:
-        values = json.loads(file.read_bytes())
-    except ValueError as error:  # not UTF-8 is one too
-        raise ManifestError(f"{file}: not JSON: {error}\n  {_AGAIN}") from error
-    if not isinstance(values, dict):
-        raise ManifestError(f"{file}: holds no JSON object, so it is no manifest\n  {_AGAIN}")
-    try:
-        return Manifest(**values)
-    except ConfigError as error:
-        raise ManifestError(f"{headed(str(error).splitlines(), source=str(file))}\n  {_AGAIN}") from error
+    return read_record(manifest_of(path), Manifest, fault=ManifestError, again=_AGAIN)
 
 
 def differences(one: Question, other: Question) -> list[str]:

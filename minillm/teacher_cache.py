@@ -19,10 +19,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from minillm.errors import CacheError, ConfigError, DataError
+from minillm.errors import CacheError, DataError
 from minillm.kept import Kept
+from minillm.manifests import read_record
 from minillm.prompts import data_hash
-from minillm.settings import Count, NonNegative, Settings, Text, headed
+from minillm.settings import Count, NonNegative, Settings, Text
 from minillm.types import Example
 
 IDS, LOGP, ROWS, MANIFEST = "ids.npy", "logp.npy", "rows.jsonl", "manifest.json"
@@ -157,19 +158,7 @@ def id_kind(real_ids: int) -> np.dtype[Any]:
 
 def read_manifest(folder: Path) -> Manifest | None:
     """What stands in a folder; ``CacheError`` where it cannot be read, ``None`` where there is none."""
-    file = folder / MANIFEST
-    if not file.is_file():
-        return None
-    try:
-        values = json.loads(file.read_bytes())
-    except ValueError as error:  # not UTF-8 is one too
-        raise CacheError(f"{file}: not JSON: {error}\n  {AGAIN}") from error
-    if not isinstance(values, dict):
-        raise CacheError(f"{file}: holds no JSON object, so it is no manifest\n  {AGAIN}")
-    try:
-        return Manifest(**values)
-    except ConfigError as error:
-        raise CacheError(f"{headed(str(error).splitlines(), source=str(file))}\n  {AGAIN}") from error
+    return read_record(folder / MANIFEST, Manifest, fault=CacheError, again=AGAIN)
 
 
 def read_cache(folder: str | Path) -> TeacherCache:

@@ -29,6 +29,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
             "cards",
             "hub",
             "model_files",
+            "manifests",
             "records",
             "released",
             "row_sources",
