@@ -22,20 +22,19 @@ from minillm.preflight import (
     Split,
     check_pair,
     read_anchor,
-    read_split,
     read_teacher_caches,
-    read_teacher_text,
 )
 from minillm.ranks import Ranks
 from minillm.report import build_report, combine, write_reports
 from minillm.report_files import sets_in
 from minillm.report_sets import by_set
 from minillm.results import judge_of, stored_results, versions
+from minillm.run_splits import evaluated_sets, read_splits
 from minillm.stages import Start, check_rows, idle_words, load_teacher, run_stage, unbiased_words
 from minillm.store import Clock, RunFolder, make_folder
 from minillm.teacher_cache import TeacherCache
 from minillm.teacher_caching import cache_teacher
-from minillm.text_stages import DistilStage, asks_teacher
+from minillm.text_stages import asks_teacher
 from minillm.trackers import require_packages, tracked
 from minillm.types import Purpose
 
@@ -49,7 +48,7 @@ def distill(config: RunConfig, *, fresh: bool = False) -> Path:
     """
     require_packages(config.trackers)
     pair = check_pair(config)
-    splits = _read_splits(config, pair)
+    splits = read_splits(config, pair)
     anchor = read_anchor(config, pair=pair)
     caches = read_teacher_caches(config, pair=pair, splits=splits)
     ranks = Ranks(threads=config.threads)
@@ -155,7 +154,7 @@ def _train_and_evaluate(
         folder.set_status(seconds=seconds, stages=stages)
         card = pair.student_card.model_copy(update={"model": str(into), "build": None, "revision": None})
         start = Start(card=card, facts=inspect(card))
-    if sets := _test_sets(splits):
+    if sets := evaluated_sets(splits):
         clock = Clock()
         if ranks.first:
             forget_unfinished(folder.path, sets)
@@ -208,69 +207,9 @@ def evaluate(model: str | Path, config: RunConfig, *, out: str | Path, fresh: bo
             teacher.close()
 
 
-def _read_splits(config: RunConfig, pair: Pair) -> dict[str, Split]:
-    data = config.data
-    readers = {stage.reads for stage in config.stages}
-    splits = {}
-    if "train" in readers:
-        splits["train"] = _read_train(config, pair)
-    if "teacher_text" in readers:
-        splits["teacher_text"] = read_teacher_text(config, pair=pair)
-    if data.validation is not None and any(stage.validate_every for stage in config.stages):
-        splits["validation"] = read_split(
-            config, data.validation, pair=pair, name="validation", need_response=False, limit=data.validation_limit
-        )
-        _require_references(config, splits["validation"])
-    if data.test is not None:
-        splits.update({f"test {name}".strip(): split for name, split in read_sets(config, pair).items()})
-    return splits
-
-
-def _test_sets(splits: Mapping[str, Split]) -> dict[str, Split]:
-    """The test sets among the splits by name; a single source has the name ''."""
-    return {name.removeprefix("test").strip(): split for name, split in splits.items() if name.startswith("test")}
-
-
-def _read_train(config: RunConfig, pair: Pair) -> Split:
-    data = config.data
-    assert data.train is not None, "the configuration refuses a run without training rows"
-    needed = {stage.name: config.responses_needed(stage) for stage in config.stages if stage.reads == "train"}
-    learners = [name for name, which in needed.items() if which != "none"]
-    always = all(which == "all" for which in needed.values())
-    train = read_split(config, data.train, pair=pair, name="train", need_response=always, limit=data.train_limit)
-    answered = sum(bool(prompt.response_ids) for prompt in train.prompts)
-    if learners and not answered:
-        raise DataError(
-            f"{data.train}: no row has a response of at most {config.decoding.max_new_tokens} tokens, and stage "
-            f"{learners[0]} learns from responses\n  give the rows a 'response' field, or raise decoding.max_new_tokens"
-        )
-    if learners and answered < len(train.prompts):
-        of_all = f"{answered:,} of {len(train.prompts):,} rows have a response"
-        told = f"train: {of_all}; stage {', '.join(learners)} learns from those"
-        train = dataclasses.replace(train, words=(*train.words, told))
-    return train
-
-
-def _require_references(config: RunConfig, validation: Split) -> None:
-    """Raise ``DataError`` where a stage keeps by a measure that needs references and no validation row has one."""
-    for stage in config.stages:
-        found = any(p.response_ids if stage.keep.metric == "loss" else p.responses for p in validation.prompts)
-        follows = isinstance(stage, DistilStage) and stage.plan.student_share is None
-        if follows and not any(p.response_ids for p in validation.prompts):
-            raise DataError(
-                f"{validation.source}: no validation row has a response, and the share of the student's own text in "
-                f"stage {stage.name} follows the loss on those; set its student_share"
-            )
-        if stage.validate_every and stage.keep.metric in {"loss", "rouge_l"} and not found:
-            raise DataError(
-                f"{validation.source}: no validation row has a response, and stage {stage.name} "
-                f"keeps its best student by {stage.keep.metric}"
-            )
-
-
 def _needs_teacher(config: RunConfig, splits: Mapping[str, Split]) -> bool:
     distils = any(asks_teacher(stage) for stage in config.stages)
-    return config.teacher is not None and (distils or bool(_test_sets(splits)))
+    return config.teacher is not None and (distils or bool(evaluated_sets(splits)))
 
 
 def _validator(
@@ -349,7 +288,7 @@ def _introduce(config: RunConfig, pair: Pair, splits: Mapping[str, Split], ancho
     for split in splits.values():
         for line in split.words:
             _say(ranks, line)
-    for line in shared_words(_test_sets(splits)):
+    for line in shared_words(evaluated_sets(splits)):
         _say(ranks, line)
     for line in anchor.words if anchor is not None else ():
         _say(ranks, line)

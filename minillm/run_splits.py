@@ -1,0 +1,74 @@
+"""The splits of a run: which of them its stages and its evaluation read, and whether they hold what those need."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from minillm.config import RunConfig
+from minillm.errors import DataError
+from minillm.evaluation_sets import read_sets
+from minillm.preflight import Pair, Split, read_split, read_teacher_text
+from minillm.text_stages import DistilStage
+
+
+def read_splits(config: RunConfig, pair: Pair) -> dict[str, Split]:
+    """Every split that some stage or the evaluation reads, by name; a test set's begins with 'test'. ``DataError``
+    where one of them lacks what reads it."""
+    data = config.data
+    readers = {stage.reads for stage in config.stages}
+    splits = {}
+    if "train" in readers:
+        splits["train"] = _read_train(config, pair)
+    if "teacher_text" in readers:
+        splits["teacher_text"] = read_teacher_text(config, pair=pair)
+    if data.validation is not None and any(stage.validate_every for stage in config.stages):
+        splits["validation"] = read_split(
+            config, data.validation, pair=pair, name="validation", need_response=False, limit=data.validation_limit
+        )
+        _require_references(config, splits["validation"])
+    if data.test is not None:
+        splits.update({f"test {name}".strip(): split for name, split in read_sets(config, pair).items()})
+    return splits
+
+
+def evaluated_sets(splits: Mapping[str, Split]) -> dict[str, Split]:
+    """The test sets among the splits by name; a single source has the name ''."""
+    return {name.removeprefix("test").strip(): split for name, split in splits.items() if name.startswith("test")}
+
+
+def _read_train(config: RunConfig, pair: Pair) -> Split:
+    data = config.data
+    assert data.train is not None, "the configuration refuses a run without training rows"
+    needed = {stage.name: config.responses_needed(stage) for stage in config.stages if stage.reads == "train"}
+    learners = [name for name, which in needed.items() if which != "none"]
+    always = all(which == "all" for which in needed.values())
+    train = read_split(config, data.train, pair=pair, name="train", need_response=always, limit=data.train_limit)
+    answered = sum(bool(prompt.response_ids) for prompt in train.prompts)
+    if learners and not answered:
+        raise DataError(
+            f"{data.train}: no row has a response of at most {config.decoding.max_new_tokens} tokens, and stage "
+            f"{learners[0]} learns from responses\n  give the rows a 'response' field, or raise decoding.max_new_tokens"
+        )
+    if learners and answered < len(train.prompts):
+        of_all = f"{answered:,} of {len(train.prompts):,} rows have a response"
+        told = f"train: {of_all}; stage {', '.join(learners)} learns from those"
+        train = dataclasses.replace(train, words=(*train.words, told))
+    return train
+
+
+def _require_references(config: RunConfig, validation: Split) -> None:
+    """Raise ``DataError`` where a stage keeps by a measure that needs references and no validation row has one."""
+    for stage in config.stages:
+        found = any(p.response_ids if stage.keep.metric == "loss" else p.responses for p in validation.prompts)
+        follows = isinstance(stage, DistilStage) and stage.plan.student_share is None
+        if follows and not any(p.response_ids for p in validation.prompts):
+            raise DataError(
+                f"{validation.source}: no validation row has a response, and the share of the student's own text in "
+                f"stage {stage.name} follows the loss on those; set its student_share"
+            )
+        if stage.validate_every and stage.keep.metric in {"loss", "rouge_l"} and not found:
+            raise DataError(
+                f"{validation.source}: no validation row has a response, and stage {stage.name} "
+                f"keeps its best student by {stage.keep.metric}"
+            )
