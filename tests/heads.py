@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -17,6 +18,16 @@ N, V, STUDENT_H, TEACHER_H = 13, 21, 6, 9
 JSD_BETA, SKEW = 0.3, 0.2
 K = 8
 """Ids that are kept of the teacher, more than some tokens' supports have."""
+HEADS = [
+    pytest.param({"bias": False}, id="plain"),
+    pytest.param({}, id="bias"),
+    pytest.param({"scale": 0.4, "softcap": 2.5}, id="bias-scale-softcap"),
+]
+SETTINGS = [
+    pytest.param({}, id="all-ids"),
+    pytest.param({"temperature": 0.7}, id="temperature"),
+    pytest.param({"temperature": 1.6, "support": True}, id="temperature-support"),
+]
 
 
 class Case:

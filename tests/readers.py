@@ -14,25 +14,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from minillm.types import PromptBatch
+from tests.tiny import SIZES
 
 FAMILIES = ("gpt2", "opt", "llama", "qwen2")
 VOCABULARY = 19
 EOS, PAD = 1, 1
 """The pad is the EOS, as with GPT-2: a mask made from ids would go wrong."""
 
-_SIZES: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "tie_word_embeddings": False},
-    "opt": {
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "ffn_dim": 24,
-        "word_embed_proj_dim": 16,
-    },
-    "llama": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24},
-    "qwen2": {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1},
-}
 _EXTRA = {
+    "gpt2": {"n_positions": 64, "tie_word_embeddings": False},
     "opt": {"max_position_embeddings": 64, "tie_word_embeddings": False},
     "llama": {"max_position_embeddings": 64},
     "qwen2": {"max_position_embeddings": 64, "intermediate_size": 24, "tie_word_embeddings": False},
@@ -42,7 +32,7 @@ _EXTRA = {
 @functools.cache
 def _model(family: str, seed: int, sharpness: float) -> Any:
     """Made once for all readers of it, which only read."""
-    sizes = {**_SIZES[family], **_EXTRA.get(family, {})}
+    sizes = {**SIZES[family], **_EXTRA[family]}
     config = AutoConfig.for_model(
         family, vocab_size=VOCABULARY, bos_token_id=EOS, eos_token_id=EOS, pad_token_id=PAD, **sizes
     )

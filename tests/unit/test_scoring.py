@@ -19,22 +19,10 @@ from minillm.models import Head
 from minillm.sampling import pack_support
 from minillm.scoring import STATISTICS, HeadWeights, score, spread, token_statistics
 from minillm.types import PromptBatch, Rollout, Stop
-from tests.heads import JSD_BETA, SKEW, STUDENT_H, TEACHER_H, Case, N, V, gap
+from tests.heads import HEADS, JSD_BETA, SETTINGS, SKEW, STUDENT_H, TEACHER_H, Case, N, V, gap
 
 TINY = 1e-10
 VISIBLE = 1e-4
-
-
-HEADS = [
-    pytest.param({"bias": False}, id="plain"),
-    pytest.param({}, id="bias"),
-    pytest.param({"scale": 0.4, "softcap": 2.5}, id="bias-scale-softcap"),
-]
-SETTINGS = [
-    pytest.param({}, id="all-ids"),
-    pytest.param({"temperature": 0.7}, id="temperature"),
-    pytest.param({"temperature": 1.6, "support": True}, id="temperature-support"),
-]
 
 
 @pytest.mark.parametrize("cut", [(1, 1), (4, 3), (N, 5), (64, N), (None, None)])

@@ -16,20 +16,10 @@ from minillm.kept import Kept
 from minillm.policy_loss import clipped_surrogate
 from minillm.scoring import STATISTICS, HeadWeights, Piece, TeacherView
 from minillm.token_loss import Task, token_loss
-from tests.heads import JSD_BETA, SKEW, STUDENT_H, Case, N, V, gap, gradients_of_twin, weights
+from tests.heads import HEADS, JSD_BETA, SETTINGS, SKEW, STUDENT_H, Case, N, V, gap, gradients_of_twin, weights
 
 TINY = 1e-10
 VISIBLE = 1e-4
-HEADS = [
-    pytest.param({"bias": False}, id="plain"),
-    pytest.param({}, id="bias"),
-    pytest.param({"scale": 0.4, "softcap": 2.5}, id="bias-scale-softcap"),
-]
-SETTINGS = [
-    pytest.param({}, id="all-ids"),
-    pytest.param({"temperature": 0.7}, id="temperature"),
-    pytest.param({"temperature": 1.6, "support": True}, id="temperature-support"),
-]
 OF_THE_STUDENT = [name for name in STATISTICS if name != "logp"]
 
 
