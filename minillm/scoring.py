@@ -146,7 +146,7 @@ def cut_for(head: HeadWeights, task: Task) -> Cut:
 
 
 def tensors_of_a_piece(head: HeadWeights, task: Task) -> int:
-    """How many tensors of a piece's size live at once; ``tests/unit/test_token_loss.py`` counts them.
+    """How many tensors of a piece's size live at once; ``tests/unit/test_token_loss_memory.py`` counts them.
 
     MiniLLM's loss has five: log q, q, log p, the gap between the two, and a product.
     """
