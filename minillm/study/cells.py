@@ -44,6 +44,8 @@ NO_RESULT = (
         "study/jobs.py",
         "study/reproduce.py",
         "cli/",
+        "study/paired.py",
+        "study/verdict.py",
     ),
     *("report.py", "report_html.py", "report_style.py", "report_text.py", "report_words.py", "plots.py"),
     *("progress.py", "terminal.py", "model_card.py", "trackers.py"),

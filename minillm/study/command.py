@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from minillm.errors import ConfigError, did_you_mean
+from minillm.measures import MAIN_TEMPERATURE, temperature_key
 from minillm.plots import require_outputs
 from minillm.ranks import Ranks
 from minillm.store import write_text
@@ -16,6 +17,7 @@ from minillm.study.curves import LABELS_AGAINST, draw_curves
 from minillm.study.jobs import run_by_jobs
 from minillm.study.reproduce import reproduce
 from minillm.study.table import difference_rows, draw_plot, headline_rows, read_cells, summary, words
+from minillm.study.verdict import correct, sentences, standings
 from minillm.terminal import print_table
 
 T = TypeVar("T", str, int)
@@ -90,10 +92,16 @@ def _tell(study: StudyConfig, *, json_file: Path | None, plot: Path | None) -> N
     found = summary(study, cells)
     temperatures = list(dict.fromkeys(key for of in found["arms"].values() for key in of["temperatures"]))
     if temperatures:
-        at = "1.0" if "1.0" in temperatures else temperatures[0]
+        main = temperature_key(MAIN_TEMPERATURE)
+        at = main if main in temperatures else temperatures[0]
+        measures = _have(found, at, DIFFERENCES)
+        correct(found, temperature=at, measures=measures)
+        found["best"] = standings(cells, temperature=at, measures=measures)
         _print_tables(study, found, temperatures, at=at)
+        for heading, said in sentences(found):
+            print("\n  ".join([heading, *said]), end="\n\n")
         if plot is not None:
-            draw_plot(found, plot, measures=_have(found, at, DIFFERENCES), temperature=at)
+            draw_plot(found, plot, measures=measures, temperature=at)
     else:
         print(f"study {study.name}: no cell in {study.results} is done")
         if plot is not None:
@@ -131,7 +139,7 @@ def _print_tables(study: StudyConfig, found: Mapping[str, Any], temperatures: Se
         if rows := difference_rows(found, name):
             print_table(
                 f"{LABELS[name]} less that of {study.compare_with}, by seed;\n"
-                "with two seeds or more 95 % over seeds (*: excludes zero)",
+                f"with two seeds or more 95 % over seeds (*: excludes zero; **, at T {at}: also after correction)",
                 ("", *(f"T {key}" for key in temperatures)),
                 rows,
             )

@@ -1,13 +1,11 @@
 """A study's cells as tables, a plot and JSON: means over training seeds, and differences paired by seed.
 
-Intervals here are over *training seeds* (Student's t), not over prompts: they say how far a figure moves when the same
-run is made again with other random numbers. With few seeds they are wide, as they should be.
+Intervals here are over *training seeds* (Student's t, in ``paired``), not over prompts: they say how far a figure moves
+when the same run is made again with other random numbers. With few seeds they are wide, as they should be.
 """
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,9 @@ from typing import Any
 from minillm.measures import MEASURES
 from minillm.study.cells import sort_out
 from minillm.study.config import StudyConfig
+from minillm.study.paired import paired, spread, stars
 from minillm.study.tuning import untuned
 
-T_975 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
-"""The 97.5 % point of Student's t by degrees of freedom, from 0."""
-T_BEYOND = 2.145
-"""The same for more of them: a little too wide."""
 Cells = Mapping[str, Mapping[int, dict[str, Any]]]
 """Arm -> seed -> finished cell."""
 
@@ -49,8 +44,8 @@ def summary(study: StudyConfig, cells: Cells) -> dict[str, Any]:
                 "settings": study.arms[arm],
                 "done": sorted(done := _done(cells[arm])),
                 "failed": {seed: cell["reason"] for seed, cell in cells[arm].items() if cell["state"] == "failed"},
-                "cpu_seconds": _spread([cells[arm][seed]["training"]["cpu_seconds"] for seed in done]),
-                "tokens": _spread([cells[arm][seed]["training"]["tokens"] for seed in done]),
+                "cpu_seconds": spread([cells[arm][seed]["training"]["cpu_seconds"] for seed in done]),
+                "tokens": spread([cells[arm][seed]["training"]["tokens"] for seed in done]),
                 "alarms": _alarms(cells[arm]),
                 "temperatures": _temperatures(cells[arm], cells[study.compare_with]),
             }
@@ -155,26 +150,9 @@ def _figures(own: Mapping[int, Mapping[str, Any]], other: Mapping[int, Mapping[s
         pairs = [value - other[seed][name] for seed, value in values.items() if name in other.get(seed, {})]
         if values:
             found[name] = {
-                **_spread(list(values.values())), "per_seed": list(values.values()), "difference": paired(pairs),
+                **spread(list(values.values())), "per_seed": list(values.values()), "difference": paired(pairs),
             }  # fmt: skip
     return found
-
-
-def _spread(values: Sequence[float]) -> dict[str, float | None]:
-    if not values:
-        return {"mean": None, "sd": None}
-    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
-
-
-def paired(differences: Sequence[float]) -> dict[str, Any]:
-    """Mean difference over seeds and its 95 % interval by Student's t; no interval from fewer than two seeds."""
-    spread = _spread(differences)
-    mean, deviation = spread["mean"], spread["sd"]
-    if mean is None or deviation is None:
-        return {"mean": mean, "ci95": None, "seeds": len(differences)}
-    freedom = len(differences) - 1
-    reach = (T_975[freedom] if freedom < len(T_975) else T_BEYOND) * deviation / math.sqrt(len(differences))
-    return {"mean": mean, "ci95": [mean - reach, mean + reach], "seeds": len(differences)}
 
 
 def _plus_minus(mean: float | None, deviation: float | None, name: str) -> str:
@@ -185,11 +163,10 @@ def _plus_minus(mean: float | None, deviation: float | None, name: str) -> str:
 
 
 def _change(change: Mapping[str, Any] | None, name: str) -> str:
-    """A difference with its interval; a star where that excludes zero."""
+    """A difference with its interval and its stars."""
     if change is None or change["mean"] is None:
         return "–"
     digits, ends = MEASURES[name].digits, change["ci95"]
     if ends is None:
         return f"{change['mean']:+.{digits}f}"
-    star = "*" if ends[0] > 0 or ends[1] < 0 else ""
-    return f"{change['mean']:+.{digits}f}{star}\n{ends[0]:+.{digits}f} {ends[1]:+.{digits}f}"
+    return f"{change['mean']:+.{digits}f}{stars(change)}\n{ends[0]:+.{digits}f} {ends[1]:+.{digits}f}"

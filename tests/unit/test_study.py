@@ -20,8 +20,9 @@ from minillm.study import run as run_module
 from minillm.study.cells import asked, differs, read_cell
 from minillm.study.config import StudyConfig, load_study
 from minillm.study.curves import draw_curves
+from minillm.study.paired import paired
 from minillm.study.run import run_study
-from minillm.study.table import _temperatures, paired, read_cells, summary
+from minillm.study.table import _temperatures, read_cells, summary
 from minillm.yaml_reader import write_yaml
 from tests import tiny
 
@@ -245,9 +246,9 @@ def test_the_summary_is_the_cells(finished: StudyConfig) -> None:
     assert at["per_seed"] == kl and at["mean"] == pytest.approx(sum(kl) / 2)
     assert at["difference"]["mean"] == pytest.approx((kl[0] - base[0] + kl[1] - base[1]) / 2)
     assert found["short"]["temperatures"]["1.0"]["reverse_kl"]["difference"]["mean"] == 0
-    # Of two seeds, the interval reaches 12.706 halves of the distance between the two differences.
+    # Of two seeds, the interval reaches 12.7062 halves of the distance between the two differences.
     ends = at["difference"]["ci95"]
-    assert ends[1] - ends[0] == pytest.approx(12.706 * abs((kl[0] - base[0]) - (kl[1] - base[1])), rel=1e-6)
+    assert ends[1] - ends[0] == pytest.approx(12.7062 * abs((kl[0] - base[0]) - (kl[1] - base[1])), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["long-horizon", "world-160k"])
@@ -259,11 +260,11 @@ def test_the_cells_that_are_committed_are_those_of_their_study(name: str) -> Non
 
 
 def test_intervals_over_seeds() -> None:
-    """Golden numbers: 1, 2, 3, 4, 5 has mean 3 and reaches 2.776 · sqrt(2.5 / 5) to each side."""
+    """Golden numbers: 1, 2, 3, 4, 5 has mean 3 and reaches 2.776445 · sqrt(2.5 / 5) to each side."""
     found = paired([1.0, 2.0, 3.0, 4.0, 5.0])
-    reach = 2.776 * math.sqrt(0.5)
-    assert found["mean"] == 3 and found["ci95"] == pytest.approx([3 - reach, 3 + reach])
-    assert paired([1.0])["ci95"] is None and paired([]) == {"mean": None, "ci95": None, "seeds": 0}
+    reach = 2.776445 * math.sqrt(0.5)
+    assert found["mean"] == 3 and found["ci95"] == pytest.approx([3 - reach, 3 + reach], rel=1e-6)
+    assert paired([1.0])["ci95"] is None and paired([])["mean"] is None
 
 
 @pytest.mark.parametrize(
