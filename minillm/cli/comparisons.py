@@ -110,6 +110,12 @@ def study(  # noqa: PLR0917 (typer reads options from parameters)
     again_as: Annotated[
         str, typer.Option("--reproduce", metavar="ARM:SEED", help="Make this cell again, hold it against its file.")
     ] = "",
+    compare_with: Annotated[
+        str, typer.Option("--compare-with", metavar="ARM", help="Differences from this arm, not the file's.")
+    ] = "",
+    diversity: Annotated[
+        str, typer.Option("--diversity", metavar="MEASURE", help="Equal diversity in what: distinct_4, self_bleu, …")
+    ] = "distinct_4",
 ) -> None:
     """Compare ways to train over several training seeds.
 
@@ -124,7 +130,7 @@ def study(  # noqa: PLR0917 (typer reads options from parameters)
 
     if again_as:
         others = {"--arms": arms, "--seeds": seeds, "--show": show, "--again": again, "--json": json_file,
-                  "--plot": plot, "--curves": curves}  # fmt: skip
+                  "--plot": plot, "--curves": curves, "--compare-with": compare_with}  # fmt: skip
         if unheard := [name for name, given in others.items() if given]:
             raise ConfigError(f"--reproduce makes one cell and nothing else; leave {unheard[0]} out")
         if not run_again(config, again_as, quick=quick):
@@ -137,7 +143,7 @@ def study(  # noqa: PLR0917 (typer reads options from parameters)
         arms=[arm.strip() for arm in arms.split(",")] if arms else None,
         seeds=[int(seed) for seed in seeds.split(",")] if seeds else None,
         show=show, again=again, json_file=json_file, plot=plot, curves=curves, against=against,
-        jobs=jobs, quick=quick,
+        jobs=jobs, quick=quick, compare_with=compare_with or None, diversity=diversity,
     )  # fmt: skip
 
 

@@ -44,6 +44,7 @@ NO_RESULT = (
         "study/jobs.py",
         "study/reproduce.py",
         "cli/",
+        "study/diversity.py",
         "study/paired.py",
         "study/verdict.py",
     ),

@@ -14,9 +14,19 @@ from minillm.ranks import Ranks
 from minillm.store import write_text
 from minillm.study.config import StudyConfig, load_study
 from minillm.study.curves import LABELS_AGAINST, draw_curves
+from minillm.study.diversity import DIVERSITIES, at_equal_diversity, heading, left_out, require_diversity
 from minillm.study.jobs import run_by_jobs
 from minillm.study.reproduce import reproduce
-from minillm.study.table import difference_rows, draw_plot, headline_rows, read_cells, summary, words
+from minillm.study.table import (
+    Cells,
+    difference_rows,
+    diversity_rows,
+    draw_plot,
+    headline_rows,
+    read_cells,
+    summary,
+    words,
+)  # fmt: skip
 from minillm.study.verdict import correct, sentences, standings
 from minillm.terminal import print_table
 
@@ -40,16 +50,23 @@ def run(
     against: str,
     quick: bool = False,
     jobs: int = 1,
+    compare_with: str | None = None,
+    diversity: str = DIVERSITIES[0],
 ) -> None:
-    """``arms`` and ``seeds`` None are all of the study's; with ``show`` nothing is made."""
+    """``arms`` and ``seeds`` None are all of the study's; with ``show`` nothing is made. ``compare_with`` None is the
+    study's own."""
     require_outputs(json_file=json_file, plot=plot)
     require_outputs(json_file=None, plot=curves)
     if against not in LABELS_AGAINST:
         near = did_you_mean(against, LABELS_AGAINST)
         raise ConfigError(f"--against: got {against!r}, wanted one of {', '.join(LABELS_AGAINST)}{near}")
+    require_diversity(diversity)
     if show and again:
         raise ConfigError("--show makes nothing and --again makes all anew; leave one out")
     study = load_study(config, quick=quick)
+    if compare_with is not None:
+        _some_of("--compare-with", [compare_with], list(study.arms))
+        study = study.model_copy(update={"compare_with": compare_with})
     wanted_arms = _some_of("--arms", arms, list(study.arms))
     wanted_seeds = _some_of("--seeds", seeds, list(study.seeds))
     if not show:
@@ -58,7 +75,7 @@ def run(
             say=lambda line: print(line, flush=True),
         )  # fmt: skip
     if Ranks().first:
-        _tell(study, json_file=json_file, plot=plot)
+        _tell(study, json_file=json_file, plot=plot, diversity=diversity)
         if curves is not None:
             _draw_curves(study, curves, against=against)
 
@@ -85,23 +102,33 @@ def _some_of(option: str, asked: Sequence[T] | None, known: Sequence[T]) -> list
     return [each for each in known if asked is None or each in asked]
 
 
-def _tell(study: StudyConfig, *, json_file: Path | None, plot: Path | None) -> None:
-    cells, notes = read_cells(study)
-    for note in notes:
-        print(f"note: {note}")
+def gather(study: StudyConfig, cells: Cells, *, diversity: str) -> dict[str, Any]:
+    """All figures of a study, ready for JSON; ``temperature`` is that of the headline, None where no cell is done."""
     found = summary(study, cells)
-    temperatures = list(dict.fromkeys(key for of in found["arms"].values() for key in of["temperatures"]))
+    temperatures = _temperatures(found)
+    found["temperature"] = None
     if temperatures:
         main = temperature_key(MAIN_TEMPERATURE)
-        at = main if main in temperatures else temperatures[0]
+        at = found["temperature"] = main if main in temperatures else temperatures[0]
         measures = _have(found, at, DIFFERENCES)
         correct(found, temperature=at, measures=measures)
         found["best"] = standings(cells, temperature=at, measures=measures)
-        _print_tables(study, found, temperatures, at=at)
-        for heading, said in sentences(found):
-            print("\n  ".join([heading, *said]), end="\n\n")
+        found["equal_diversity"] = at_equal_diversity(
+            cells, compare_with=study.compare_with, temperature=at, measures=measures, diversity=diversity
+        )
+    return found
+
+
+def _tell(study: StudyConfig, *, json_file: Path | None, plot: Path | None, diversity: str) -> None:
+    cells, notes = read_cells(study)
+    for note in notes:
+        print(f"note: {note}")
+    found = gather(study, cells, diversity=diversity)
+    if found["temperature"] is not None:
+        _print_tables(study, found)
         if plot is not None:
-            draw_plot(found, plot, measures=measures, temperature=at)
+            at = found["temperature"]
+            draw_plot(found, plot, measures=_have(found, at, DIFFERENCES), temperature=at)
     else:
         print(f"study {study.name}: no cell in {study.results} is done")
         if plot is not None:
@@ -110,6 +137,10 @@ def _tell(study: StudyConfig, *, json_file: Path | None, plot: Path | None) -> N
         print(line)
     if json_file is not None:
         write_text(json_file, json.dumps(found, indent=2) + "\n")
+
+
+def _temperatures(found: Mapping[str, Any]) -> list[str]:
+    return list(dict.fromkeys(key for of in found["arms"].values() for key in of["temperatures"]))
 
 
 def _draw_curves(study: StudyConfig, curves: Path, *, against: str) -> None:
@@ -127,7 +158,8 @@ def _have(found: Mapping[str, Any], temperature: str, names: Sequence[str]) -> l
     return [name for name in names if any(name in of["temperatures"].get(temperature, {}) for of in arms)]
 
 
-def _print_tables(study: StudyConfig, found: Mapping[str, Any], temperatures: Sequence[str], *, at: str) -> None:
+def _print_tables(study: StudyConfig, found: Mapping[str, Any]) -> None:
+    at, temperatures = found["temperature"], _temperatures(found)
     have = _have(found, at, MEASURES)
     print_table(
         f"{study.name}: temperature {at}, mean ± standard deviation over training seeds;\n"
@@ -143,3 +175,14 @@ def _print_tables(study: StudyConfig, found: Mapping[str, Any], temperatures: Se
                 ("", *(f"T {key}" for key in temperatures)),
                 rows,
             )
+    equal = found["equal_diversity"]
+    if rows := diversity_rows(equal):
+        print_table(
+            f"{heading(equal, compare_with=study.compare_with)};\n*: excludes zero, not corrected",
+            ("", "seeds", "T", *(LABELS[name] for name in equal["measures"])),
+            rows,
+        )
+    for line in left_out(equal, compare_with=study.compare_with):
+        print(line)
+    for label, said in sentences(found):
+        print("\n  ".join([label, *said]), end="\n\n")

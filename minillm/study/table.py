@@ -88,6 +88,17 @@ def difference_rows(found: Mapping[str, Any], measure: str) -> list[list[str]]:
     return rows
 
 
+def diversity_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """One row an arm: seeds, the other's mean temperature, and the difference in each measure, at equal diversity."""
+    rows = []
+    for arm, of in found["arms"].items():
+        left, mean = len(of["left_out"]), of["mean_temperature"]
+        seeds = f"{len(of['temperatures'])}" + (f"\n{left} left out" if left else "")
+        changes = (_change(of["differences"][name], name) for name in found["measures"])
+        rows.append([arm, seeds, "–" if mean is None else f"{mean:.2f}", *changes])
+    return rows
+
+
 def draw_plot(found: Mapping[str, Any], path: Path, *, measures: Sequence[str], temperature: str) -> None:
     """Each arm's seeds as points with their mean, one panel a measure."""
     from matplotlib.figure import Figure

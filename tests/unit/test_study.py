@@ -342,6 +342,12 @@ def test_the_command_prints_the_table(
     assert code == 2 and "--plot" in err
     code, _, err = run("--curves", str(place / "found.png"), "--against", "token")
     assert code == 2 and "--against: got 'token', wanted one of tokens, update, seconds; did you mean 'tokens'?" in err
+    code, out, _ = run("--show", "--compare-with", "plain")
+    assert code == 0 and "rev. KL less that of plain" in out and "against plain:" in out
+    code, _, err = run("--show", "--compare-with", "plian")
+    assert code == 2 and "--compare-with: 'plian' is none of the study's (plain, short); did you mean 'plain'" in err
+    code, _, err = run("--show", "--diversity", "distinct4")
+    assert code == 2 and "did you mean 'distinct_4'" in err
     code, out, _ = run("--show", "--curves", str(place / "found.png"))
     assert code == 0 and "not written, no cell says how its validations stand against tokens" in out
 
