@@ -17,6 +17,7 @@ from minillm.batches import ExampleBatch, example_batch
 from minillm.calibration import BINS, Answers, calibration, chosen
 from minillm.errors import DataError, did_you_mean
 from minillm.evaluation import Judge
+from minillm.micro_batches import alike
 from minillm.models import ModelReader
 from minillm.prompts import encode
 from minillm.ranks import Ranks
@@ -154,10 +155,9 @@ def _batches(
     rows: Sequence[tuple[Any, Prompt]], reader: ModelReader, judge: Judge, *, ranks: Ranks
 ) -> Iterator[tuple[ExampleBatch, list[Any]]]:
     """This rank's share of named rows in batches of like length, each with its names."""
-    ordered = sorted(rows, key=lambda row: (len(row[1].ids) + len(row[1].response_ids), row[0]))
-    mine = ordered[ranks.rank :: ranks.size]
-    for start in range(0, len(mine), judge.batch):
-        part = mine[start : start + judge.batch]
+    lengths = [len(row.ids) + len(row.response_ids) for _, row in rows]
+    cuts = alike(lengths, limits=judge.limits, ranks=ranks.size)[ranks.rank]
+    for part in ([rows[index] for index in places] for places in cuts if places):
         batch = example_batch([row for _, row in part], pad_id=judge.ids.pad, device=reader.device)
         yield batch, [name for name, _ in part]
 

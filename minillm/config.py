@@ -39,6 +39,8 @@ __all__ = [
 
 _SHOWN_OVERRIDES = 3
 """Overrides that an error names one by one."""
+MEMORY_ONLY = ("batch", "batch_tokens")
+"""Settings of ``evaluation`` that change no result."""
 
 
 class DecodingConfig(Settings):
@@ -94,7 +96,10 @@ class EvaluationConfig(Settings):
     temperatures: tuple[Positive, ...] = (1.0,)
     """Temperatures to measure at, each above 0; the paper's 1."""
     batch: Count = 256
-    """Responses decoded at once on each rank. Changes memory and speed, never the result."""
+    """Most responses decoded at once on each rank. Changes memory and speed, never the result."""
+    batch_tokens: Count = 65_536
+    """Most tokens of those: rows times the longest prompt and decoding.max_new_tokens; of what is only read, rows times
+    the longest. A row that is longer is decoded alone. Changes memory and speed, never the result."""
     bootstrap: Count = 2000
     """Resamples of the prompts behind each interval."""
     exposure: ExposureConfig | None = None

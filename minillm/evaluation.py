@@ -19,6 +19,7 @@ from minillm.decode import roll_out
 from minillm.engines import Student, Teacher
 from minillm.gold import Gold, read_gold, reference_loss
 from minillm.measures import MEASURES, ratios_of
+from minillm.micro_batches import Limits, alike
 from minillm.models import ModelReader
 from minillm.progress import Progress
 from minillm.ranks import Ranks
@@ -46,8 +47,8 @@ class Judge:
     """Gives the reverse KL; None leaves that measure out."""
     in_world: bool
     """Whether the prompts are the embedded world's, whose checker knows a right answer."""
-    batch: int
-    """Rows decoded at once on a rank: memory and speed, never the result."""
+    limits: Limits
+    """Most rows decoded at once on a rank, and most tokens of them: memory and speed, never the result."""
     seed: int
     purpose: Purpose
     thorough: bool = False
@@ -73,27 +74,23 @@ def sample_and_judge(
     an earlier process drew, which are not drawn again, and keeps those of this one. Batches are cut as if none were
     there, so an evaluation that goes on has the figures of an unbroken one to the last bit.
     """
-    cells = [(place, seed) for seed in seeds for place in range(len(judge.prompts))]
-    # Rows of similar length stand side by side, and each rank takes every n-th.
-    cells.sort(key=lambda cell: (len(judge.prompts[cell[0]].ids), cell))
-    mine = cells[ranks.rank :: ranks.size]
-    pieces = max(1, -(-ranks.most(len(mine)) // judge.batch))
-    bar = Progress(title, total=pieces * len(temperatures), unit="batches", shown=bool(title) and ranks.first)
+    batches = batches_of_rank(judge, numbers=seeds, ranks=ranks)
+    total = len(batches) * len(temperatures)
+    bar = Progress(title, total=total, unit="batches", shown=bool(title) and ranks.first)
     gold: list[Gold | None] = [None] * len(judge.prompts)
     if judge.thorough:
-        gold = read_gold(reader, judge.prompts, pad_id=judge.ids.pad, batch=judge.batch, ranks=ranks)
+        gold = read_gold(reader, judge.prompts, pad_id=judge.ids.pad, limits=judge.limits, ranks=ranks)
     rows: list[Keyed] = [] if keeper is None else [*keeper.rows]
     done, fresh = {key for key, _ in rows}, list[Keyed]()
     for turn, temperature in enumerate(temperatures):
         decoding = dataclasses.replace(judge.decoding, temperature=temperature)
-        for piece in range(pieces):
-            whole = mine[piece * len(mine) // pieces : (piece + 1) * len(mine) // pieces]
+        for piece, whole in enumerate(batches):
             batch = [(place, seed) for place, seed in whole if (turn, seed, place) not in done]
             if done and not ranks.anyone(bool(batch)):
                 continue
             judged = _judge_batch(reader, judge, batch, gold=gold, decoding=decoding, ranks=ranks)
             fresh += [((turn, seed, place), record) for (place, seed), record in zip(batch, judged, strict=True)]
-            bar.advance(turn * pieces + piece + 1, {})
+            bar.advance(turn * len(batches) + piece + 1, {})
             if keeper is not None and keeper.due():
                 rows += ranks.gather_objects(fresh)
                 fresh = []
@@ -101,6 +98,15 @@ def sample_and_judge(
     bar.close()
     rows += ranks.gather_objects(fresh)
     return [record for _, record in sorted(rows, key=lambda keyed: keyed[0])]
+
+
+def batches_of_rank(judge: Judge, *, numbers: Sequence[int], ranks: Ranks) -> list[list[tuple[int, int]]]:
+    """What this rank draws: (place of a prompt, one of ``numbers``, such as its sampling seed) in batches of prompts of
+    similar length, as many on every rank."""
+    cells = [(place, number) for place in range(len(judge.prompts)) for number in numbers]
+    lengths = [len(judge.prompts[place].ids) for place, _ in cells]
+    cuts = alike(lengths, limits=judge.limits, ranks=ranks.size, more=judge.decoding.max_new_tokens)
+    return [[cells[index] for index in rows] for rows in cuts[ranks.rank]]
 
 
 def validator(judge: Judge, *, ranks: Ranks, generate: bool, loss: bool) -> Callable[[Student], dict[str, float]]:
@@ -112,7 +118,7 @@ def validator(judge: Judge, *, ranks: Ranks, generate: bool, loss: bool) -> Call
         with student.whole() as reader:
             if loss:
                 figures["loss"] = reference_loss(
-                    reader, judge.prompts, pad_id=judge.ids.pad, batch=judge.batch, ranks=ranks
+                    reader, judge.prompts, pad_id=judge.ids.pad, limits=judge.limits, ranks=ranks
                 )
             if generate:
                 records = sample_and_judge(

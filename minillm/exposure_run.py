@@ -16,7 +16,7 @@ from minillm.batches import prompt_batch
 from minillm.decode import roll_out
 from minillm.engines import Teacher
 from minillm.errors import DataError
-from minillm.evaluation import Judge
+from minillm.evaluation import Judge, batches_of_rank
 from minillm.exposure import LEAST_ALIVE, Texts, exposure_curve
 from minillm.models import ModelReader
 from minillm.progress import Progress
@@ -61,14 +61,10 @@ def measure_exposure(
     ``judge.decoding.max_new_tokens``, with the same random numbers: two equal models write the same text. Neither batch
     size nor ranks change a token. With a ``title`` there is a progress bar.
     """
-    cells = [(place, sample) for sample in range(samples) for place in range(len(judge.prompts))]
-    cells.sort(key=lambda cell: (len(judge.prompts[cell[0]].ids), cell))
-    mine = cells[ranks.rank :: ranks.size]
-    pieces = max(1, -(-ranks.most(len(mine)) // judge.batch))
-    bar = Progress(title, total=pieces, unit="batches", shown=bool(title) and ranks.first)
+    batches = batches_of_rank(judge, numbers=range(samples), ranks=ranks)
+    bar = Progress(title, total=len(batches), unit="batches", shown=bool(title) and ranks.first)
     heard: list[Heard] = []
-    for piece in range(pieces):
-        batch = mine[piece * len(mine) // pieces : (piece + 1) * len(mine) // pieces]
+    for piece, batch in enumerate(batches):
         heard += _hear(reader, judge, batch, teacher=teacher, ranks=ranks)
         bar.advance(piece + 1, {})
     bar.close()

@@ -31,8 +31,9 @@ from minillm.generated import (
 )
 from minillm.generation_parts import Answer, Cell, Parts
 from minillm.loading import fingerprint
+from minillm.micro_batches import alike
 from minillm.models import ModelReader
-from minillm.preflight import Pair, Split, check_alone, decoding_record, read_split
+from minillm.preflight import Pair, Split, check_alone, decoding_record, limits_record, read_split
 from minillm.progress import Progress
 from minillm.prompts import encode
 from minillm.ranks import Ranks
@@ -174,18 +175,17 @@ def _answer(
 ) -> dict[Cell, Answer]:
     """Answers to all of these cells, on every rank; each batch of all ranks is kept on disk as soon as it is there."""
     model = load_teacher(pair, ranks=ranks, say=lambda line: _say(ranks, line))
-    # Rows of similar length stand side by side, and each rank takes every n-th.
-    cells = sorted(cells, key=lambda cell: (len(prompts[cell[0]].ids), cell))
-    mine = cells[ranks.rank :: ranks.size]
-    pieces = -(-ranks.most(len(mine)) // config.evaluation.batch)
-    bar = Progress(f"generate {pair.student_card.name}", total=pieces, unit="batches", shown=ranks.first)
+    batches = alike(
+        [len(prompts[place].ids) for place, _ in cells], limits=limits_record(config.evaluation), ranks=ranks.size,
+        more=config.decoding.max_new_tokens,
+    )[ranks.rank]  # fmt: skip
+    bar = Progress(f"generate {pair.student_card.name}", total=len(batches), unit="batches", shown=ranks.first)
     answers: dict[Cell, Answer] = {}
     tokens = cut = 0
     try:
-        for piece in range(pieces):
-            batch = mine[piece * len(mine) // pieces : (piece + 1) * len(mine) // pieces]
+        for piece, batch in enumerate(batches):
             new: list[Answer] = ranks.gather_objects(
-                _draw(batch, config, pair, prompts, reader=model.reader, ranks=ranks)
+                _draw([cells[index] for index in batch], config, pair, prompts, reader=model.reader, ranks=ranks)
             )
             parts.append(new)
             answers |= {answer.cell: answer for answer in new}

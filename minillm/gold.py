@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minillm.batches import example_batch
+from minillm.micro_batches import Limits, alike
 from minillm.models import ModelReader
 from minillm.ranks import Ranks
 from minillm.types import Prompt
@@ -37,26 +38,28 @@ class Gold:
 
 
 def read_gold(
-    reader: ModelReader, prompts: Sequence[Prompt], *, pad_id: int, batch: int, ranks: Ranks
+    reader: ModelReader, prompts: Sequence[Prompt], *, pad_id: int, limits: Limits, ranks: Ranks
 ) -> list[Gold | None]:
     """A record for each prompt, in their order, all of them on every rank; None for a prompt without ``response_ids``.
 
-    Ranks share the prompts; neither their number nor ``batch`` changes a figure, up to rounding. The reader must not be
+    Ranks share the prompts; neither their number nor ``limits`` change a figure, up to rounding. The reader must not be
     in lockstep: ranks may read unequally often.
     """
     mine = [
         (place, Gold(uid=prompts[place].uid, logq=tuple(logq_N.tolist())))
-        for place, logq_N in _own_share(reader, prompts, pad_id=pad_id, batch=batch, ranks=ranks)
+        for place, logq_N in _own_share(reader, prompts, pad_id=pad_id, limits=limits, ranks=ranks)
     ]
     found = dict(ranks.gather_objects(mine))
     return [found.get(place) for place in range(len(prompts))]
 
 
-def reference_loss(reader: ModelReader, prompts: Sequence[Prompt], *, pad_id: int, batch: int, ranks: Ranks) -> float:
+def reference_loss(
+    reader: ModelReader, prompts: Sequence[Prompt], *, pad_id: int, limits: Limits, ranks: Ranks
+) -> float:
     """Mean cross-entropy of the reference responses, nats a token (closing EOS included), over the prompts that have
     one."""
     total, tokens = 0.0, 0
-    for _, logq_N in _own_share(reader, prompts, pad_id=pad_id, batch=batch, ranks=ranks):
+    for _, logq_N in _own_share(reader, prompts, pad_id=pad_id, limits=limits, ranks=ranks):
         total -= float(logq_N.sum())
         tokens += len(logq_N)
     summed = ranks.sum([total, float(tokens)]).tolist()
@@ -65,15 +68,13 @@ def reference_loss(reader: ModelReader, prompts: Sequence[Prompt], *, pad_id: in
 
 @torch.no_grad()
 def _own_share(
-    reader: ModelReader, prompts: Sequence[Prompt], *, pad_id: int, batch: int, ranks: Ranks
+    reader: ModelReader, prompts: Sequence[Prompt], *, pad_id: int, limits: Limits, ranks: Ranks
 ) -> Iterator[tuple[int, Tensor]]:
     """(Which prompt, log-probs of its reference's tokens in float64) of every prompt that is this rank's to read."""
     answered = [place for place, prompt in enumerate(prompts) if prompt.response_ids]
-    # Rows of similar length stand side by side, and each rank takes every n-th.
-    answered.sort(key=lambda place: len(prompts[place].ids) + len(prompts[place].response_ids))
-    mine = answered[ranks.rank :: ranks.size]
-    for start in range(0, len(mine), batch):
-        places = mine[start : start + batch]
+    lengths = [len(prompts[place].ids) + len(prompts[place].response_ids) for place in answered]
+    cuts = alike(lengths, limits=limits, ranks=ranks.size)[ranks.rank]
+    for places in ([answered[index] for index in rows] for rows in cuts if rows):
         rows = example_batch([prompts[place] for place in places], pad_id=pad_id, device=reader.device)
         hidden_BLH = reader.read(rows.ids_BL, rows.mask_BL)
         values = reader.statistics(

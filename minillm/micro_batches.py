@@ -30,6 +30,28 @@ def places(lengths: Sequence[int], *, reads: Reads | None) -> int:
     return len(lengths) * max(lengths, default=0) if reads is None else lay_out(lengths, reads=reads).places
 
 
+def alike(lengths: Sequence[int], *, limits: Limits, ranks: int = 1, more: int = 0) -> list[list[list[int]]]:
+    """For each rank its batches of rows, by index, that are only drawn or read: rows of similar length together.
+
+    The longest come first, so that what does not fit in memory shows at once, and each rank has every n-th of them. A
+    batch has as many rows as both limits allow, at least one; each counts with the length of the longest and ``more``
+    tokens that will be written after it. All ranks have as many batches, since all make the same calls of a sharded
+    model: the last ones may be empty.
+    """
+    order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    found: list[list[list[int]]] = []
+    for rank in range(ranks):
+        left, cuts = order[rank::ranks], []
+        while left:
+            fitting = limits.places // max(1, lengths[left[0]] + more) if limits.places else len(left)
+            count = max(1, min(fitting, limits.rows or len(left)))
+            cuts.append(left[:count])
+            left = left[count:]
+        found.append(cuts)
+    most = max(map(len, found))
+    return [[*cuts, *([[]] * (most - len(cuts)))] for cuts in found]
+
+
 def cut(lengths: Sequence[int], *, limits: Limits, reads: Reads | None) -> list[list[int]]:
     """Every row, by its index, in one of the micro-batches; one that is empty where there are no rows.
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from minillm.cards import Card, load_card
-from minillm.config import DecodingConfig, RunConfig
+from minillm.config import DecodingConfig, EvaluationConfig, RunConfig
 from minillm.corpus import blocks_of
 from minillm.engine_settings import read_engine_settings, zero_stage
 from minillm.errors import CacheError, DataError, ManifestError, ModelError, UnsupportedCombination
 from minillm.generated import read_generated
 from minillm.loading import ModelFacts, fingerprint, inspect
+from minillm.micro_batches import Limits
 from minillm.prompts import PrepareReport, data_hash, prepare
 from minillm.records import Document, Row
 from minillm.rows import counted, read_corpus, read_rows
@@ -343,3 +344,8 @@ def decoding_record(config: DecodingConfig) -> Decoding:
         max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
         no_repeat_ngram_size=config.no_repeat_ngram_size, repetition_penalty=config.repetition_penalty,
     )  # fmt: skip
+
+
+def limits_record(config: EvaluationConfig) -> Limits:
+    """How much an evaluation draws or reads at once on a rank."""
+    return Limits(rows=config.batch, places=config.batch_tokens)

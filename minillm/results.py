@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from minillm.config import RunConfig
+from minillm.config import MEMORY_ONLY, RunConfig
 from minillm.engines import Teacher
 from minillm.errors import DataError
 from minillm.evaluation import Judge, sample_and_judge
@@ -20,7 +20,7 @@ from minillm.length_buckets import by_length
 from minillm.loading import fingerprint, load
 from minillm.measures import summarise
 from minillm.models import CausalLM, ModelReader
-from minillm.preflight import Pair, Split, decoding_record
+from minillm.preflight import Pair, Split, decoding_record, limits_record
 from minillm.probes import probe_head
 from minillm.ranks import Ranks
 from minillm.report_files import SCHEMA
@@ -45,7 +45,7 @@ def judge_of(config: RunConfig, pair: Pair, split: Split, *, teacher: Teacher | 
         ids=pair.ids,
         teacher=teacher if config.decoding.repetition_penalty == 1.0 else None,
         in_world=split.source.startswith("world:"),
-        batch=config.evaluation.batch,
+        limits=limits_record(config.evaluation),
         seed=config.seed,
         purpose=purpose,
         thorough=purpose is Purpose.EVALUATION,
@@ -137,7 +137,7 @@ def asked_of(config: RunConfig, pair: Pair, split: Split, *, start: Start) -> di
         "teacher_weights": None if pair.teacher_card is None else fingerprint(pair.teacher_card),
         "data": split.sha256,
         "decoding": config.decoding.model_dump(),
-        "evaluation": config.evaluation.model_dump(mode="json", exclude={"batch"} | idle_extras(config)),
+        "evaluation": config.evaluation.model_dump(mode="json", exclude={*MEMORY_ONLY} | idle_extras(config)),
         "seed": config.seed,
         **asked_extras(config, split),
     }

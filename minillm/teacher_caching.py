@@ -26,8 +26,8 @@ from minillm.engines import Teacher
 from minillm.errors import ConfigError, DataError, NonFinite
 from minillm.kept import Kept
 from minillm.loading import fingerprint
-from minillm.order import share
-from minillm.preflight import Pair, check_alone, read_split
+from minillm.micro_batches import Limits, alike
+from minillm.preflight import Pair, check_alone, limits_record, read_split
 from minillm.progress import Progress
 from minillm.prompts import data_hash
 from minillm.ranks import Ranks
@@ -91,9 +91,10 @@ def cache_teacher(
     if ranks.first:
         make_folder(out.parent, setting="--out")
     ranks.barrier()  # every rank has read what is there
+    limits = limits_record(config.evaluation)
     model = load_teacher(pair, ranks=ranks, say=lambda line: _say(ranks, line))
     try:
-        _write(out, rows, asked, model=model, name=str(teacher), batch=config.evaluation.batch, pair=pair, ranks=ranks)
+        _write(out, rows, asked, model=model, name=str(teacher), limits=limits, pair=pair, ranks=ranks)
     finally:
         model.close()
     ranks.barrier()
@@ -135,12 +136,13 @@ def _done(out: Path, asked: Asked, *, fresh: bool) -> bool:
 
 
 def _write(
-    out: Path, rows: Sequence[Prompt], asked: Asked, *, model: Teacher, name: str, batch: int, pair: Pair, ranks: Ranks
-) -> None:
+    out: Path, rows: Sequence[Prompt], asked: Asked, *, model: Teacher, name: str, limits: Limits, pair: Pair,
+    ranks: Ranks,
+) -> None:  # fmt: skip
     """All files, on rank 0; the other ranks only read."""
     starts = [0, *accumulate(len(row.response_ids) for row in rows)]
     if not ranks.first:
-        _fill(None, rows, starts, asked, model=model, batch=batch, pair=pair, ranks=ranks)
+        _fill(None, rows, starts, asked, model=model, limits=limits, pair=pair, ranks=ranks)
         return
     shapes = {IDS: (id_kind(asked.real_ids), asked.top_k), LOGP: (np.dtype(asked.precision), asked.top_k + 1)}
     with replaced_folder(out) as staging:
@@ -148,7 +150,7 @@ def _write(
             np.lib.format.open_memmap(staging / file, mode="w+", dtype=kind, shape=(starts[-1], width))
             for file, (kind, width) in shapes.items()
         ]
-        _fill(arrays, rows, starts, asked, model=model, batch=batch, pair=pair, ranks=ranks)
+        _fill(arrays, rows, starts, asked, model=model, limits=limits, pair=pair, ranks=ranks)
         for array in arrays:
             array.flush()
         lines = (
@@ -172,17 +174,14 @@ def _write(
 
 def _fill(
     arrays: Sequence[np.memmap] | None, rows: Sequence[Prompt], starts: Sequence[int], asked: Asked, *, model: Teacher,
-    batch: int, pair: Pair, ranks: Ranks,
+    limits: Limits, pair: Pair, ranks: Ranks,
 ) -> None:  # fmt: skip
-    """Reads all rows, those of similar length together, ``batch`` of them a rank at a time."""
+    """Reads all rows, those of similar length together, as many at a time as ``limits`` let each rank hold."""
     lengths = [len(row.ids) + len(row.response_ids) for row in rows]
-    order = sorted(range(len(rows)), key=lambda row: (lengths[row], row))
-    width = batch * ranks.size
-    pieces = [order[at : at + width] for at in range(0, len(order), width)]
+    pieces = list(zip(*alike(lengths, limits=limits, ranks=ranks.size), strict=True))
     bar = Progress(f"cache {pair.student_card.name}", total=len(pieces), unit="batches", shown=ranks.first)
     try:
-        for number, piece in enumerate(pieces):
-            shares = [share(piece, lengths=lengths, rank=rank, ranks=ranks.size) for rank in range(ranks.size)]
+        for number, shares in enumerate(pieces):
             mine = [rows[row] for row in shares[ranks.rank]]
             kept = ranks.together(
                 lambda mine=mine: _said(mine, model=model, k=asked.top_k, pad=pair.ids.pad, ranks=ranks)  # type: ignore[misc]

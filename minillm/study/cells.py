@@ -26,6 +26,9 @@ from minillm.world import rows
 SCHEMA = 1
 NO_PART = ("name", "out", "threads", "trackers", "student", "teacher")
 """Settings of a run that change no result, and the names of models, which the digests of what they name stand for."""
+NO_PART_OF = {"evaluation": ("batch_tokens",)}
+"""Settings of a section that change no result. (``evaluation.batch`` is older: without it the models that studies made
+would count as others.)"""
 SINCE = {
     "data.teacher_text": None, "data.train_limit": None, "data.train_responses": None,
     "evaluation.exposure": None, "evaluation.calibration": False,
@@ -195,7 +198,10 @@ def taught_digest(study: StudyConfig, arm: str) -> str | None:
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:
-    return {name: value for name, value in config.model_dump(mode="json").items() if name not in NO_PART}
+    found = {name: value for name, value in config.model_dump(mode="json").items() if name not in NO_PART}
+    for section, names in NO_PART_OF.items():
+        found[section] = {name: value for name, value in found[section].items() if name not in names}
+    return found
 
 
 def _recipe_digest(config: RunConfig) -> str:

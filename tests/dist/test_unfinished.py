@@ -16,8 +16,8 @@ from tests.dist.ranks import start_ranks
 from tests.dist.unfinished_worker import PROMPTS, SEEDS, make
 
 ROWS = PROMPTS * len(SEEDS)
-STOPPED, KEPT = 2, 6
-"""After two of four batches, of one or two rows on each rank."""
+STOPPED, KEPT = 2, 8
+"""After two of four batches, of two rows on each rank, one in the last."""
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save_model(folder / "teacher", "llama", seed=1)
     tiny.save_model(folder / "student", "llama", seed=2)
     tiny.save_prompts(folder / "prompts.jsonl")
-    assert make(folder, folder / "whole", stop=-1) == ROWS
+    assert make(folder, folder / "whole", stop=-1, budget=65_536) == ROWS
     told = start_ranks("tests.dist.unfinished_worker", str(folder), f"two:{STOPPED}")
     shutil.copytree(folder / "two", folder / "one")
     told += start_ranks("tests.dist.unfinished_worker", str(folder), "two:-1")

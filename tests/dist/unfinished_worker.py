@@ -14,17 +14,21 @@ from tests import tiny
 PROMPTS, SEEDS = 7, (10, 20)
 
 
-def config(folder: Path) -> RunConfig:
-    """Fourteen rows, two at a time on each rank."""
+TWO_ROWS = 30
+"""Tokens of two rows: prompts of 2 to 5, and 10 more of the response."""
+
+
+def config(folder: Path, *, budget: int) -> RunConfig:
+    """Fourteen rows, as many at a time on each rank as ``budget`` tokens allow."""
     prompts = str(folder / "prompts.jsonl")
     return tiny.minillm_config(
         folder, teacher=folder / "teacher", student=folder / "student", prompts=folder / "prompts.jsonl",
         run_data={"train": prompts, "test": prompts, "test_limit": PROMPTS, "max_prompt_tokens": 8},
-        run_evaluation={"seeds": SEEDS, "batch": 2, "bootstrap": 10},
+        run_evaluation={"seeds": SEEDS, "batch_tokens": budget, "bootstrap": 10},
     )  # fmt: skip
 
 
-def make(folder: Path, out: Path, *, stop: int) -> int:
+def make(folder: Path, out: Path, *, stop: int, budget: int = TWO_ROWS) -> int:
     """Evaluates the student into ``out``, all in one go or up to batch number ``stop`` (-1: all); rows drawn by this
     rank."""
     before = unfinished.EVERY_S, unfinished.SHARE
@@ -40,7 +44,7 @@ def make(folder: Path, out: Path, *, stop: int) -> int:
     evaluation._judge_batch = judge
     try:
         with contextlib.suppress(KeyboardInterrupt):
-            evaluate(folder / "student", config(folder), out=out)
+            evaluate(folder / "student", config(folder, budget=budget), out=out)
     finally:
         evaluation._judge_batch = real
         unfinished.EVERY_S, unfinished.SHARE = before

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from minillm import gold as module
 from minillm.gold import Gold, read_gold, reference_loss
+from minillm.micro_batches import Limits
 from minillm.models import CausalLM, ModelReader
 from minillm.ranks import Ranks
 from minillm.types import Prompt
@@ -61,13 +62,13 @@ def plainly(model: Any, prompt: Prompt) -> list[float]:
     return found
 
 
-def read(reader: ModelReader, *, batch: int = 8, ranks: Any = None) -> list[Gold | None]:
-    return read_gold(reader, PROMPTS, pad_id=0, batch=batch, ranks=ranks or Ranks())
+def read(reader: ModelReader, *, limits: Limits = Limits(), ranks: Any = None) -> list[Gold | None]:  # noqa: B008
+    return read_gold(reader, PROMPTS, pad_id=0, limits=limits, ranks=ranks or Ranks())
 
 
-@pytest.mark.parametrize("batch", [1, 2, 8])
-def test_each_token_has_the_log_prob_of_a_plain_forward(batch: int, model: Any, reader: ModelReader) -> None:
-    for prompt, found in zip(PROMPTS, read(reader, batch=batch), strict=True):
+@pytest.mark.parametrize("limits", [Limits(rows=1), Limits(rows=2), Limits(places=10), Limits()])
+def test_each_token_has_the_log_prob_of_a_plain_forward(limits: Limits, model: Any, reader: ModelReader) -> None:
+    for prompt, found in zip(PROMPTS, read(reader, limits=limits), strict=True):
         if not prompt.response_ids:
             assert found is None
             continue
@@ -92,7 +93,7 @@ def test_two_ranks_share_the_prompts_and_read_the_same(reader: ModelReader) -> N
 def test_the_loss_is_the_mean_over_all_tokens(reader: ModelReader) -> None:
     there = [found for found in read(reader) if found is not None]
     want = sum(found.nats for found in there) / sum(len(found.logq) for found in there)
-    got = reference_loss(reader, PROMPTS, pad_id=0, batch=2, ranks=Ranks())
+    got = reference_loss(reader, PROMPTS, pad_id=0, limits=Limits(rows=2), ranks=Ranks())
     assert got == pytest.approx(want, abs=1e-6)
     assert got != pytest.approx(sum(found.nats / len(found.logq) for found in there) / len(there), abs=1e-3)
 

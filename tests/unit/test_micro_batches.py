@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minillm import micro_batches
-from minillm.micro_batches import Limits, cut, places
+from minillm.micro_batches import Limits, alike, cut, places
 from minillm.packing import Reads, pack
 
 WORLD = [12, 14, 18, 20, 22, 24, 26, 48, 50]
@@ -139,3 +139,48 @@ def test_long_rows_under_a_tight_limit_take_few_micro_batches(monkeypatch: pytes
     assert all(places([lengths[row] for row in rows], reads=reads) <= 4096 for rows in few)
     monkeypatch.setattr(micro_batches, "TIGHT", 0)
     assert len(cut(lengths, limits=limits, reads=reads)) > len(few)
+
+
+def loose(lengths: Sequence[int], limits: Limits, cuts: Sequence[Sequence[int]], *, more: int) -> list[str]:
+    """What is wrong with the batches of one rank, counted row by row; [] where nothing is."""
+    found = []
+    held = [[lengths[row] + more for row in rows] for rows in cuts if rows]
+    for rows, after in zip(held, [*held[1:], []][: len(held)], strict=True):
+        size = len(rows) * max(rows)
+        if len(rows) > 1 and ((limits.rows and len(rows) > limits.rows) or (limits.places and size > limits.places)):
+            found.append("too much")
+        grown = len(rows) + 1
+        full = (limits.rows and grown > limits.rows) or (limits.places and grown * max(rows) > limits.places)
+        if after and not full:
+            found.append("too little")
+        if min(rows) < max(after, default=0):
+            found.append("order")
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_rows_of_similar_length_fill_batches_within_their_limits(ranks: int) -> None:
+    for number, (lengths, limits) in enumerate(cases()):
+        more = number % 3 * 20
+        shares = alike(lengths, limits=limits, ranks=ranks, more=more)
+        assert len({len(cuts) for cuts in shares}) == 1, "every rank makes the same calls"
+        assert sorted(row for cuts in shares for rows in cuts for row in rows) == list(range(len(lengths)))
+        assert all(loose(lengths, limits, cuts, more=more) == [] for cuts in shares)
+        sizes = [sum(len(rows) for rows in cuts) for cuts in shares]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_what_is_to_be_written_counts_too() -> None:
+    """The example: at most 60 tokens are three prompts of 5 with 15 more each, and 12 that are only read."""
+    limits, lengths = Limits(rows=256, places=60), [5] * 12
+    assert [len(rows) for rows in alike(lengths, limits=limits, more=15)[0]] == [3] * 4
+    assert [len(rows) for rows in alike(lengths, limits=limits)[0]] == [12]
+    assert alike([99, 1], limits=limits, more=15) == [[[0], [1]]], "a row beyond the limit is alone"
+    assert alike([], limits=limits, ranks=2) == [[], []]
+
+
+def test_control_batches_that_forget_what_is_to_be_written_are_found() -> None:
+    lengths, limits = [5] * 12, Limits(places=60)
+    assert "too much" in loose(lengths, limits, alike(lengths, limits=limits)[0], more=15)
+    assert "too little" in loose(lengths, limits, [[row] for row in range(12)], more=15)
+    assert "order" in loose([1, 2, 3], Limits(rows=1), [[0], [1], [2]], more=15)

@@ -124,11 +124,15 @@ def test_what_changed_is_named(place: Path, finished: StudyConfig) -> None:
     assert now("elsewhere") == []
     assert now("longer", settings={"stages.0.steps": 3}) == ["stages.0.steps"]
     assert now("listed", settings={"evaluation.temperatures": [1.0]}) == ["evaluation.temperatures.1"]
+    assert now("budget", settings={"evaluation.batch_tokens": 99}) == [], "memory only"
     more = str(tiny.save_prompts(place / "more.jsonl", rows=25))
     assert now("data", settings={"data.train": more}) == ["data.train", "train data"]
     text = (place / "tune.yaml").read_text(encoding="utf-8").replace("steps: 2", "steps: 3")
     (place / "tune3.yaml").write_text(text, encoding="utf-8")
     assert now("start", student=str(place / "tune3.yaml")) == ["student"]
+    text = (place / "tune.yaml").read_text(encoding="utf-8").replace("batch_tokens: 65536", "batch_tokens: 99")
+    (place / "tune4.yaml").write_text(text, encoding="utf-8")
+    assert "batch_tokens: 99" in text and now("memory", student=str(place / "tune4.yaml")) == []
     assert now("given", student=None) == ["student"]
     older = {**cell, "config": {**cell["config"], "stages": [dict(cell["config"]["stages"][0])]}}
     del older["config"]["stages"][0]["dual_clip"]  # made before there was such a setting
