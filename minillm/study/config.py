@@ -85,6 +85,8 @@ class StudyConfig(Settings):
     """Settings that 'teacher' replaces in its file, by path: {stages.0.steps: 800}."""
     student_settings: dict[str, Any] = Field(default_factory=dict)
     """The same of 'student'."""
+    student_seed: Seed | None = None
+    """Makes one student, with this seed, for all training seeds; null makes each its own."""
     taught: TaughtConfig | None = None
     """What the teacher answers, once, into runs/studies/NAME/taught.jsonl, for arms whose data.teacher_text names
     that file."""
@@ -139,6 +141,8 @@ class StudyConfig(Settings):
                 raise ConfigError(f"{role}_settings: there is no '{role}' whose file they could replace something in")
             if own:
                 raise ConfigError(f"{role}_settings: '{own[0]}' is set by the study itself; leave it out")
+        if self.student_seed is not None and self.student is None:
+            raise ConfigError("student_seed: there is no 'student' that could be made with it")
         if unknown := [name for name in self.within if name not in MEASURES]:
             near = did_you_mean(unknown[0], MEASURES)
             raise ConfigError(f"within: {unknown[0]!r} is no measure{near}")
@@ -184,10 +188,11 @@ class StudyConfig(Settings):
         return self.taught is not None and self.arms[arm].get("data.teacher_text") == self.taught_file
 
     def student_config(self, seed: int) -> RunConfig | None:
-        """The run that makes the student that a training seed starts from; None where the study makes none."""
+        """The run that makes the student from which a training seed starts; None where the study makes none."""
         if self.student is None:
             return None
-        own = {"name": self.run_name(STUDENT, seed), "seed": seed}
+        made_with = seed if self.student_seed is None else self.student_seed
+        own = {"name": self.run_name(STUDENT, made_with), "seed": made_with}
         return load_config(self.student, _overrides({**self.student_settings, **own}))
 
     def makes(self, arm: str, role: Literal["student", "teacher"]) -> bool:

@@ -137,12 +137,22 @@ def test_a_short_form_with_mistakes_is_refused(place: Path, changes: dict[str, A
         load_study(file, quick=True)
 
 
+def test_one_student_may_serve_all_seeds(place: Path) -> None:
+    study = load_study(tuned(place, "one", student_seed=7))
+    runs = [study.student_config(seed) for seed in study.seeds]
+    assert runs[0] is not None and runs[0] == runs[1] and runs[0].seed == 7
+    assert study.cell_config("plain", 1).student == study.cell_config("plain", 2).student
+    own = load_study(tuned(place, "own"))
+    assert own.student_config(1) != own.student_config(2)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"student_settings": {"seed": 3}}, "student_settings: 'seed' is set by the study itself"),
         ({"student": None, "student_settings": {"stages.0.steps": 3}}, "there is no 'student' whose file"),
         ({"student_settings": {"stages.0.stepz": 3}}, "stages.0.stepz"),
+        ({"student": None, "student_seed": 3}, "student_seed: there is no 'student'"),
         ({"within": {"rouge": 0.1}}, "within: 'rouge' is no measure; did you mean 'rouge_l'"),
         ({"within": {"rouge_l": 0}}, "within.rouge_l"),
     ],
