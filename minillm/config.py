@@ -203,11 +203,8 @@ class RunConfig(Settings):
                 )
             if isinstance(stage, MinillmStage):
                 _check_repetition(stage, self.decoding, at=at)
-            if stage.keep.metric == "validity" and not (self.data.validation or "world:").startswith("world:"):
-                raise UnsupportedCombination(
-                    f"{at} keeps by 'validity', which only the embedded world can judge, "
-                    f"but data.validation is {self.data.validation!r}; set keep.metric: rouge_l or reverse_kl"
-                )
+            if reason := self.data.unjudged(stage.keep.metric):
+                raise UnsupportedCombination(f"{at} keeps by {reason}, or keep.metric: rouge_l or reverse_kl")
         return self
 
 

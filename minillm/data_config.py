@@ -52,6 +52,9 @@ class DataConfig(Settings):
     """What happens to rows that cannot be read: stop, or leave them out; counted and printed."""
     max_broken: Whole = 0
     """Most rows that 'broken: skip' may leave out."""
+    checker: Literal["slots"] | None = None
+    """What else responses to validation and test prompts are checked for: 'slots' measures the coverage of the values
+    in a prompt's dialogue acts. The embedded world's own checker needs no setting."""
     train_limit: Count | None = None
     """Use the first N rows of the training split; all where not given."""
     train_responses: Count | None = None
@@ -67,6 +70,17 @@ class DataConfig(Settings):
         if self.test is None:
             return {}
         return dict(self.test) if isinstance(self.test, dict) else {"": self.test}
+
+    def unjudged(self, metric: str) -> str:
+        """Why validation rows cannot be judged by a measure that wants a checker, and a cure; "" where they can."""
+        if metric == "validity" and not (self.validation or "world:").startswith("world:"):
+            return (
+                "'validity', which only the embedded world can judge, "
+                f"but data.validation is {self.validation!r}; set data.validation: world:validation"
+            )
+        if metric == "coverage" and self.checker is None:
+            return "'coverage', which nothing checks, for data.checker is not set; set data.checker: slots"
+        return ""
 
     @field_validator("teacher_text")
     @classmethod

@@ -45,8 +45,8 @@ class Judge:
     ids: Ids
     teacher: Teacher | None
     """Gives the reverse KL; None leaves that measure out."""
-    in_world: bool
-    """Whether the prompts are the embedded world's, whose checker knows a right answer."""
+    check: Callable[[str, str], Record] | None
+    """Figures of a response to a prompt that an exact checker of such prompts has; None where there is none."""
     limits: Limits
     """Most rows decoded at once on a rank, and most tokens of them: memory and speed, never the result."""
     seed: int
@@ -204,10 +204,13 @@ def _of_text(row: Prompt, text: str, judge: Judge) -> dict[str, Any]:
     measures: dict[str, Any] = {"repetition_3": int(repetition_3(text))}
     if row.responses:
         measures.update(rouge_l=rouge_l(text, row.responses), exact_match=int(exact_match(text, row.responses)))
-    if judge.in_world:
-        verdict = check(row.text, text)
-        measures.update(validity=int(verdict.valid), reason=verdict.reason)
-    return measures
+    return measures if judge.check is None else measures | judge.check(row.text, text)
+
+
+def world_check(prompt: str, response: str) -> Record:
+    """What the embedded world's checker says."""
+    verdict = check(prompt, response)
+    return {"validity": int(verdict.valid), "reason": verdict.reason}
 
 
 def _divergences(scored: Scored | None, index: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from minillm.config import RunConfig
 from minillm.engines import Teacher
 from minillm.errors import DataError
 from minillm.extras import require_extras
-from minillm.preflight import Pair, Split, read_split
+from minillm.preflight import Pair, Split, read_split, with_checker
 from minillm.ranks import Ranks
 from minillm.records import listed
 from minillm.report_files import SCHEMA, sets_in
@@ -45,6 +45,7 @@ def read_sets(config: RunConfig, pair: Pair) -> dict[str, Split]:
                 config, source, pair=pair, name="test", need_response=False, limit=config.data.test_limit
             )
             require_extras(config, pair, split)
+            split = with_checker(config, split)
         except DataError as error:
             if not name:
                 raise

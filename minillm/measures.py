@@ -5,6 +5,7 @@ Shapes here: S sampling seeds, N prompts.
 Every measure is a ratio whose numerators and denominators are added over the prompts of one sampling seed:
 
     validity              valid responses           / responses      (micro-world only: its exact checker)
+    coverage              values carried            / values in the prompts' dialogue acts  (data.checker: slots)
     rouge_l               ROUGE-L F                  / responses
     exact_match           responses equal to a reference / responses
     reverse_kl            nats, student from teacher / responses
@@ -59,6 +60,10 @@ MEASURES: dict[str, Measure] = {
     "validity": Measure(
         label="validity", better="higher", digits=3, meaning="share of responses that pass the checker"
     ),
+    "coverage": Measure(
+        label="coverage", better="higher", digits=3,
+        meaning="share of the values in the prompts' dialogue acts that the responses carry",
+    ),
     "rouge_l": Measure(label="ROUGE-L", better="higher", digits=3, meaning="F of the best reference, 0 to 1"),
     "exact_match": Measure(
         label="exact match", better="higher", digits=3,
@@ -99,11 +104,14 @@ MEASURES: dict[str, Measure] = {
     "cut_share": Measure(label="cut", better=None, digits=3, meaning="share of responses cut at the length limit"),
 }  # fmt: skip
 NAMES: tuple[str, ...] = tuple(MEASURES)
-MAIN = ("validity", "rouge_l", "exact_match", "reverse_kl", "distinct_4", "repetition_3", "mean_length")
+MAIN = ("validity", "coverage", "rouge_l", "exact_match", "reverse_kl", "distinct_4", "repetition_3", "mean_length")
 """The measures of a report's first table."""
-ALWAYS = tuple(name for name in MAIN if name != "exact_match")
+ALWAYS = tuple(name for name in MAIN if name not in {"coverage", "exact_match"})
 """Those that the first table has a row for whether or not there is a figure."""
-PER_TOKEN = {
+QUALITIES = ("validity", "coverage", "rouge_l")
+"""How right a response is, the most exact first."""
+QUOTIENTS = {
+    "coverage": ("carried", "values"),
     "reverse_kl_per_token": ("reverse_kl", "kl_tokens"),
     "teacher_nll": ("teacher_nll", "kl_tokens"),
     "gold_nll": ("gold_nll", "gold_tokens"),
@@ -213,7 +221,7 @@ def _pair(row: dict[str, Any], name: str) -> tuple[float, float]:
         again, runs = repeated(str(_field(row, "response")), 3)
         return float(again), float(runs)
     own = _field(row, "measures")
-    over, under = PER_TOKEN.get(name, (name, None))
+    over, under = QUOTIENTS.get(name, (name, None))
     if own.get(over) is None:
         return 0.0, 0.0
     if under is not None and own.get(under) is None:

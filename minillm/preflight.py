@@ -20,7 +20,9 @@ from minillm.micro_batches import Limits
 from minillm.prompts import PrepareReport, data_hash, prepare
 from minillm.records import Document, Row
 from minillm.rows import counted, read_corpus, read_rows
+from minillm.slots import require_values
 from minillm.teacher_cache import TeacherCache, read_cache
+from minillm.templates import raw_text
 from minillm.text_stages import KdStage
 from minillm.types import Decoding, Examples, Ids, Prompt
 from minillm.vocabulary import agree, check_heads, eos_ids, identity, real_ids
@@ -200,6 +202,26 @@ def read_split(
         words.append(f"train: the responses of the first {kept:,} rows (set by data.train_responses)")
     prompts, report = _prepared(rows, config, pair=pair, need_response=need_response, name=name)
     return Split(source=source, prompts=prompts, sha256=data_hash(prompts), words=(*words, str(report)))
+
+
+def with_checker(config: RunConfig, split: Split) -> Split:
+    """A split whose responses are going to be judged, with what the run's checker says of its prompts.
+
+    Raises ``DataError`` where it has nothing to check.
+    """
+    if config.data.checker is None:
+        return split
+    told = require_values([prompt.text for prompt in split.prompts], source=split.source)
+    return dataclasses.replace(split, words=(*split.words, told))
+
+
+def require_checked_rows(config: RunConfig) -> None:
+    """Raise ``DataError`` where validation or test rows have nothing that the run's checker checks; needs no model."""
+    data = config.data
+    for source in (data.validation, *data.test_sets.values()) if data.checker is not None else ():
+        if source is not None:
+            rows, _ = read_rows(source, broken=data.broken, max_broken=data.max_broken)
+            require_values([raw_text(row) for row in rows], source=source)
 
 
 def _prepared(

@@ -18,7 +18,7 @@ from minillm.measures import MAIN, MAIN_TEMPERATURE, MEASURES, ratios_of, shown,
 from minillm.report_files import SCHEMA, read_course, read_results, read_samples
 from minillm.report_html import body, page
 from minillm.report_sets import PAGE, by_set, chosen_pairs, overview, print_overview
-from minillm.report_text import AT_EACH_TEMPERATURE, DASH, MINUS, figure, interval, plain, reading
+from minillm.report_text import DASH, MINUS, at_each_temperature, figure, interval, plain, reading
 from minillm.report_words import describe
 from minillm.statistics import difference
 from minillm.store import RunFolder, make_folder, write_text
@@ -330,9 +330,10 @@ def _plain_cells(
 def _temperature_table(combined: Mapping[str, Any]) -> Table:
     title, pairs = _starred("At each temperature", combined)
     table = _table(title, ["", *combined["models"], *pairs])
+    names = at_each_temperature(combined)
     for key, found in combined["temperatures"].items():
-        for name in AT_EACH_TEMPERATURE:
+        for name in names:
             cells = _plain_cells(found["models"], found["differences"], name, combined)
-            label = f"{key if name == AT_EACH_TEMPERATURE[0] else '':4} {MEASURES[name].label}"
-            table.add_row(label, *cells, end_section=name == AT_EACH_TEMPERATURE[-1])
+            label = f"{key if name == names[0] else '':4} {MEASURES[name].label}"
+            table.add_row(label, *cells, end_section=name == names[-1])
     return table

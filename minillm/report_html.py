@@ -13,15 +13,15 @@ from itertools import count
 from typing import Any
 
 from minillm import plots
-from minillm.measures import MEASURES, shown
+from minillm.measures import MEASURES, QUALITIES, shown
 from minillm.report_extras import chapters, without_curves
 from minillm.report_files import Course
 from minillm.report_samples import samples_shown
 from minillm.report_style import STYLE
 from minillm.report_text import (
-    AT_EACH_TEMPERATURE,
     DASH,
     MINUS,
+    at_each_temperature,
     clean,
     figure,
     finite,
@@ -31,8 +31,8 @@ from minillm.report_text import (
 )
 from minillm.report_words import describe
 
-CURVES = ("reverse_kl", "validity", "mean_length", "repetition_3", "loss")
-OVER_TEMPERATURE = ("validity", "reverse_kl", "distinct_4", "rouge_l")
+CURVES = ("reverse_kl", "validity", "coverage", "mean_length", "repetition_3", "loss")
+OVER_TEMPERATURE = ("validity", "coverage", "reverse_kl", "distinct_4", "rouge_l")
 
 
 def page(
@@ -222,7 +222,7 @@ def _temperature_table(combined: Mapping[str, Any]) -> str:
         rows.append(
             f'<tr class="part"><th scope="rowgroup" colspan="{width}"><span>temperature {safe(key)}</span></th></tr>'
         )
-        for name in AT_EACH_TEMPERATURE:
+        for name in at_each_temperature(combined):
             cells = [_estimate_cell(found["models"].get(m, {}).get(name), name) for m in combined["models"]]
             cells += [_change_cell(found["differences"].get(pair, {}).get(name), name) for pair in pairs]
             rows.append(f'<tr><th scope="row">{safe(MEASURES[name].label)}</th>{"".join(cells)}</tr>')
@@ -260,8 +260,8 @@ def _over_temperature(combined: Mapping[str, Any], name: str, colour: Mapping[st
 
 
 def _against_variety(combined: Mapping[str, Any], colour: Mapping[str, int]) -> str:
-    """Validity (ROUGE-L where there is none) against distinct-4, a point for each temperature."""
-    for name in ("validity", "rouge_l"):
+    """Validity (coverage, or ROUGE-L, where there is none) against distinct-4, a point for each temperature."""
+    for name in QUALITIES:
         series = []
         for model in combined["models"]:
             found = list(_points(combined, model, [name, "distinct_4"]))

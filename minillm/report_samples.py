@@ -150,6 +150,10 @@ def answer(name: str, row: Row | None, colour: Mapping[str, int], *, kind: str =
         good = bool(own["validity"])
         word = "valid" if good else f"not valid: {own.get('reason') or 'no reason given'}"
         told.append(f'<span class="{"good" if good else "bad"}">{safe(word)}</span>')
+    if own.get("values"):
+        good = own["carried"] == own["values"]
+        word = f"{own['carried']} of {own['values']} values" + ("" if good else f", not {own.get('missing') or 'all'}")
+        told.append(f'<span class="{"good" if good else "bad"}">{safe(word)}</span>')
     for key in ("rouge_l", "reverse_kl"):
         if finite(own.get(key)):
             told.append(f"<span>{safe(MEASURES[key].label)} {own[key]:.2f}</span>".replace("-0.00", "0.00"))

@@ -10,8 +10,8 @@ from typing import Any
 
 from minillm.measures import MEASURES
 
-AT_EACH_TEMPERATURE = ("validity", "rouge_l", "reverse_kl", "distinct_4")
-"""The measures of the second table; the first has all of them."""
+AT_EACH_TEMPERATURE = ("validity", "coverage", "rouge_l", "reverse_kl", "distinct_4")
+"""The measures of the table of temperatures; the first table has all of them."""
 MINUS = "\N{MINUS SIGN}"
 DASH = "\N{EN DASH}"
 
@@ -43,6 +43,12 @@ def reading(estimate: Mapping[str, Any] | None) -> str:
     if ends is None:
         return "no interval"
     return "includes zero" if ends[0] <= 0 <= ends[1] else "excludes zero"
+
+
+def at_each_temperature(combined: Mapping[str, Any]) -> list[str]:
+    """Those of ``AT_EACH_TEMPERATURE`` that have a row: all but the coverage, which only some data has."""
+    models = [of for found in combined["temperatures"].values() for of in found["models"].values()]
+    return [name for name in AT_EACH_TEMPERATURE if name != "coverage" or any(name in of for of in models)]
 
 
 def clean(text: Any) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from minillm.measures import ALWAYS, MEASURES, shown
+from minillm.measures import ALWAYS, MEASURES, QUALITIES, shown
 from minillm.report_text import DASH, MINUS, figure, interval, reading
 
 HARDLY = 0.02
@@ -36,7 +36,7 @@ def describe(combined: Mapping[str, Any]) -> list[str]:
 
 def _one_comparison(combined: Mapping[str, Any], pair: list[str], key: str) -> list[str]:
     """What one difference shows; what ROUGE-L and sharpening have to do with it; what each of the two cost."""
-    headline = ("validity", "reverse_kl")
+    headline = ("validity", "coverage", "reverse_kl")
     groups = (
         [_change(combined, pair, key, name) for name in headline if name in combined["differences"][key]],
         [_rouge(combined, pair, key), _variety(combined, pair, key)],
@@ -96,9 +96,8 @@ def _rouge(combined: Mapping[str, Any], pair: list[str], key: str) -> str:
 def _sharpening(combined: Mapping[str, Any], pair: list[str]) -> str:
     """How much of the gain the second model gets without training, by sampling at a lower temperature."""
     left, right = pair
-    name = (
-        "validity" if "validity" in combined["models"][left] and "validity" in combined["models"][right] else "rouge_l"
-    )
+    both = combined["models"][left].keys() & combined["models"][right].keys()
+    name = next((name for name in QUALITIES if name in both), "rouge_l")
     start = combined["models"][right].get(name, {}).get("mean")
     reached = combined["models"][left].get(name, {}).get("mean")
     if start is None or reached is None:
@@ -139,7 +138,7 @@ def _sharpening(combined: Mapping[str, Any], pair: list[str]) -> str:
 def _equal_temperatures(combined: Mapping[str, Any], pair: list[str], key: str) -> str:
     """The same difference at each temperature, and where its interval includes zero."""
     changes = {t: found["differences"].get(key, {}) for t, found in combined["temperatures"].items()}
-    name = "validity" if any("validity" in change for change in changes.values()) else "rouge_l"
+    name = next((name for name in QUALITIES if any(name in change for change in changes.values())), "rouge_l")
     kept = {t: c[name] for t, c in changes.items() if name in c and c[name]["mean"] is not None}
     if len(kept) <= 1:
         return ""
@@ -212,7 +211,7 @@ def _limits(combined: Mapping[str, Any]) -> list[str]:
         f"{model} {MEASURES[name].label} on {estimate['prompts']}"
         for model, measures in combined["models"].items()
         for name, estimate in measures.items()
-        if name in (*ALWAYS, "gold_nll") and "prompts" in estimate
+        if name in (*ALWAYS, "coverage", "gold_nll") and "prompts" in estimate
     ]
     if partly:
         texts.append(f"Not every prompt carries every measure; prompts counted: {', '.join(partly)}.")
@@ -222,6 +221,7 @@ def _limits(combined: Mapping[str, Any]) -> list[str]:
 def _missing(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
     why = {
         "validity": "needs the checker of the micro-world",
+        "coverage": "needs dialogue acts and data.checker: slots",
         "rouge_l": "needs reference responses",
         "reverse_kl": "needs a teacher",
         "distinct_4": "needs responses of four words or more",

@@ -14,7 +14,7 @@ import torch
 from minillm.config import MEMORY_ONLY, RunConfig
 from minillm.engines import Teacher
 from minillm.errors import DataError
-from minillm.evaluation import Judge, sample_and_judge
+from minillm.evaluation import Judge, sample_and_judge, world_check
 from minillm.extras import asked_extras, idle_extras, measure_extras
 from minillm.length_buckets import by_length
 from minillm.loading import fingerprint, load
@@ -24,6 +24,7 @@ from minillm.preflight import Pair, Split, decoding_record, limits_record
 from minillm.probes import probe_head
 from minillm.ranks import Ranks
 from minillm.report_files import SCHEMA
+from minillm.slots import coverage
 from minillm.stages import Start
 from minillm.store import write_jsonl, write_text
 from minillm.types import Purpose
@@ -44,12 +45,18 @@ def judge_of(config: RunConfig, pair: Pair, split: Split, *, teacher: Teacher | 
         tokenizer=pair.tokenizer,
         ids=pair.ids,
         teacher=teacher if config.decoding.repetition_penalty == 1.0 else None,
-        in_world=split.source.startswith("world:"),
+        check=_checker(config, split),
         limits=limits_record(config.evaluation),
         seed=config.seed,
         purpose=purpose,
         thorough=purpose is Purpose.EVALUATION,
     )
+
+
+def _checker(config: RunConfig, split: Split) -> Callable[[str, str], dict[str, Any]] | None:
+    if config.data.checker == "slots":
+        return coverage
+    return world_check if split.source.startswith("world:") else None
 
 
 def opened(config: RunConfig, pair: Pair, *, start: Start, ranks: Ranks) -> tuple[CausalLM, ModelReader]:
@@ -139,6 +146,7 @@ def asked_of(config: RunConfig, pair: Pair, split: Split, *, start: Start) -> di
         "decoding": config.decoding.model_dump(),
         "evaluation": config.evaluation.model_dump(mode="json", exclude={*MEMORY_ONLY} | idle_extras(config)),
         "seed": config.seed,
+        **({} if config.data.checker is None else {"checker": config.data.checker}),
         **asked_extras(config, split),
     }
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from minillm.config import RunConfig
 from minillm.errors import DataError
 from minillm.evaluation_sets import read_sets
-from minillm.preflight import Pair, Split, read_split, read_teacher_text
+from minillm.preflight import Pair, Split, read_split, read_teacher_text, with_checker
 from minillm.text_stages import DistilStage
 
 
@@ -23,9 +23,10 @@ def read_splits(config: RunConfig, pair: Pair) -> dict[str, Split]:
     if "teacher_text" in readers:
         splits["teacher_text"] = read_teacher_text(config, pair=pair)
     if data.validation is not None and any(stage.validate_every for stage in config.stages):
-        splits["validation"] = read_split(
+        validation = read_split(
             config, data.validation, pair=pair, name="validation", need_response=False, limit=data.validation_limit
         )
+        splits["validation"] = with_checker(config, validation)
         _require_references(config, splits["validation"])
     if data.test is not None:
         splits.update({f"test {name}".strip(): split for name, split in read_sets(config, pair).items()})

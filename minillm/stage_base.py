@@ -20,6 +20,7 @@ BETTER: dict[str, Literal["min", "max"] | None] = {
     "reverse_kl_per_token": "min",
     "rouge_l": "max",
     "validity": "max",
+    "coverage": "max",
     "distinct_4": "max",
     "repetition_3": "min",
     "mean_length": None,

@@ -31,6 +31,12 @@ def is_blank(row: Row) -> bool:
     ).strip()
 
 
+def raw_text(row: Row) -> str:
+    """All that a row has before its response, before any template: a part a line."""
+    parts = (row.prompt or "", row.instruction or "", row.input, *(content for _, content in row.messages))
+    return "\n".join(part for part in parts if part)
+
+
 def render(row: Row, *, template: Template, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text that the model reads before it answers.
 

@@ -13,13 +13,12 @@ from minillm.compare.evaluated import Evaluated, common_temperatures, headline, 
 from minillm.compare.extremes import extremes
 from minillm.compare.pairs import Drawn, changes, draw, holm, require_same_seeds, tally
 from minillm.errors import ConfigError, did_you_mean
-from minillm.measures import LENGTH_BUCKETS, MAIN, MEASURES, NAMES, reference_bucket
+from minillm.measures import LENGTH_BUCKETS, MAIN, MEASURES, NAMES, QUALITIES, reference_bucket
 from minillm.statistics import mean_over_seeds
 
 SCHEMA = 1
 FEW = 4
 """Up to so many models every pair is compared; of more, the first with each other one."""
-QUALITIES = ("validity", "rouge_l")
 DIVERSITIES = ("distinct_4",)
 """What the curves at equal diversity may be drawn over: the first that both models have."""
 SET_FIELDS = ("set", "dataset")

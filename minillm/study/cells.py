@@ -31,7 +31,7 @@ NO_PART_OF = {"evaluation": ("batch_tokens",)}
 would count as others.)"""
 SINCE = {
     "data.teacher_text": None, "data.train_limit": None, "data.train_responses": None,
-    "evaluation.exposure": None, "evaluation.calibration": False,
+    "data.checker": None, "evaluation.exposure": None, "evaluation.calibration": False,
 }  # fmt: skip
 """Settings that came after the first cells were committed, and the values at which they change nothing. At these they
 have no part in the digest of a recipe, or every model that a study made before them would count as another."""

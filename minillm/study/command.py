@@ -31,10 +31,10 @@ from minillm.study.verdict import correct, sentences, standings
 from minillm.terminal import print_table
 
 T = TypeVar("T", str, int)
-MEASURES = ("validity", "rouge_l", "reverse_kl", "mean_length", "repetition_3")
-DIFFERENCES = ("validity", "rouge_l", "reverse_kl")
-LABELS = {"validity": "validity", "rouge_l": "ROUGE-L", "reverse_kl": "rev. KL", "mean_length": "length",
-          "repetition_3": "rep. 3"}  # fmt: skip
+MEASURES = ("validity", "coverage", "rouge_l", "reverse_kl", "mean_length", "repetition_3")
+DIFFERENCES = ("validity", "coverage", "rouge_l", "reverse_kl")
+LABELS = {"validity": "validity", "coverage": "coverage", "rouge_l": "ROUGE-L", "reverse_kl": "rev. KL",
+          "mean_length": "length", "repetition_3": "rep. 3"}  # fmt: skip
 
 
 def run(

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from minillm.config import RunConfig, load_config
-from minillm.errors import ConfigError, DataError, did_you_mean
+from minillm.errors import ConfigError, DataError, UnsupportedCombination, did_you_mean
 from minillm.measures import MEASURES
 from minillm.settings import Count, Positive, Seed, Settings, Text, headed
 from minillm.stage_base import BETTER, is_component
@@ -261,6 +261,8 @@ def load_study(path: Path, *, quick: bool = False) -> StudyConfig:
             raise ConfigError(f"{path}: {study.recipe} has several sets in data.test; a study evaluates on one")
         if study.search is not None and config.data.validation is None:
             raise ConfigError(f"{path}: {study.recipe} has no data.validation; a search needs prompts to judge by")
+        if study.search is not None and (reason := config.data.unjudged(study.search.metric)):
+            raise UnsupportedCombination(f"{path}: arm {arm}: search.metric is {reason}, or another search.metric")
     return study
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.errors import DataError
+from minillm.preflight import require_checked_rows
 from minillm.ranks import Ranks
 from minillm.rows import counted
 from minillm.store import make_folder
@@ -16,7 +17,7 @@ from minillm.study.config import StudyConfig
 from minillm.study.make import log_into, make, make_model, make_text
 from minillm.study.tuning import tune, untuned
 
-SHOWN = ("validity", "rouge_l", "reverse_kl")
+SHOWN = ("validity", "coverage", "rouge_l", "reverse_kl")
 """Measures in the line of a finished cell, where it has them."""
 
 
@@ -27,12 +28,14 @@ def run_study(
 
     A cell that ends in numbers that are not finite, or in an alarm that stops, is a finding and kept as failed; any
     other error ends the study. ``say`` hears a line a cell. Every rank of a launcher must call it. Raises ``DataError``
-    where what a cell is made from changed while it was made.
+    where what a cell is made from changed while it was made, or its checker has nothing to check.
     """
     ranks = Ranks(threads=study.cell_config(arms[0], seeds[0]).threads)
     tell = say if ranks.first else _quiet
     if ranks.first:
         make_folder(Path(study.results), setting="results")
+    for arm in arms:  # a cell is trained before its test set is read
+        require_checked_rows(study.cell_config(arm, seeds[0]))
     code_digest()  # of the code that runs, before anybody changes it
     _tune(study, arms, again=again, ranks=ranks, say=tell)
     todo = cells_to_make(study, arms=arms, seeds=seeds, again=again, say=tell)

@@ -34,6 +34,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
             "released",
             "row_sources",
             "rows",
+            "slots",
             "prompts",
             "corpus",
             "batches",

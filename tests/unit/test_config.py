@@ -227,6 +227,13 @@ def test_validity_needs_the_world(recipe: Path) -> None:
         load_config(recipe, overrides)
 
 
+def test_coverage_needs_its_checker(recipe: Path) -> None:
+    overrides = ["stages.0.keep.metric=coverage", "stages.0.keep.mode=max"]
+    with pytest.raises(UnsupportedCombination, match=r"set data\.checker: slots"):
+        load_config(recipe, overrides)
+    assert load_config(recipe, [*overrides, "data.checker=slots"]).data.checker == "slots"
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_a_cost_of_what_is_never_said_is_refused(recipe: Path, size: int) -> None:
     overrides = ["stages.0.repetition_weight=0.1", f"decoding.no_repeat_ngram_size={size}"]
@@ -439,7 +446,7 @@ def test_reading_a_configuration_needs_no_torch() -> None:
 def test_measures_are_the_ones_that_validation_reports() -> None:
     assert set(config.BETTER) == {
         "loss", "reverse_kl", "reverse_kl_per_token", "rouge_l",
-        "validity", "distinct_4", "repetition_3", "mean_length",
+        "validity", "coverage", "distinct_4", "repetition_3", "mean_length",
     }  # fmt: skip
 
 
