@@ -43,7 +43,7 @@ class Place:
 
     def read(self, temperatures: Mapping[str, Figures], name: str) -> float:
         """A measure there."""
-        return (1 - self.share) * temperatures[self.left][name] + self.share * temperatures[self.right][name]
+        return float((1 - self.share) * temperatures[self.left][name] + self.share * temperatures[self.right][name])
 
 
 def require_diversity(name: str) -> None:
