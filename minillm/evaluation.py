@@ -194,13 +194,14 @@ def _records(
                 "stop": str(stop),
                 "tokens": len(ids),
                 "extra": dict(row.extra),
-                "measures": _of_text(row, text, judge),
+                "measures": of_text(row, text, judge),
             }
         )
     return records
 
 
-def _of_text(row: Prompt, text: str, judge: Judge) -> dict[str, Any]:
+def of_text(row: Prompt, text: str, judge: Judge) -> dict[str, Any]:
+    """What can be measured on a response's text, whoever wrote it."""
     measures: dict[str, Any] = {"repetition_3": int(repetition_3(text))}
     if row.responses:
         measures.update(rouge_l=rouge_l(text, row.responses), exact_match=int(exact_match(text, row.responses)))

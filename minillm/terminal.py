@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A title as wide as it needs, and a table, right-aligned but for the first column."""
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, below: Sequence[Sequence[str]] = ()
+) -> None:
+    """A title as wide as it needs, and a table, right-aligned but for the first column; ``below`` are further rows
+    under a line."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -15,5 +18,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     for place, column in enumerate(columns):
         table.add_column(column, justify="right" if place else "left", no_wrap=place == 0, overflow="fold")
     for row in rows:
+        table.add_row(*row)
+    if below:
+        table.add_section()
+    for row in below:
         table.add_row(*row)
     Console().print(title, table, sep="\n", highlight=False)

@@ -50,6 +50,8 @@ NO_RESULT = (
         "study/diversity.py",
         "study/paired.py",
         "study/verdict.py",
+        "study/nearest.py",
+        "study/yardsticks.py",
     ),
     *("report.py", "report_html.py", "report_style.py", "report_text.py", "report_words.py", "plots.py"),
     *("progress.py", "terminal.py", "model_card.py", "trackers.py"),
@@ -88,6 +90,16 @@ def asked(study: StudyConfig, arm: str, seed: int) -> Asked:
     return Asked(
         arm=arm, seed=seed, file=study.cell_file(arm, seed), run=run, teacher=teacher, student=student,
         made_from=made_from(run, student=student, teacher=teacher, taught=taught_digest(study, arm)),
+    )  # fmt: skip
+
+
+def asked_of_run(study: StudyConfig, run: RunConfig, *, name: str, file: Path) -> Asked:
+    """The same of a run that belongs to no arm, called ``name``, at the study's first seed."""
+    teacher = study.teacher_config() if study.makes(None, "teacher") else None
+    student = study.student_config(study.seeds[0]) if study.makes(None, "student") else None
+    return Asked(
+        arm=name, seed=study.seeds[0], file=file, run=run, teacher=teacher, student=student,
+        made_from=made_from(run, student=student, teacher=teacher),
     )  # fmt: skip
 
 

@@ -26,8 +26,10 @@ from minillm.study.table import (
     read_cells,
     summary,
     words,
+    yardstick_rows,
 )  # fmt: skip
 from minillm.study.verdict import correct, sentences, standings
+from minillm.study.yardsticks import make_yardsticks, read_yardsticks, told
 from minillm.terminal import print_table
 
 T = TypeVar("T", str, int)
@@ -74,6 +76,7 @@ def run(
             study, jobs=jobs, arms=wanted_arms, seeds=wanted_seeds, again=again,
             say=lambda line: print(line, flush=True),
         )  # fmt: skip
+        make_yardsticks(study, again=again, say=lambda line: print(line, flush=True))
     if Ranks().first:
         _tell(study, json_file=json_file, plot=plot, diversity=diversity)
         if curves is not None:
@@ -121,9 +124,10 @@ def gather(study: StudyConfig, cells: Cells, *, diversity: str) -> dict[str, Any
 
 def _tell(study: StudyConfig, *, json_file: Path | None, plot: Path | None, diversity: str) -> None:
     cells, notes = read_cells(study)
-    for note in notes:
+    yardsticks, more = read_yardsticks(study)
+    for note in notes + more:
         print(f"note: {note}")
-    found = gather(study, cells, diversity=diversity)
+    found = {**gather(study, cells, diversity=diversity), "yardsticks": yardsticks}
     if found["temperature"] is not None:
         _print_tables(study, found)
         if plot is not None:
@@ -166,7 +170,10 @@ def _print_tables(study: StudyConfig, found: Mapping[str, Any]) -> None:
         "CPU seconds of loading, training and validation",
         ("", "seeds", *(LABELS[name] for name in have), "CPU s"),
         headline_rows(found, at, have),
+        below=yardstick_rows(found, at, have),
     )
+    for line in told(found["yardsticks"]):
+        print(line)
     for name in _have(found, at, DIFFERENCES):
         if rows := difference_rows(found, name):
             print_table(

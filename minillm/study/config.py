@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from minillm.config import RunConfig, load_config
 from minillm.errors import ConfigError, DataError, UnsupportedCombination, did_you_mean
 from minillm.measures import MEASURES
-from minillm.settings import Count, Positive, Seed, Settings, Text, headed
+from minillm.settings import Count, Flag, Positive, Seed, Settings, Text, headed
 from minillm.stage_base import BETTER, is_component
 from minillm.yaml_reader import read_yaml_file
 
@@ -102,6 +102,8 @@ class StudyConfig(Settings):
     """Sets the steps of every cell; null leaves the recipe's and the arms'."""
     search: SearchConfig | None = None
     """Sets one setting of each arm before its cells are made; null leaves all as they are."""
+    yardsticks: Flag = False
+    """Whether the teacher and the nearest training answer are measured too, and stand below the arms."""
     results: Text
     """Folder of the cells: one small JSON an arm and seed, made to be committed."""
     within: dict[str, Positive] = Field(default_factory=dict)
@@ -195,9 +197,10 @@ class StudyConfig(Settings):
         own = {"name": self.run_name(STUDENT, made_with), "seed": made_with}
         return load_config(self.student, _overrides({**self.student_settings, **own}))
 
-    def makes(self, arm: str, role: Literal["student", "teacher"]) -> bool:
-        """Whether the model of this role in an arm's cells is one that the study makes."""
-        return getattr(self, role) is not None and role not in {**self.settings, **self.arms[arm]}
+    def makes(self, arm: str | None, role: Literal["student", "teacher"]) -> bool:
+        """Whether the model of this role in an arm's cells, or None in a yardstick, is one that the study makes."""
+        own = {} if arm is None else self.arms[arm]
+        return getattr(self, role) is not None and role not in {**self.settings, **own}
 
     def cell_config(self, arm: str, seed: int) -> RunConfig:
         """The run of one cell, with what tuning found for its arm."""
@@ -205,11 +208,18 @@ class StudyConfig(Settings):
 
     def arm_config(self, arm: str, seed: int, *, name: str, changes: Mapping[str, Any]) -> RunConfig:
         """A run of an arm with a few more changes."""
+        return self._config({**self.arms[arm], **changes}, seed, name=name)
+
+    def yardstick_config(self, yardstick: str) -> RunConfig:
+        """The run that a yardstick is measured by: the recipe and the settings of all arms, at the first seed."""
+        return self._config({}, self.seeds[0], name=self.run_name("yardsticks", yardstick))
+
+    def _config(self, changes: Mapping[str, Any], seed: int, *, name: str) -> RunConfig:
         made = {"student": self.student_config(seed), "teacher": self.teacher_config()}
         replaced: dict[str, Any] = {
             role: f"{run.out}/{run.name}/student" for role, run in made.items() if run is not None
         }
-        replaced |= {**self.settings, **self.arms[arm], **changes, "name": name, "seed": seed}
+        replaced |= {**self.settings, **changes, "name": name, "seed": seed}
         return load_config(self.recipe, _overrides(replaced))
 
     @property

@@ -43,7 +43,8 @@ class Place:
 
     def read(self, temperatures: Mapping[str, Figures], name: str) -> float:
         """A measure there."""
-        return float((1 - self.share) * temperatures[self.left][name] + self.share * temperatures[self.right][name])
+        left, right = float(temperatures[self.left][name]), float(temperatures[self.right][name])
+        return (1 - self.share) * left + self.share * right
 
 
 def require_diversity(name: str) -> None:

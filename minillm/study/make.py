@@ -26,7 +26,7 @@ from minillm.study.config import StudyConfig
 def make_model(needed: RunConfig, *, ranks: Ranks) -> None:
     """A teacher or student of the study's own, unless it is there; only one of several processes makes it."""
     folder = Path(needed.out) / needed.name
-    with _alone(folder.with_name(f".{folder.name}.lock"), ranks=ranks):
+    with alone(folder.with_name(f".{folder.name}.lock"), ranks=ranks):
         try:
             api.distill(needed)
         except RunExists as error:  # of another recipe, or from other data, than now
@@ -40,7 +40,7 @@ def make_text(study: StudyConfig, *, ranks: Ranks) -> None:
     assert study.taught is not None
     run, file = study.taught_config(), Path(study.taught_file)
     assert run.teacher is not None, "a recipe that distils names a teacher"
-    with _alone(file.with_name(f".{file.name}.lock"), ranks=ranks):
+    with alone(file.with_name(f".{file.name}.lock"), ranks=ranks):
         try:
             generate(run.teacher, run, out=file, samples=study.taught.samples)
         except DataError as error:  # other text than is wanted now
@@ -70,7 +70,7 @@ def make(config: RunConfig, *, ranks: Ranks, evaluated: bool = True) -> dict[str
         "versions": versions(),
     }  # fmt: skip
     if reason is None and evaluated:
-        found["temperatures"] = _measures(read_samples(out))
+        found["temperatures"] = figures(read_samples(out))
     return found
 
 
@@ -97,8 +97,8 @@ def _course(metrics: Path) -> dict[str, Any]:
     }
 
 
-def _measures(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means at each temperature, of all prompts and by the length of the reference."""
+def figures(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A cell's figures: means at each temperature, of all prompts and by the length of the reference."""
     found: dict[str, Any] = {}
     for key in dict.fromkeys(temperature_key(row["temperature"]) for row in samples):
         rows = [row for row in samples if temperature_key(row["temperature"]) == key]
@@ -126,7 +126,7 @@ def _short(value: float) -> float:
 
 
 @contextlib.contextmanager
-def _alone(lock: Path, *, ranks: Ranks) -> Iterator[None]:
+def alone(lock: Path, *, ranks: Ranks) -> Iterator[None]:
     """No other process is inside at the same time; the first rank waits for all of its own."""
     if ranks.first:
         lock.parent.mkdir(parents=True, exist_ok=True)

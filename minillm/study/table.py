@@ -15,6 +15,7 @@ from minillm.study.cells import sort_out
 from minillm.study.config import StudyConfig
 from minillm.study.paired import paired, spread, stars
 from minillm.study.tuning import untuned
+from minillm.study.yardsticks import LABELS, at_temperature
 
 Cells = Mapping[str, Mapping[int, dict[str, Any]]]
 """Arm -> seed -> finished cell."""
@@ -63,6 +64,15 @@ def headline_rows(found: Mapping[str, Any], temperature: str, measures: Sequence
         seeds = f"{len(of['done'])}" + (f"\n{len(of['failed'])} failed" if of["failed"] else "")
         cost = of["cpu_seconds"]["mean"]
         rows.append([arm, seeds, *cells, "–" if cost is None else f"{cost:.0f}"])
+    return rows
+
+
+def yardstick_rows(found: Mapping[str, Any], temperature: str, measures: Sequence[str]) -> list[list[str]]:
+    """The same of the yardsticks, which have neither seeds nor a cost of training."""
+    rows = []
+    for name, yardstick in found["yardsticks"].items():
+        at = at_temperature(yardstick, temperature)
+        rows.append([LABELS[name], "–", *(_plus_minus(at.get(measure), None, measure) for measure in measures), "–"])
     return rows
 
 
