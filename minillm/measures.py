@@ -54,6 +54,10 @@ class Measure:
     """Which way is good; None where neither is, and only the distance to the teacher says something."""
     digits: int
     meaning: str
+    of_teacher: bool = False
+    """Whether it is a quantity of the teacher that was there: against another one it is another quantity."""
+    of_tokens: bool = False
+    """Whether it counts tokens, or sums over them: of another tokenizer's it is another quantity."""
 
 
 MEASURES: dict[str, Measure] = {
@@ -70,7 +74,8 @@ MEASURES: dict[str, Measure] = {
         meaning="share of responses equal to a reference, up to case, punctuation and white space",
     ),
     "reverse_kl": Measure(
-        label="reverse KL", better="lower", digits=3, meaning="nats per response, student from teacher"
+        label="reverse KL", better="lower", digits=3, meaning="nats per response, student from teacher",
+        of_teacher=True, of_tokens=True,
     ),
     "distinct_4": Measure(
         label="distinct-4", better=None, digits=3, meaning="distinct 4-grams of words over all of them: variety"
@@ -79,18 +84,25 @@ MEASURES: dict[str, Measure] = {
         label="repetition-3", better=None, digits=3, meaning="share of responses that repeat a 3-gram of words"
     ),
     "mean_length": Measure(
-        label="length", better=None, digits=2, meaning="tokens of a response, without the end token"
+        label="length", better=None, digits=2, meaning="tokens of a response, without the end token",
+        of_tokens=True,
     ),
-    "reverse_kl_per_token": Measure(label="reverse KL/token", better="lower", digits=3, meaning="nats per token"),
+    "reverse_kl_per_token": Measure(
+        label="reverse KL/token", better="lower", digits=3, meaning="nats per token",
+        of_teacher=True, of_tokens=True,
+    ),
     "forward_kl": Measure(
         label="forward KL", better="lower", digits=3,
         meaning="nats per response, teacher from student, at the states that the model visits",
+        of_teacher=True, of_tokens=True,
     ),
     "teacher_nll": Measure(
-        label="teacher NLL", better=None, digits=3, meaning="nats per token of the response under the teacher"
+        label="teacher NLL", better=None, digits=3, meaning="nats per token of the response under the teacher",
+        of_teacher=True, of_tokens=True,
     ),
     "gold_nll": Measure(
-        label="reference NLL", better="lower", digits=3, meaning="nats per token of the reference, at temperature 1"
+        label="reference NLL", better="lower", digits=3, meaning="nats per token of the reference, at temperature 1",
+        of_tokens=True,
     ),
     "distinct_1": Measure(label="distinct-1", better=None, digits=3, meaning="distinct words over all of them"),
     "distinct_2": Measure(label="distinct-2", better=None, digits=3, meaning="the same of 2-grams"),
@@ -101,9 +113,14 @@ MEASURES: dict[str, Measure] = {
     "repeated_3": Measure(
         label="repeated-3", better=None, digits=3, meaning="share of 3-grams that stood earlier in their response"
     ),
-    "cut_share": Measure(label="cut", better=None, digits=3, meaning="share of responses cut at the length limit"),
+    "cut_share": Measure(
+        label="cut", better=None, digits=3, meaning="share of responses cut at the length limit",
+        of_tokens=True,
+    ),
 }  # fmt: skip
 NAMES: tuple[str, ...] = tuple(MEASURES)
+OF_TEACHER = tuple(name for name, measure in MEASURES.items() if measure.of_teacher)
+OF_TOKENS = tuple(name for name, measure in MEASURES.items() if measure.of_tokens)
 MAIN = ("validity", "coverage", "rouge_l", "exact_match", "reverse_kl", "distinct_4", "repetition_3", "mean_length")
 """The measures of a report's first table."""
 ALWAYS = tuple(name for name in MAIN if name not in {"coverage", "exact_match"})

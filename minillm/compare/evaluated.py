@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from minillm.errors import ConfigError, DataError, MinillmError
-from minillm.measures import MAIN_TEMPERATURE, ratios_of, temperature_key
+from minillm.measures import MAIN_TEMPERATURE, MEASURES, OF_TEACHER, OF_TOKENS, ratios_of, temperature_key
 from minillm.report_files import read_results, read_samples
 from minillm.statistics import Ratio
 
 Sample = Mapping[str, Any]
 AT_LEAST = 2
-OF_TEACHER = ("reverse_kl", "reverse_kl_per_token")
-OF_TOKENS = ("mean_length", *OF_TEACHER)
 DECODING_BEFORE = {"no_repeat_ngram_size": 0, "repetition_penalty": 1.0}
 """What an evaluation was made with that does not say so: settings that came later."""
 
@@ -106,7 +104,7 @@ def require_comparable(base: Evaluated, other: Evaluated, *, across: bool) -> tu
         out.update(OF_TEACHER)
         notes.append(
             f"{pair} were sampled with different decoding ({'; '.join(changed)}): a difference is that of model and "
-            "decoding together, and reverse KL, another quantity under each decoding, is left out."
+            f"decoding together. {_labels(OF_TEACHER)}: left out, another quantity under each decoding."
         )
     alone = sorted(set(base.rows) ^ set(other.rows), key=float, reverse=True)
     if alone and not changed:
@@ -119,10 +117,10 @@ def require_comparable(base: Evaluated, other: Evaluated, *, across: bool) -> tu
     teachers = [_teacher(one) for one in (base, other)]
     if teachers[0] != teachers[1] and None not in teachers:
         out.update(OF_TEACHER)
-        notes.append(f"{pair} were measured against different teachers: reverse KL is left out.")
+        notes.append(f"{pair} were measured against different teachers. Left out: {_labels(OF_TEACHER)}.")
     if _of(base, "data", "sha256") != _of(other, "data", "sha256"):
         out.update(OF_TOKENS)
-        notes.append(f"{pair} read the same text as other tokens: lengths and reverse KL are left out.")
+        notes.append(f"{pair} read the same text as other tokens. Left out: {_labels(OF_TOKENS)}.")
     if _of(base, "asked", "weights") == _of(other, "asked", "weights") is not None:
         notes.append(f"{pair} are evaluations of the same weights.")
     return notes, frozenset(out)
@@ -196,6 +194,10 @@ def _teacher(one: Evaluated) -> Any:
 def _of(one: Evaluated, part: str, key: str) -> Any:
     inside = one.results.get(part)
     return inside.get(key) if isinstance(inside, dict) else None
+
+
+def _labels(names: Sequence[str]) -> str:
+    return ", ".join(MEASURES[name].label for name in names)
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -13,7 +13,7 @@ from minillm.compare.evaluated import Evaluated, common_temperatures, headline, 
 from minillm.compare.extremes import extremes
 from minillm.compare.pairs import Drawn, changes, draw, holm, require_same_seeds, tally
 from minillm.errors import ConfigError, did_you_mean
-from minillm.measures import LENGTH_BUCKETS, MAIN, MEASURES, NAMES, QUALITIES, reference_bucket
+from minillm.measures import LENGTH_BUCKETS, MEASURES, NAMES, QUALITIES, reference_bucket
 from minillm.statistics import mean_over_seeds
 
 SCHEMA = 1
@@ -58,7 +58,7 @@ def directed(names: Mapping[str, Any]) -> list[str]:
 
 
 def main_measures(names: Mapping[str, Any]) -> list[str]:
-    """Those of them that get a verdict."""
+    """Those of them that get a verdict: what Holm's correction is over."""
     return [name for name in directed(names) if name != SAME_NATS]
 
 
@@ -216,15 +216,16 @@ def _value(row: Mapping[str, Any], field: str) -> str:
 
 
 def _correct(comparisons: Sequence[Mapping[str, Any]]) -> int:
-    """Adds ``holm``, the corrected probability, over all pairs and main measures at the headline temperature; how many.
+    """Adds ``holm``, the corrected probability, over all pairs and all measures with a verdict, at the headline
+    temperature; how many.
 
-    The other measures say how a text differs, not which is better; counted in, they would cost the main ones power.
+    The other measures say how a text differs, not which is better; counted in, they would cost the verdicts power.
     """
     family: list[dict[str, Any]] = [
-        change
+        found["changes"][name]
         for found in comparisons
-        for name, change in found["changes"].items()
-        if name in MAIN and change["p"] is not None
+        for name in main_measures(found["changes"])
+        if found["changes"][name]["p"] is not None
     ]
     for change, corrected in zip(family, holm([change["p"] for change in family]), strict=True):
         change["holm"] = corrected

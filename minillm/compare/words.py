@@ -139,8 +139,8 @@ def reading_help(found: Mapping[str, Any]) -> list[str]:
     ]
     if len(found["names"]) > 2:
         told.append(
-            f"“Corrected” is Holm's correction over the {found['corrected']} comparisons of the main measures "
-            "(every pair shown). Other measures, other temperatures, kinds of prompts, wins and losses, and equal "
+            f"“Corrected” is Holm's correction over the {found['corrected']} comparisons that get a verdict "
+            "(of every pair shown). Other measures, other temperatures, kinds of prompts, wins and losses, and equal "
             "diversity are not corrected."
         )
         if found["corrected"] * found["least_p"] > SURE:

@@ -19,10 +19,9 @@ import pytest
 from minillm import cli
 from minillm.compare import html
 from minillm.compare.command import compare, named_folders
-from minillm.compare.summary import Options
+from minillm.compare.summary import Options, main_measures
 from minillm.compare.words import describe, power
 from minillm.errors import ConfigError, DataError
-from minillm.measures import MAIN
 from minillm.text_measures import repetition_3
 
 QUICK = Options(resamples=200, by="family", shown=3)
@@ -209,7 +208,11 @@ def test_a_setting_that_came_later_counts_as_its_default(folders: dict[str, Path
     ("about", "told", "gone"),
     [
         ({"asked": {"teacher_weights": "u"}}, "different teachers", {"reverse_kl", "reverse_kl_per_token"}),
-        ({"data": {"sha256": "x"}}, "as other tokens", {"reverse_kl", "reverse_kl_per_token", "mean_length"}),
+        (
+            {"data": {"sha256": "x"}},
+            "as other tokens",
+            {"reverse_kl", "reverse_kl_per_token", "mean_length", "cut_share"},
+        ),
         ({"asked": {"weights": "a", "teacher_weights": "t"}}, "of the same weights", set[str]()),
     ],
 )
@@ -249,7 +252,7 @@ def test_first_against_each_and_all_pairs_of_few(folders: dict[str, Path]) -> No
     five = compare(many, options=QUICK, quiet=True)
     assert [(p["base"], p["other"]) for p in five["comparisons"]] == [("0", str(n)) for n in range(1, 5)]
     corrected = [name for pair in five["comparisons"] for name, change in pair["changes"].items() if "holm" in change]
-    main = [name for name in five["comparisons"][0]["changes"] if name in MAIN]
+    main = main_measures(five["comparisons"][0]["changes"])
     assert corrected == 4 * main and five["corrected"] == 4 * len(main)
     assert len(main) < len(five["comparisons"][0]["changes"])
 
@@ -322,7 +325,7 @@ def test_among_several_the_correction_has_the_last_word(folders: dict[str, Path]
     assert "validity: b looks better: +0.120 (+0.100 to +0.140), but among all" in lines(found)
     change["holm"] = 0.01
     assert "validity: b is better" in lines(found) and "corrected for all" not in lines(found).lower().split("b is")[0]
-    assert f"Holm's correction over the {found['corrected']} comparisons of the main measures" in lines(found)
+    assert f"Holm's correction over the {found['corrected']} comparisons that get a verdict" in lines(found)
     assert found["corrected"] % 3 == 0
     assert "too coarse for so many comparisons" in lines(found)  # 200 resamples
     assert "Holm" not in lines(pair_of(folders, "a", "b"))
