@@ -168,6 +168,9 @@ def judge(  # noqa: PLR0917 (typer reads options from parameters)
     max_cost: Annotated[
         float | None, typer.Option("--max-cost", help="Most to spend: money with prices, else tokens.")
     ] = None,
+    unencrypted_key: Annotated[
+        bool, typer.Option("--unencrypted-key", help="Send the key over http to another machine, readable on the way.")
+    ] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the results; else one inside A.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace the results of another judging.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures into this file.")] = None,
@@ -175,7 +178,8 @@ def judge(  # noqa: PLR0917 (typer reads options from parameters)
     """Let a model behind a chat endpoint judge the responses.
 
     One folder: each response is scored beside its reference, as in the paper. Two: they are compared, each pair in
-    both orders. A key is read from MINILLM_JUDGE_KEY, else OPENAI_API_KEY. Answers are kept: nothing is asked twice.
+    both orders. A key is read from MINILLM_JUDGE_KEY; OPENAI_API_KEY goes to https://api.openai.com alone. Answers
+    are kept: nothing is asked twice.
 
     \b
     Example:
@@ -189,6 +193,7 @@ def judge(  # noqa: PLR0917 (typer reads options from parameters)
         settings={
             "url": url, "model": model, "concurrency": concurrency, "timeout": timeout, "retries": retries,
             "max_tokens": max_tokens, "price_in": price_in, "price_out": price_out, "max_cost": max_cost,
+            "unencrypted_key": unencrypted_key,
         },
         single=single, seed=seed, temperature=temperature, limit=limit, template=template, out=out, fresh=fresh,
         json_file=json_file,

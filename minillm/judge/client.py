@@ -15,7 +15,7 @@ from typing import Any
 
 from minillm.errors import ConfigError
 from minillm.judge.cost import Tokens
-from minillm.judge.settings import KEY_NAMES, EndpointError, JudgeSettings
+from minillm.judge.settings import KEY_NAME, OPENAI, OPENAI_KEY_NAME, REAL_KEY, EndpointError, JudgeSettings
 from minillm.report_text import plain
 
 LONGEST_ANSWER = 8_000_000
@@ -69,6 +69,7 @@ class ChatClient:
     def __init__(self, settings: JudgeSettings, *, key: str) -> None:
         self._http = http_library()
         self._settings, self._key = settings, key
+        self._secret = key if len(key) >= REAL_KEY else ""  # a filler such as "none" is a word of many a reply
         self._lock = threading.Lock()
         self._options: dict[str, Any] = {"temperature": 0, "seed": 0, "max_tokens": settings.max_tokens}
         self.notes: list[str] = []
@@ -97,12 +98,12 @@ class ChatClient:
 
     def _may_be_logged(self, record: logging.LogRecord) -> bool:
         # At level DEBUG the library logs the headers of answers, in which a server may have echoed anything.
-        return not self._key or self._key not in record.getMessage()
+        return not self._secret or self._secret not in record.getMessage()
 
     def redact(self, text: str) -> str:
         """Text without the key, should a server have echoed it, and without halves of characters."""
         whole = text.encode("utf-8", "replace").decode()
-        return whole.replace(self._key, REDACTED) if self._key else whole
+        return whole.replace(self._secret, REDACTED) if self._secret else whole
 
     def send(self, messages: Sequence[Mapping[str, str]]) -> Reply:
         """One reply. Raises a kind of ``Failed``, or ``EndpointError`` where no question would fare better."""
@@ -172,7 +173,8 @@ class ChatClient:
             mend = (
                 "check that the key is right and may use the model"
                 if self._key
-                else f"no key was sent: set {' or '.join(KEY_NAMES)} in the environment"
+                else f"no key was sent: set {KEY_NAME} in the environment\n"
+                f"  ({OPENAI_KEY_NAME} goes to https://{OPENAI} alone)"
             )
             return EndpointError(f"{where} refuses access (HTTP {status}){told}\n  {mend}")
         if status == 404:

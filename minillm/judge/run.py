@@ -189,7 +189,7 @@ def _first_words(work: Work, cache: Cache, settings: JudgeSettings, key: str) ->
         named = ", ".join(map(str, cache.broken[:SHOWN_LINES]))
         lines.append(f"note: {len(cache.broken)} broken lines of cache.jsonl are passed over (line {named})")
     if key and settings.bare:
-        lines.append("note: the key travels unencrypted; use an https address where there is one")
+        lines.append("note: the key travels unencrypted, as --unencrypted-key allows")
     return [plain(line) for line in lines]
 
 

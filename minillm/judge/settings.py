@@ -12,8 +12,10 @@ from pydantic import model_validator
 from minillm.errors import ConfigError, MinillmError
 from minillm.settings import Count, NonNegative, Positive, Settings, Text, Whole
 
-KEY_NAMES = ("MINILLM_JUDGE_KEY", "OPENAI_API_KEY")
-"""Environment variables that may hold the key; the first that is not empty counts."""
+KEY_NAME = "MINILLM_JUDGE_KEY"
+"""Environment variable of the key, whatever the server."""
+OPENAI_KEY_NAME, OPENAI = "OPENAI_API_KEY", "api.openai.com"
+"""Where that is empty: another variable, which many programs set, and the only host that it is sent to."""
 REAL_KEY = 8
 """A shorter key is a filler ("none", "EMPTY"), as local servers want it, and may well stand in an address."""
 
@@ -44,6 +46,8 @@ class JudgeSettings(Settings):
     """Most to be spent by one call: money where there are prices, else tokens."""
     backoff: Positive = 1.0
     """Seconds before the first further try; doubled each time, with jitter."""
+    unencrypted_key: bool = False
+    """Whether a key may go over http to another machine, where all between can read it."""
 
     @model_validator(mode="after")
     def _check(self) -> JudgeSettings:
@@ -78,20 +82,34 @@ class JudgeSettings(Settings):
             return host == "localhost"
 
     @property
+    def openai(self) -> bool:
+        """Whether the server is OpenAI's, as its certificate proves."""
+        parts = _address(self.url)
+        return parts.scheme == "https" and parts.hostname == OPENAI
+
+    @property
     def bare(self) -> bool:
         """Whether a key would travel unencrypted, and off this machine."""
         return _address(self.url).scheme == "http" and not self.local
 
 
 def read_key(settings: JudgeSettings, environment: Mapping[str, str] | None = None) -> str:
-    """The endpoint's key, "" for none. Raises ``ConfigError``, without showing it, where it cannot be sent."""
+    """The endpoint's key, "" for none. Raises ``ConfigError``, without showing it, where it cannot or must not be
+    sent."""
     environment = os.environ if environment is None else environment
-    name = next((name for name in KEY_NAMES if environment.get(name, "").strip()), "")
+    # A key of OpenAI's stands in many an environment, and whoever answers at another address could use it.
+    names = (KEY_NAME, OPENAI_KEY_NAME) if settings.openai else (KEY_NAME,)
+    name = next((name for name in names if environment.get(name, "").strip()), "")
     key = environment[name].strip() if name else ""
     if not (key.isascii() and key.isprintable() and " " not in key) and key:
         raise ConfigError(f"{name}: holds characters that no header may have; set it to the key alone")
     if len(key) >= REAL_KEY and (key in settings.url or key in settings.model):
         raise ConfigError(f"the key in {name} stands in --url or --model as well, which files would show; take it out")
+    if key and settings.bare and not settings.unencrypted_key:
+        raise ConfigError(
+            f"the key in {name} would travel unencrypted to {settings.shown}, where others can read it\n"
+            f"  give an https address, or leave {name} empty if the server needs none; --unencrypted-key sends it so"
+        )
     return key
 
 
@@ -104,7 +122,7 @@ def _address(url: str) -> SplitResult:
     except ValueError as error:
         raise ConfigError(f"url: {error}; {wanted}") from None
     if parts.username is not None or parts.password is not None:
-        raise ConfigError(f"url: has a name or password before the host; {wanted}, and the key in {KEY_NAMES[0]}")
+        raise ConfigError(f"url: has a name or password before the host; {wanted}, and the key in {KEY_NAME}")
     if parts.scheme not in ("http", "https") or not parts.hostname or any(c.isspace() for c in url):
         raise ConfigError(f"url: got {url[:80]!r}, {wanted}")
     return parts

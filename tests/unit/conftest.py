@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from minillm.judge.settings import KEY_NAMES
+from minillm.judge.settings import KEY_NAME, OPENAI_KEY_NAME
 from tests.chat_server import Server, evaluation
 
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    for name in KEY_NAMES:
+    for name in (KEY_NAME, OPENAI_KEY_NAME):
         monkeypatch.delenv(name, raising=False)
     served = Server()
     yield served
