@@ -19,6 +19,8 @@ LONGEST_WAIT = 300.0
 GIVE_UP = 20
 """Questions without an answer, one after another, after which the endpoint is held to be of no use."""
 NOT_ASKED = "not asked: the cost limit"
+NOT_AGAIN = "not asked again: the cost limit"
+"""Stands behind what came of the tries before."""
 
 Messages = list[dict[str, str]]
 
@@ -53,7 +55,7 @@ class Asker:
     def ask(self, messages: Messages) -> Answer:
         """The answer to one question. Raises ``EndpointError`` where the endpoint is of no use to any question."""
         key = fingerprint(
-            endpoint=self._settings.shown,
+            endpoint=self._settings.completions,  # whole: a query may choose the deployment
             model=self._settings.model,
             messages=messages,
             settings={"max_tokens": self._settings.max_tokens, "temperature": 0, "seed": 0},
@@ -81,6 +83,11 @@ class Asker:
                 raise OverBudget
             try:
                 reply = self._once(asked)
+            except OverBudget:
+                if attempt == 0:
+                    raise
+                reason = f"{reason}, {NOT_AGAIN}"
+                break
             except Refused as failure:
                 return Answer(verdict=None, reason=failure.reason)
             except Failed as failure:

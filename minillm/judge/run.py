@@ -86,7 +86,7 @@ def judge(
     text = read_template(None if template is None else Path(template))
     work = _work(sides, single=single or right is None, template=text, limit=limit, settings=settings)
     out = default_out(*folders, single=single) if out is None else Path(out)
-    _require_own(out, work.asked, fresh=fresh)
+    stored = None if fresh else _stored(out, work)
     make_folder(out, setting="--out")
     cache, meter = Cache(out / "cache.jsonl"), Meter(settings)
     for line in _first_words(work, cache, settings, key):
@@ -108,6 +108,8 @@ def judge(
         "seconds": round(clock(), 2),
         "date": time.strftime("%Y-%m-%d"),
     }
+    if stored is not None:
+        _require_as_many(out, record, stored)
     write_jsonl(out / "judgements.jsonl", _rows(work, answers))
     write_text(out / "judge.json", json.dumps(record, indent=2, allow_nan=False) + "\n")
     return record
@@ -147,6 +149,8 @@ def _work(sides: Sequence[Side], *, single: bool, template: str, limit: int | No
         "seed": sides[0].seed,
         "temperature": sides[0].temperature,
         "endpoint": settings.shown,
+        # A query may choose the deployment; it is not shown, since it may hold what nobody else should read.
+        "address": hashlib.sha256(settings.completions.encode()).hexdigest(),
         "model": settings.model,
         "template": hashlib.sha256(template.encode()).hexdigest(),
     }
@@ -160,14 +164,16 @@ def _work(sides: Sequence[Side], *, single: bool, template: str, limit: int | No
     )
 
 
-def _require_own(out: Path, asked: dict[str, Any], *, fresh: bool) -> None:
-    """Refuses a folder with the results of another judging."""
+def _stored(out: Path, work: Work) -> dict[str, Any] | None:
+    """The results that are to be replaced, None without any. ``DataError`` for those of another judging, or of more
+    prompts."""
     file = out / "judge.json"
-    if fresh or not file.exists():
-        return
+    if not file.exists():
+        return None
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))["asked"]
-        differing = [name for name in asked if stored.get(name) != asked[name]]
+        stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        differing = [name for name in work.asked if stored["asked"].get(name) != work.asked[name]]
+        prompts, _ = int(stored["prompts"]), _judged(stored)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{file}: not the results of a judging; move it away or give --fresh") from None
     if differing:
@@ -175,6 +181,33 @@ def _require_own(out: Path, asked: dict[str, Any], *, fresh: bool) -> None:
             f"{file} holds another judging, they differ in: {', '.join(differing)}\n"
             "  name another --out, or replace it with --fresh"
         )
+    if prompts > len(work.uids):
+        raise DataError(
+            f"{file} holds a judging of {prompts} prompts, this one has {len(work.uids)}; nothing was asked\n"
+            "  raise --limit or leave it out, name another --out, or replace it with --fresh"
+        )
+    return stored
+
+
+def _require_as_many(out: Path, record: dict[str, Any], stored: dict[str, Any]) -> None:
+    """Raises ``DataError`` where fewer prompts were judged than in the results that would be replaced."""
+    before, now = _judged(stored), _judged(record)
+    if any(mine < theirs for mine, theirs in zip(now, before, strict=True)):
+        told = plain(", ".join(f"{reason} ({count})" for reason, count in record["unanswered"].items()))
+        raise DataError(
+            f"{out / 'judge.json'} holds {_listed(before)} judged prompts, this judging has {_listed(now)}: {told}\n"
+            "  the results stay as they were, and the answers that came are in the cache; the same command with a\n"
+            "  higher --max-cost goes on from there, and --fresh replaces the results"
+        )
+
+
+def _judged(record: dict[str, Any]) -> list[int]:
+    """Prompts with a whole verdict, for each evaluation that has figures of its own."""
+    return [int(side["judged"]) for side in record.get("sides", [record])]
+
+
+def _listed(counts: Sequence[int]) -> str:
+    return " and ".join(map(str, counts))
 
 
 def _first_words(work: Work, cache: Cache, settings: JudgeSettings, key: str) -> list[str]:
