@@ -46,19 +46,20 @@ class Distil:
     def collect(self, step: int, student: Student) -> tuple[list[Example], dict[str, float]]:
         """The step's text, the same list on every rank."""
         stage, key = self._stage, f"{self._seed}/{self._stage.name}"
-        # What is kept takes over from what is fresh as the stage goes on; where nothing is kept all is fresh.
-        fresh_share = 1.0 - step / stage.steps if self._replay.capacity and self._replay.rows else 1.0
+        # What is kept takes over from what is fresh as the stage goes on, but not before there is enough of it: after a
+        # late rise of the student's share a few first rows would be learnt over and over.
+        fresh_share = 1.0 - step / stage.steps if self._replay.full else 1.0
         chosen = sources(
             step, stage.batch, student_share=self._followed.share, fresh_share=fresh_share, key=f"{key}/text"
         )
         fresh = self._written(step, chosen, student)
         text: list[Example] = []
-        own = iter(fresh)
+        own, kept = iter(fresh), iter(self._replay.draw(chosen.count("kept"), f"{key}/kept/{step}"))
         for row, source in enumerate(chosen):
             if source == "reference":
                 text.append(self._answered[self._references.row(step * stage.batch + row)])
             else:
-                text.append(next(own) if source == "fresh" else self._replay.draw(f"{key}/kept/{step}/{row}"))
+                text.append(next(own if source == "fresh" else kept))
         self._replay.add(fresh)
         sampled = sum(len(row.response_ids) for row in fresh)
         figures = {

@@ -51,9 +51,21 @@ class Replay:
         """Keeps them; the oldest make room."""
         self.rows = [*self.rows, *rows][-self.capacity :] if self.capacity else []
 
-    def draw(self, key: str) -> Written:
-        """One of them, by a keyed number; there must be one."""
-        return self.rows[int(uniform(key) * len(self.rows))]
+    @property
+    def full(self) -> bool:
+        """Whether it keeps all that it can; one that keeps nothing never is."""
+        return 0 < self.capacity == len(self.rows)
+
+    def draw(self, count: int, key: str) -> list[Written]:
+        """So many of them by keyed numbers: each once before any comes again. There must be one."""
+        places, found = list(range(len(self.rows))), list[Written]()
+        for number in range(count):
+            # The first `done` places have been dealt in this round; one of the others is swapped to their end.
+            done = number % len(places)
+            other = done + int(uniform(f"{key}/{number}") * (len(places) - done))
+            places[done], places[other] = places[other], places[done]
+            found.append(self.rows[places[done]])
+        return found
 
 
 @dataclass(slots=True)

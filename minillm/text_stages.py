@@ -236,8 +236,8 @@ class SkewStage(DistilStage):
     """It rises where the validation loss exceeds that at its last rise (at first, the first one) by this many nats a
     token; the paper's 0.1. Only with 'student_share: null'."""
     replay: Whole = 1000
-    """Responses of the student that are kept to be learnt from again; 0 keeps none. The paper's 1,000. The chance of a
-    fresh one falls from 1 to 0 over the stage."""
+    """Responses of the student that are kept to be learnt from again; 0 keeps none. The paper's 1,000. Until there are
+    so many all are fresh; then the chance of a fresh one is that from 1 to 0 over the stage."""
 
     def _plan(self, divergence: str) -> Plan:
         return Plan(

@@ -218,6 +218,23 @@ def test_kept_responses_take_over_from_fresh_ones(folder: Path, prompts: list[Pr
         assert work.objective.collect(15, work.student)[1]["kept_rows"] == 0
 
 
+def test_a_late_rise_learns_fresh_text_until_the_buffer_is_full(
+    folder: Path, prompts: list[Prompt], teacher: Teacher
+) -> None:
+    """At a step where the chance of a fresh row is low: a few first rows are not learnt over and over."""
+    chosen = stage(SkewFklStage, steps=100, replay=2 * BATCH, validate_every=1, share_step=1.0)
+    with working(chosen, folder, prompts, teacher) as work:
+        for loss in (1.0, 2.0):
+            assert work.objective.collect(90, work.student)[1]["student_rows"] == 0
+            work.objective.hear({"loss": loss})
+        filling = [work.objective.collect(step, work.student)[1] for step in (95, 96)]
+        text, full = work.objective.collect(97, work.student)
+    assert [figures["kept_rows"] for figures in filling] == [0, 0]
+    assert full["kept_rows"] > BATCH / 2
+    # Rows of one batch are different ones of the buffer.
+    assert len(set(uids(text))) == BATCH
+
+
 def test_a_share_that_follows_validation_rises_with_its_loss(
     folder: Path, prompts: list[Prompt], teacher: Teacher
 ) -> None:
@@ -254,7 +271,25 @@ def test_a_buffer_keeps_the_latest() -> None:
     replay = Replay(3)
     replay.add(Written(str(n), (1,), (2,)) for n in range(5))
     assert [row.uid for row in replay.rows] == ["2", "3", "4"]
-    assert {replay.draw(f"k{n}").uid for n in range(50)} == {"2", "3", "4"}
+    assert {row.uid for n in range(20) for row in replay.draw(1, f"k{n}")} == {"2", "3", "4"}
+
+
+def test_a_batch_draws_each_kept_response_once_before_any_comes_again() -> None:
+    replay = Replay(5)
+    replay.add(Written(str(n), (1,), (2,)) for n in range(4))
+    assert not replay.full
+    replay.add([Written("4", (1,), (2,))])
+    assert replay.full
+    assert not Replay(0).full
+    found = [[row.uid for row in replay.draw(4, f"k{n}")] for n in range(400)]
+    assert all(len(set(each)) == 4 for each in found)
+    assert found[0] == [row.uid for row in replay.draw(4, "k0")]
+    # Every response is as likely at every place.
+    for place in range(4):
+        at = [each[place] for each in found]
+        assert all(at.count(str(n)) / 400 == pytest.approx(0.2, abs=0.08) for n in range(5))
+    more = [row.uid for row in replay.draw(12, "more")]
+    assert [len(set(more[:5])), len(set(more[5:10])), len(set(more[10:]))] == [5, 5, 2]
 
 
 @pytest.mark.parametrize(
