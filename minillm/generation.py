@@ -64,7 +64,8 @@ def generate(
 
     ``config`` says which prompts, which template and how text is drawn; its models are not read. Goes on where an
     earlier call with the same question stopped; a file that is done is left as it is. Raises ``DataError`` where
-    ``out`` holds anything else, unless ``fresh``, and where no response is fit to be learnt from.
+    ``out`` holds anything else and where no response is fit to be learnt from. ``fresh`` replaces text that was
+    generated, once the new text is whole; never another file, nor one that the run reads.
     """
     out = Path(out)
     source = _source(config, split, out=out, samples=samples)
@@ -76,17 +77,16 @@ def generate(
     asked = question(config, pair, prompts, samples=samples)
     ranks = Ranks(threads=config.threads)
     parts = Parts(out, writes=ranks.first)
-    if not fresh and _done(out, asked, keep_cut=keep_cut):
+    if _done(out, asked, keep_cut=keep_cut, fresh=fresh):
         _say(ranks, f"{out}: generated already; --fresh starts over")
         return read_generated(out)
-    answers = {} if fresh else parts.read(asked)
+    answers, let_go = _left(parts, asked, fresh=fresh)
     if ranks.first:
         make_folder(out.parent, setting="--out")
         require_writable(out)
     ranks.barrier()  # every rank has read what is there
-    if ranks.first and fresh:
-        for old in (out, manifest_of(out)):
-            old.unlink(missing_ok=True)
+    for line in let_go:
+        _say(ranks, line)
     _introduce(config, pair, prompts, rows, answers, ranks=ranks)
     parts.open(asked, keep=bool(answers))
     cells = [(place, sample) for place in range(len(prompts.prompts)) for sample in range(samples)]
@@ -123,6 +123,9 @@ def _source(config: RunConfig, split: str, *, out: Path, samples: int) -> str:
         raise ConfigError(f"--samples {samples}: wanted at least 1")
     if out.suffix != SUFFIX:
         raise ConfigError(f"--out {str(out)!r}: wanted a file ending in {SUFFIX}, which training reads")
+    for setting, read in _sources(config).items():
+        if out.exists() and (file := Path(read).expanduser()).exists() and out.samefile(file):
+            raise DataError(f"{out}: {setting} reads it; nothing was touched.\n  give another --out")
     source: str | dict[str, str] | None = getattr(config.data, split)
     if isinstance(source, dict):
         raise ConfigError(
@@ -133,25 +136,49 @@ def _source(config: RunConfig, split: str, *, out: Path, samples: int) -> str:
     return source
 
 
+def _sources(config: RunConfig) -> dict[str, str]:
+    """What the run reads, by setting, but for text that a teacher wrote: that is what is made here."""
+    data = config.data
+    single = {"train": data.train, "validation": data.validation, "corpus": data.corpus}
+    sets = {f"test.{name}".rstrip("."): source for name, source in data.test_sets.items()}
+    return {f"data.{name}": source for name, source in {**single, **sets}.items() if source is not None}
+
+
 def _rows(config: RunConfig, source: str) -> list[Row]:
     """The rows as their source has them: prompts as they are trained on hold the template's text only."""
     rows, _ = read_rows(source, broken=config.data.broken, max_broken=config.data.max_broken)
     return rows
 
 
-def _done(out: Path, asked: Question, *, keep_cut: bool) -> bool:
-    """Whether the answers to this question are there already; ``DataError`` where something else is."""
+def _done(out: Path, asked: Question, *, keep_cut: bool, fresh: bool) -> bool:
+    """Whether the answers to this question are there already; ``DataError`` where something else is that may not be
+    replaced: anything without a manifest, and without ``fresh`` other generated text."""
     if not out.exists():
         return False  # the manifest is written first: alone it means nothing
+    if not (out.is_file() and manifest_of(out).is_file()):
+        what = "is there and has no manifest, so it is not generated text; nothing was touched."
+        raise DataError(f"{out} {what}\n  give another --out")
+    if fresh:
+        return False  # whatever the manifest says: it may be broken
     remedy = "nothing was touched.\n  give another --out, or --fresh to replace it"
-    found = read_manifest(out) if out.is_file() else None
-    if found is None:
-        raise DataError(f"{out} is there and has no manifest, so it is not generated text; {remedy}")
+    found = read_manifest(out)
+    assert found is not None, "the file was there a moment ago"
     differs = differences(found.asked, asked) + (["--keep-cut"] if found.keep_cut != keep_cut else [])
     if differs:
         raise DataError(f"{out} holds other generated text (it differs in: {', '.join(differs)}); {remedy}")
     read_generated(out)
     return True
+
+
+def _left(parts: Parts, asked: Question, *, fresh: bool) -> tuple[dict[Cell, Answer], list[str]]:
+    """The answers that an interrupted call left, and what is to be said of those that are let go: under ``fresh`` all
+    that answer another question, where without it that is a ``DataError``."""
+    try:
+        return parts.read(asked), []
+    except DataError as error:
+        if not fresh:
+            raise
+        return {}, [f"note: {str(error).split('; ')[0]}; --fresh lets it go"]
 
 
 def _introduce(

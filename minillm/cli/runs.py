@@ -80,7 +80,7 @@ def generate(  # noqa: PLR0917 (typer reads options from parameters)
     keep_cut: Annotated[
         bool, typer.Option("--keep-cut", help="Also write responses that were cut or are empty.")
     ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Start over: replace the file that is there.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Replace generated text that is there.")] = False,
 ) -> None:
     """Have a model answer prompts, as rows to train on.
 

@@ -240,6 +240,74 @@ def test_answers_to_another_question_are_not_gone_on_with(
     assert not partial.exists() and read_generated(out).asked.samples == 2
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_what_is_no_generated_text_of_ours_is_never_replaced(fresh: bool, place: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text("mine\n")
+    with pytest.raises(DataError, match="has no manifest, so it is not generated text; nothing was touched") as caught:
+        made(place, tmp_path / "mine.jsonl", fresh=fresh)
+    assert "--fresh" not in str(caught.value), "it would not help"
+    assert contents(tmp_path) == {str(tmp_path / "mine.jsonl"): b"mine\n"}
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+@pytest.mark.parametrize("reads", ["train", "validation", "test", "corpus", "set"])
+def test_what_a_run_reads_is_never_written_over(  # noqa: PLR0917 (pytest fills them by name)
+    reads: str, fresh: bool, place: Path, written: tuple[bytes, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it has a manifest, and whatever link leads to it: it may have been generated for another run."""
+    monkeypatch.setattr(generation, "load_teacher", None)
+    out = tmp_path / "out.jsonl"
+    out.write_bytes(written[0])
+    manifest_of(out).write_bytes(written[1])
+    (tmp_path / "link.jsonl").symlink_to(out)
+    source = str(tmp_path / "link.jsonl")
+    data = {"test": {"one": str(place / "rows.jsonl"), "two": source}} if reads == "set" else {reads: source}
+    before = contents(tmp_path)
+    with pytest.raises(DataError, match=r"data\.[\w.]+ reads it; nothing was touched"):
+        made(place, out, config=run_of(place, data=data), fresh=fresh)
+    assert contents(tmp_path) == before
+
+
+def test_a_fresh_call_that_fails_leaves_what_was_there(
+    place: Path, written: tuple[bytes, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_bytes(written[0])
+    manifest_of(out).write_bytes(written[1])
+    with monkeypatch.context() as patch, pytest.raises(TypeError):
+        patch.setattr(generation, "load_teacher", None)
+        made(place, out, config=run_of(place, seed=3), fresh=True)
+    assert (out.read_bytes(), manifest_of(out).read_bytes()) == written
+    assert made(place, out, config=run_of(place, seed=3), fresh=True).asked.seed == 3  # and is then replaced
+
+
+def test_an_interrupted_fresh_call_goes_on_too(
+    place: Path, written: tuple[bytes, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A job that is stopped and started again has the same command each time."""
+    out = tmp_path / "out.jsonl"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(2, patch)
+        made(place, out, batch=5, fresh=True)
+    made(place, out, batch=5, fresh=True)
+    assert "left 10 answers; going on from there" in capsys.readouterr().out
+    assert (out.read_bytes(), manifest_of(out).read_bytes()) == written
+    # The control: answers to another question are let go, and that is said.
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(2, patch)
+        made(place, out, config=run_of(place, seed=3, evaluation={"batch": 5}), fresh=True)
+    made(place, out, batch=5, fresh=True)
+    said = capsys.readouterr().out
+    assert "out.jsonl.partial holds answers to another question (it differs in: seed)" in said
+    assert "going on from there" not in said and "--fresh lets it go" in said
+    assert (out.read_bytes(), manifest_of(out).read_bytes()) == written
+
+
 def test_nothing_fit_is_told_and_can_still_be_kept_without_drawing_again(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
