@@ -51,11 +51,12 @@ def read_sets(config: RunConfig, pair: Pair) -> dict[str, Split]:
                 raise
             raise type(error)(f"set {name}: {error}") from error
         words = [f"{name}: {line}" if name else line for line in split.words]
+        words += _bare_words(name or "test", split)
         found[name] = Split(
             source=split.source,
             prompts=split.prompts,
             sha256=split.sha256,
-            words=(*words, *(_bare_words(name, split) if name else [])),
+            words=tuple(words),
         )
     return found
 

@@ -158,6 +158,11 @@ def already(out: Path, asked: Callable[[], dict[str, Any]]) -> dict[str, Any] | 
     """
     unfinished, stored = asked_before(out), stored_results(out)
     if unfinished is None and stored is None:
+        if (out / "samples.jsonl").exists():
+            raise DataError(
+                f"{out} holds a samples.jsonl without results.json, so nobody knows whose it is; nothing was touched.\n"
+                "  give another --out, or --fresh to replace it"
+            )
         return None
     wanted = asked()
     if unfinished == with_versions(wanted):
