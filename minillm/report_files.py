@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minillm.errors import DataError
+from minillm.errors import ConfigError, DataError
 from minillm.measures import MAIN_TEMPERATURE, temperature_key
 from minillm.stage_base import is_component
 
@@ -24,6 +24,34 @@ class Course:
     rows: tuple[dict[str, Any], ...]
     notes: tuple[str, ...]
     """What a reader should know about the file: an unfinished last line, steps written twice."""
+
+
+def named_folders(arguments: Sequence[str], *, what: str = "an evaluation") -> dict[str, Path]:
+    """Folders as a command line names them: NAME=FOLDER, or FOLDER, whose last part is then the name.
+
+    ``ConfigError`` for a name that is there twice, ``DataError`` for what is no folder.
+    """
+    found: dict[str, Path] = {}
+    for text in arguments:
+        name, equals, folder = text.partition("=")
+        if not equals or Path(text).is_dir():  # a folder may have "=" in its name
+            name, folder = Path(text).resolve().name, text
+        if not name or not folder:
+            raise ConfigError(f"{text!r}: wanted FOLDER or NAME=FOLDER, such as sft=runs/quickstart/sft")
+        if name in found:
+            raise ConfigError(
+                f"{text!r}: the name {name!r} is given twice; give each folder a name of its own, NAME=FOLDER"
+            )
+        require_folder(Path(folder), name=name, what=what)
+        found[name] = Path(folder)
+    return found
+
+
+def require_folder(folder: Path, *, name: str, what: str = "an evaluation") -> None:
+    """Raise ``DataError`` for what is no folder."""
+    if not folder.is_dir():
+        got = "a file" if folder.exists() else "not there"
+        raise DataError(f"{name}: {folder} is {got}; wanted the folder of {what}")
 
 
 def read_results(folder: Path) -> dict[str, Any]:

@@ -136,7 +136,8 @@ def head_row(cells: Sequence[str], *, words: int | None = None) -> str:
     return f"<thead><tr>{''.join(heads)}</tr></thead>"
 
 
-def _estimate_cell(estimate: Mapping[str, Any] | None, name: str) -> str:
+def estimate_cell(estimate: Mapping[str, Any] | None, name: str) -> str:
+    """A figure with its interval below it; a dash where there is none."""
     if estimate is None or estimate.get("mean") is None:
         return f"<td>{DASH}</td>"
     ends = "" if estimate.get("ci95") is None else f"<small>{interval(estimate, name)}</small>"
@@ -175,7 +176,7 @@ def _measure_table(combined: Mapping[str, Any], names: Sequence[str]) -> str:
     for name in names:
         measure = MEASURES[name]
         way = f", {measure.better} is better" if measure.better else ""
-        cells = [_estimate_cell(measures.get(name), name) for measures in models.values()]
+        cells = [estimate_cell(measures.get(name), name) for measures in models.values()]
         cells += [_change_cell(combined["differences"][pair].get(name), name) for pair in pairs]
         head = f'<th scope="row">{safe(measure.label)}<small>{safe(measure.meaning + way)}</small></th>'
         rows.append(f'<tr class="told">{head}{"".join(cells)}</tr>')
@@ -223,7 +224,7 @@ def _temperature_table(combined: Mapping[str, Any]) -> str:
             f'<tr class="part"><th scope="rowgroup" colspan="{width}"><span>temperature {safe(key)}</span></th></tr>'
         )
         for name in at_each_temperature(combined):
-            cells = [_estimate_cell(found["models"].get(m, {}).get(name), name) for m in combined["models"]]
+            cells = [estimate_cell(found["models"].get(m, {}).get(name), name) for m in combined["models"]]
             cells += [_change_cell(found["differences"].get(pair, {}).get(name), name) for pair in pairs]
             rows.append(f'<tr><th scope="row">{safe(MEASURES[name].label)}</th>{"".join(cells)}</tr>')
     return scrolling("".join(rows))

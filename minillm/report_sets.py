@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from minillm.errors import DataError
 from minillm.measures import MAIN, MEASURES
 from minillm.report_files import set_folders
-from minillm.report_html import frame, head_row, scrolling, section
-from minillm.report_text import DASH, figure, interval, plain, safe
+from minillm.report_html import estimate_cell, frame, head_row, scrolling, section
+from minillm.report_text import DASH, figure, plain, safe
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,18 +94,11 @@ def _labels(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [MEASURES[name].label for name in _shown(reports)]
 
 
-def _cell(estimate: Mapping[str, Any] | None, name: str) -> str:
-    if estimate is None or estimate.get("mean") is None:
-        return f"<td>{DASH}</td>"
-    ends = "" if estimate.get("ci95") is None else f"<small>{interval(estimate, name)}</small>"
-    return f"<td>{figure(estimate['mean'], name)}{ends}</td>"
-
-
 def _rows(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
     rows = []
     for name, found in reports.items():
         for model, measures in found["models"].items():
-            cells = "".join(_cell(measures.get(each), each) for each in _shown(reports))
+            cells = "".join(estimate_cell(measures.get(each), each) for each in _shown(reports))
             size = ((found["evaluations"].get(model) or {}).get("data") or {}).get("rows", DASH)
             head = (
                 f'<th scope="row"><a href="{safe(name)}/{PAGE}">{safe(name)}</a><small>{safe(size)} rows</small></th>'
@@ -121,7 +114,7 @@ def _lengths(reports: Mapping[str, Mapping[str, Any]]) -> str:
             split = about.get("by_length") or {}
             unit = split.get("unit", unit)
             for length, of in (split.get("buckets") or {}).items():
-                cells = "".join(_cell(of["measures"].get(each), each) for each in BUCKETED)
+                cells = "".join(estimate_cell(of["measures"].get(each), each) for each in BUCKETED)
                 rows.append(
                     f'<tr><th scope="row">{safe(name)}</th><td>{safe(length)}</td><td>{safe(model)}</td>'
                     f"<td>{safe(of['prompts'])}</td>{cells}</tr>"

@@ -8,12 +8,12 @@ from typing import Annotated
 import typer
 
 from minillm.cli import options
-from minillm.errors import ConfigError, DataError
+from minillm.errors import ConfigError
 
 
 def report(
     evaluations: Annotated[
-        list[str], typer.Argument(metavar="NAME=FOLDER", help="Evaluation folders, by the name to show.")
+        list[str], typer.Argument(metavar="[NAME=]FOLDER", help="Evaluation folders, by the name to show.")
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for results.json and report.html.")],
     difference: Annotated[
@@ -22,7 +22,7 @@ def report(
     ] = None,
     training: Annotated[
         list[str] | None,
-        typer.Option("--training", metavar="NAME=RUN", help="Add a run's training curves; may be repeated."),
+        typer.Option("--training", metavar="[NAME=]RUN", help="Add a run's training curves; may be repeated."),
     ] = None,
     title: Annotated[str, typer.Option("--title", help="Heading of the page.")] = "minillm report",
 ) -> None:
@@ -35,8 +35,10 @@ def report(
       minillm report sft=runs/quickstart/sft minillm=runs/quickstart/minillm \\
         --difference minillm,sft --out runs/quickstart
     """
-    named = _named_folders(evaluations)
-    runs = _named_folders(training or [])
+    from minillm.report_files import named_folders
+
+    named = named_folders(evaluations)
+    runs = named_folders(training or [], what="a run")
     pairs: list[tuple[str, str]] = []
     for text in difference or []:
         left, comma, right = text.partition(",")
@@ -76,14 +78,14 @@ def compare(  # noqa: PLR0917 (typer reads options from parameters)
 
     \b
     Example:
-      minillm compare sft=runs/quickstart/sft minillm=runs/quickstart/minillm \
+      minillm compare sft=runs/quickstart/sft minillm=runs/quickstart/minillm \\
         --out runs/quickstart
     """
     from minillm.compare.command import compare as run
-    from minillm.compare.command import named_folders
     from minillm.compare.summary import Options
+    from minillm.report_files import named_folders
 
-    options = Options(
+    how = Options(
         resamples=resamples,
         seed=seed,
         also_seeds=resample_seeds,
@@ -92,7 +94,7 @@ def compare(  # noqa: PLR0917 (typer reads options from parameters)
         by=by,
         shown=shown,
     )
-    run(named_folders(evaluations), options=options, json_file=json_file, out=out, title=title)
+    run(named_folders(evaluations), options=how, json_file=json_file, out=out, title=title)
 
 
 def study(  # noqa: PLR0917 (typer reads options from parameters)
@@ -198,18 +200,3 @@ def judge(  # noqa: PLR0917 (typer reads options from parameters)
         single=single, seed=seed, temperature=temperature, limit=limit, template=template, out=out, fresh=fresh,
         json_file=json_file,
     )  # fmt: skip
-
-
-def _named_folders(pairs: list[str]) -> dict[str, Path]:
-    found: dict[str, Path] = {}
-    for pair in pairs:
-        name, equals, folder = pair.partition("=")
-        if not equals or not name or not folder:
-            raise ConfigError(f"{pair!r}: wanted NAME=FOLDER, such as sft=runs/quickstart/sft")
-        if not Path(folder).is_dir():
-            got = "a file" if Path(folder).exists() else "not there"
-            raise DataError(f"{name}: {folder} is {got}; wanted a folder")
-        if name in found:
-            raise ConfigError(f"{pair!r}: the name {name!r} is given twice; give each folder a name of its own")
-        found[name] = Path(folder)
-    return found

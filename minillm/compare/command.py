@@ -78,20 +78,3 @@ def _shared_sets(
     for name in (name for name in sets if name not in shared):
         notes.append(f"Set {name} is left out: only {', '.join(sets[name])} was evaluated on it.")
     return shared, notes
-
-
-def named_folders(arguments: Sequence[str]) -> dict[str, Path]:
-    """NAME=FOLDER or FOLDER, whose last part is then the name. ``ConfigError`` for a name that is there twice."""
-    found: dict[str, Path] = {}
-    for text in arguments:
-        name, equals, folder = text.partition("=")
-        if not equals or Path(text).is_dir():  # a folder may have "=" in its name
-            name, folder = Path(text).resolve().name, text
-        if not name or not folder:
-            raise ConfigError(f"{text!r}: wanted FOLDER or NAME=FOLDER, such as sft=runs/quickstart/sft")
-        if name in found:
-            raise ConfigError(
-                f"{text!r}: the name {name!r} is given twice; give each folder a name of its own, NAME=FOLDER"
-            )
-        found[name] = Path(folder)
-    return found

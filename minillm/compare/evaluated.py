@@ -10,7 +10,7 @@ from typing import Any
 
 from minillm.errors import ConfigError, DataError, MinillmError
 from minillm.measures import MAIN_TEMPERATURE, MEASURES, OF_TEACHER, OF_TOKENS, ratios_of, temperature_key
-from minillm.report_files import read_results, read_samples
+from minillm.report_files import read_results, read_samples, require_folder
 from minillm.statistics import Ratio
 
 Sample = Mapping[str, Any]
@@ -61,9 +61,7 @@ def read_all(named: Mapping[str, Path]) -> list[Evaluated]:
     found: list[Evaluated] = []
     order: dict[str, int] = {}
     for name, folder in named.items():
-        if not folder.is_dir():
-            got = "a file" if folder.exists() else "not there"
-            raise DataError(f"{name}: {folder} is {got}; wanted the folder of an evaluation")
+        require_folder(folder, name=name)
         results, rows = read_results(folder), read_samples(folder)
         for row in rows:
             _require_row(row, folder)

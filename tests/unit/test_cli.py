@@ -431,9 +431,9 @@ def test_a_penalty_is_refused_in_training_alone(run: Run, evaluated: Path, place
 
 
 REPORT: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
-    (("e",), ("ConfigError", "'e': wanted NAME=FOLDER")),
-    (("e={place}/nowhere",), ("DataError", "nowhere is not there; wanted a folder")),
-    (("e={place}/a-file",), ("DataError", "a-file is a file; wanted a folder")),
+    (("=e",), ("ConfigError", "'=e': wanted FOLDER or NAME=FOLDER")),
+    (("e={place}/nowhere",), ("DataError", "nowhere is not there; wanted the folder of an evaluation")),
+    (("e={place}/a-file",), ("DataError", "a-file is a file; wanted the folder of an evaluation")),
     (("e={place}/student",), ("DataError", "results.json: no such file", "minillm evaluate")),
     (("e={e}", "e={e}"), ("ConfigError", "given twice")),
     (("e={e}", "--difference", "e"), ("ConfigError", "--difference 'e': wanted two names")),
@@ -475,7 +475,7 @@ def test_world_does_not_overwrite_what_is_there(run: Run, place: Path) -> None:
         (("distill", "--confg", "x"), "Possible options: --config"),
         (("distill",), "Missing option '--config'"),
         (("evaluate", "--config", "x", "--out", "y"), "Missing argument 'MODEL'"),
-        (("report", "--out", "y"), "Missing argument 'NAME=FOLDER'"),
+        (("report", "--out", "y"), "Missing argument '[NAME=]FOLDER"),
         (("world",), "Missing option '--out'"),
     ],
 )

@@ -18,10 +18,11 @@ import pytest
 
 from minillm import cli
 from minillm.compare import html
-from minillm.compare.command import compare, named_folders
+from minillm.compare.command import compare
 from minillm.compare.summary import Options, main_measures
 from minillm.compare.words import describe, power
 from minillm.errors import ConfigError, DataError
+from minillm.report_files import named_folders
 from minillm.text_measures import repetition_3
 
 QUICK = Options(resamples=200, by="family", shown=3)
