@@ -86,6 +86,15 @@ class Distil:
             )  # fmt: skip
             yield self._updates(collected, lesson, student)
 
+    def parting_words(self) -> list[str]:
+        """What the stage should not end without saying."""
+        if self._stage.plan.student_share is not None or self._followed.share > 0:
+            return []
+        return [
+            f"stage {self._stage.name}: the share of the student's own text never left 0, since the validation loss "
+            f"never rose by {self._stage.plan.loss_rise:g} nats a token; it learnt from references alone"
+        ]
+
     def hear(self, measured: Mapping[str, float]) -> None:
         """The share of the student's own text may follow the validation loss."""
         if self._stage.plan.student_share is None:

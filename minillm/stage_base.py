@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
@@ -172,6 +173,27 @@ class BaseStage(Settings, ABC):
                 "the learning rate would never arrive; set fewer warm-up steps"
             )
         return self
+
+
+def told_idle(stage: BaseStage, why: Mapping[str, tuple[bool, Sequence[str]]]) -> dict[str, list[str]]:
+    """Of the settings that each reason would make idle, where it holds, those that are not as by default; each under
+    the first such reason. ``published.name`` is a setting of a section."""
+    found: dict[str, list[str]] = {}
+    told: set[str] = set()
+    for reason, (holds, names) in why.items():
+        idle = [name for name in names if holds and name not in told and _is_set(stage, name)]
+        told.update(idle)
+        if idle:
+            found[reason] = idle
+    return found
+
+
+def _is_set(stage: BaseStage, path: str) -> bool:
+    here: Any = stage
+    *sections, name = path.split(".")
+    for section in sections:
+        here = getattr(here, section)
+    return bool(getattr(here, name) != type(here).model_fields[name].get_default(call_default_factory=True))
 
 
 def is_component(name: str) -> bool:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from minillm.alarm_config import AlarmsConfig
 from minillm.errors import ConfigError, UnsupportedCombination
 from minillm.minillm_settings import MinillmSettings
+from minillm.stage_base import told_idle
 
 BY_TOKEN = {"per_step", "per_decision", "truncated"}
 """Importance weights made of a token's probabilities: they tell who drew it, so rows that share its coin may not serve
@@ -63,23 +62,7 @@ def idle_settings(stage: MinillmSettings, *, tempered: bool) -> dict[str, list[s
         "repetition_weight 0": (stage.repetition_weight == 0, ["repetition_ngram"]),
         "decoding.temperature 1": (not tempered, ["published.untempered_reward"]),
     }
-    found: dict[str, list[str]] = {}
-    told: set[str] = set()
-    for reason, (holds, names) in why.items():
-        idle = [name for name in names if holds and name not in told and _is_set(stage, name)]
-        told.update(idle)
-        if idle:
-            found[reason] = idle
-    return found
-
-
-def _is_set(stage: MinillmSettings, path: str) -> bool:
-    """Whether a setting is another than by default."""
-    here: Any = stage
-    *sections, name = path.split(".")
-    for section in sections:
-        here = getattr(here, section)
-    return bool(getattr(here, name) != type(here).model_fields[name].get_default(call_default_factory=True))
+    return told_idle(stage, why)
 
 
 def _check_alarms(stage: MinillmSettings) -> None:

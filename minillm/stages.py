@@ -57,10 +57,11 @@ def run_stage(
     check_rows(stage, prompts, ranks=ranks)
     student = _student(config, stage, start=start, pair=pair, ranks=ranks)
     try:
-        return run_steps(
-            _objective(
-                config, stage, pair=pair, prompts=prompts, teacher=teacher, ranks=ranks, corpus=corpus, cache=cache
-            ),
+        objective = _objective(
+            config, stage, pair=pair, prompts=prompts, teacher=teacher, ranks=ranks, corpus=corpus, cache=cache
+        )
+        done = run_steps(
+            objective,
             student,
             stage=stage.name,
             steps=stage.steps,
@@ -76,6 +77,10 @@ def run_stage(
             ),
             alarms=Alarms(stage.alarms) if isinstance(stage, MinillmStage) else None,
         )
+        if isinstance(objective, Distil) and ranks.first:
+            for line in objective.parting_words():
+                print(line, flush=True)
+        return done
     finally:
         student.close()
 

@@ -16,7 +16,7 @@ from pydantic import model_validator
 
 from minillm.errors import ConfigError, UnsupportedCombination
 from minillm.settings import Count, Positive, Share, ShareBelowOne, Text, Whole
-from minillm.stage_base import BETTER, BaseStage, KeepConfig
+from minillm.stage_base import BETTER, BaseStage, KeepConfig, told_idle
 
 
 class ReferenceStage(BaseStage):
@@ -245,8 +245,40 @@ class SkewStage(DistilStage):
             share_step=self.share_step, loss_rise=self.loss_rise, replay=self.replay,
         )  # fmt: skip
 
+    @property
+    def rises(self) -> bool:
+        """Whether a share that follows the validation loss can rise before the last step: the first validation is what
+        the second is compared with."""
+        return self.student_share is None and 2 * self.validate_every < self.steps
+
+    def idle_settings(self, *, tempered: bool) -> dict[str, list[str]]:
+        """A fixed share follows nothing, and a buffer that is never full gives nothing back.
+
+        A share that cannot rise is told whatever was set, and not refused: a study writes its arms with a number of
+        steps that its budget replaces, and makes short runs of them.
+        """
+        found = super().idle_settings(tempered=tempered)
+        if self.student_share is None and not self.rises:
+            found[
+                f"validate_every {self.validate_every} in {self.steps} steps: the share could rise at the second "
+                "validation at the soonest, so the student learns from references alone"
+            ] = ["student_share", "share_step", "loss_rise", "replay"]
+            return found
+        before = (self.steps - 1) * self.batch
+        why = {
+            f"student_share {self.student_share}": (self.student_share is not None, ["share_step", "loss_rise"]),
+            "student_share 0": (self.student_share == 0, ["replay"]),
+            f"{before:,} rows before the last step: it is never full": (before < self.replay, ["replay"]),
+        }  # fmt: skip
+        return found | told_idle(self, why)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.student_share is None and self.share_step == 0:
+            raise UnsupportedCombination(
+                "student_share null with share_step 0: the share would start at 0 and stay there; "
+                "set share_step, or student_share to the number that is meant"
+            )
         if self.student_share is None and self.validate_every == 0:
             raise UnsupportedCombination(
                 "student_share null with validate_every 0: the share follows the validation loss, and there is none; "

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from minillm import divergences
+from minillm import distill, divergences
 from minillm.config import MinillmStage, OptimiserConfig, RunConfig
 from minillm.distillation import Distil
 from minillm.engines import Teacher
@@ -298,6 +298,7 @@ def test_a_batch_draws_each_kept_response_once_before_any_comes_again() -> None:
         (GkdStage, {"beta": 0.0}, ConfigError, "beta 0: there the divergence is 0 .* kind: imitkd"),
         (GkdStage, {"beta": 1.0}, ConfigError, "kind: rkl"),
         (SkewFklStage, {}, UnsupportedCombination, "student_share null with validate_every 0"),
+        (SkewFklStage, {"validate_every": 1, "share_step": 0.0}, UnsupportedCombination, "null with share_step 0"),
         (SkewFklStage, {"skew": 1.0}, ConfigError, "skew: got 1.0, wanted a number below 1"),
         (RklStage, {"student_share": 0.5}, ConfigError, "student_share: no setting of this name"),
     ],
@@ -305,6 +306,67 @@ def test_a_batch_draws_each_kept_response_once_before_any_comes_again() -> None:
 def test_what_cannot_be_meant_is_refused(kind: Any, changes: dict[str, Any], error: Any, words: str) -> None:
     with pytest.raises(error, match=words):
         stage(kind, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "idle"),
+    [
+        ({"student_share": 0.5, "share_step": 0.5, "loss_rise": 3.0}, ["share_step", "loss_rise"]),
+        ({"student_share": 0.0, "replay": 7}, ["replay"]),
+        ({"student_share": 0.5, "replay": 595}, ["replay"]),
+        ({"student_share": 0.5, "replay": 594}, []),
+        ({"student_share": None, "validate_every": 49}, []),
+        ({"student_share": None, "validate_every": 49, "share_step": 0.5, "loss_rise": 3.0, "replay": 7}, []),
+        ({"student_share": None, "validate_every": 50}, ["student_share", "share_step", "loss_rise", "replay"]),
+        ({"student_share": None, "validate_every": 100}, ["student_share", "share_step", "loss_rise", "replay"]),
+    ],
+)
+def test_settings_of_whose_text_that_change_nothing_are_told(changes: dict[str, Any], idle: list[str]) -> None:
+    told = stage(SkewFklStage, steps=100, **changes).idle_settings(tempered=False)
+    assert [name for names in told.values() for name in names] == idle
+
+
+def test_what_is_told_of_a_buffer_is_so(folder: Path, prompts: list[Prompt], teacher: Teacher) -> None:
+    """A buffer of which it is told that it never gives anything back, and one row smaller."""
+    kept = {}
+    for replay in (2 * BATCH + 1, 2 * BATCH):
+        with working(
+            stage(SkewFklStage, student_share=1.0, steps=3, replay=replay), folder, prompts, teacher
+        ) as work:  # fmt: skip
+            figures = [work.objective.collect(step, work.student)[1]["kept_rows"] for step in range(3)]
+        kept[replay] = sum(figures)
+    assert kept[2 * BATCH + 1] == 0 < kept[2 * BATCH]
+
+
+def test_a_stage_says_that_its_share_never_left_0(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tiny.save_prompts(tmp_path / "prompts.jsonl")
+    data = {"train": str(rows), "validation": str(rows), "validation_limit": 2, "max_prompt_tokens": 8}
+    said = {}
+    for name, rise in (("flat", 50.0), ("risen", 1e-9)):
+        chosen = {
+            "kind": "skew_fkl", "steps": 3, "batch": 4, "validate_every": 1, "loss_rise": rise,
+            # So large a rate that the loss rises.
+            "optimiser": {"lr": 1.0, "schedule": "constant"},
+        }  # fmt: skip
+        distill(
+            tiny.minillm_config(
+                tmp_path,
+                teacher=folder / "teacher",
+                student=folder / "student",
+                prompts=rows,
+                name=name,
+                run_data=data,
+                run_stages=(chosen,),
+            )
+        )
+        said[name] = capsys.readouterr().out
+    words = (
+        "stage skew_fkl: the share of the student's own text never left 0, since the validation loss never rose by 50"
+    )
+    assert words in said["flat"]
+    assert "never left 0" not in said["risen"]
 
 
 @pytest.mark.parametrize("kind", ["kd", "imitkd", "gkd", "rkl", "skew_fkl", "skew_rkl"])
