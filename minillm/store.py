@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from minillm.config import RunConfig, dump_config
 from minillm.errors import ConfigError, DataError, RunExists
 from minillm.stage_base import is_component
+from minillm.yaml_reader import read_yaml
 
 UNFINISHED = "samples.partial.jsonl"
 """What an evaluation has of samples.jsonl before it is done."""
@@ -46,13 +48,15 @@ class RunFolder:
     def open(self, *, config_text: str, fresh: bool, wait: Callable[[], None] | None = None) -> bool:
         """Makes the folder ready; True if this very run is done already and there is nothing to do.
 
-        ``fresh`` starts over. Otherwise a folder with another configuration is refused (``RunExists``) and an
+        ``fresh`` starts over. Otherwise a folder with another configuration (``says_the_same``) is refused
+        (``RunExists``) and an
         unfinished one with the same configuration is started again from its beginning, said by the caller. ``wait`` is
         called once this rank has read what is there, before the first one changes it.
         """
         stored = self.path / "config.yaml"
         if not fresh:
-            same = stored.is_file() and stored.read_text(encoding="utf-8", errors="replace") == config_text
+            before = stored.read_text(encoding="utf-8", errors="replace") if stored.is_file() else None
+            same = before is not None and says_the_same(before, config_text)
             if same and self.status().get("state") == "done":
                 return True
             if not same and self._holds_something():
@@ -124,6 +128,20 @@ class RunFolder:
     def listen(self, hear: Callable[[Mapping[str, Any]], None]) -> None:
         """Calls ``hear`` with each record that is logged from now on, once its line is written."""
         self._listeners.append(hear)
+
+
+def says_the_same(stored: str, wanted: str) -> bool:
+    """Whether two texts are one configuration. A setting that did not exist when one was stored counts as its default
+    of today, which is how new settings come: no finished run counts as another for them."""
+    if stored == wanted:
+        return True
+    try:
+        before, now = (read_yaml(text, source="config.yaml") for text in (stored, wanted))
+        if not (isinstance(before, dict) and isinstance(now, dict)):
+            return False
+        return dump_config(RunConfig(**before)) == dump_config(RunConfig(**now))
+    except ConfigError:
+        return False  # settings that no longer exist
 
 
 @contextlib.contextmanager

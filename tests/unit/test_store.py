@@ -6,16 +6,19 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from minillm import store
+from minillm.config import dump_config
 from minillm.errors import RunExists
 from minillm.model_card import CardFacts, render
 from minillm.models import CausalLM
@@ -298,6 +301,36 @@ def test_another_configuration_is_refused_and_touches_nothing(tmp_path: Path) ->
     with pytest.raises(RunExists, match="another configuration; nothing was touched"):
         folder.open(config_text="a: 2\n", fresh=False)
     assert all((folder.path / name).exists() for name in FILES) and folder.student.exists()
+
+
+def test_a_run_that_is_done_stays_done_when_settings_are_added(tmp_path: Path) -> None:
+    """A setting that its config.yaml does not name counts as its default of today; one that it names, as it is."""
+    nowhere = tmp_path / "nowhere"
+    text = dump_config(
+        tiny.minillm_config(tmp_path, teacher=nowhere, student=nowhere, prompts=nowhere.with_suffix(".jsonl"))
+    )
+    settings = yaml.safe_load(text)
+    stage = settings["stages"][0]
+    for inside, name, other in (
+        (settings["evaluation"], "batch_tokens", 1234), (settings["data"], "train_limit", 3),
+        (settings, "trackers", ["wandb"]), (stage, "repetition_weight", 0.5),
+        (stage["optimiser"], "weight_decay", 0.125),
+    ):  # fmt: skip
+        default = inside.pop(name)
+        before = yaml.safe_dump(settings)
+        folder = a_run(tmp_path / f"without {name}", config_text=before)
+        assert folder.open(config_text=text, fresh=False) is True, name
+        assert (folder.path / "config.yaml").read_text(encoding="utf-8") == before
+        inside[name] = other
+        folder = a_run(tmp_path / f"with {name}", config_text=yaml.safe_dump(settings))
+        with pytest.raises(RunExists, match="another configuration"):
+            folder.open(config_text=text, fresh=False)
+        inside[name] = default
+    for broken in ("", "[]", "a: [", "a: 1", text + "\nunknown: 1\n", text.replace("seed", "seeds", 1)):
+        folder = a_run(tmp_path / "broken", config_text=broken)
+        with pytest.raises(RunExists, match="another configuration"):
+            folder.open(config_text=text, fresh=False)
+        shutil.rmtree(folder.path)
 
 
 def test_a_folder_of_other_work_is_refused_and_touched_by_nothing_but_fresh(tmp_path: Path) -> None:
