@@ -27,7 +27,13 @@ FILE_ENDINGS = (".png", ".svg", ".pdf")
 INK, GRID = "#010a0b", "#010a0c"
 STAND_IN = tuple(f"#010b0{n}" for n in range(COLOURS))
 MARKERS = "os^Dv<P*"
+LINES = ("-", "--", ":")
+"""Of the first, second and third series that share a colour; their markers are hollow from the second on."""
 SIZE_INCHES = (4.4, 3.0)
+ROW_INCHES = 0.24
+"""What a row of bars or intervals needs at least, so that their names do not meet."""
+LARGE = 10_000
+"""From here on an axis says 20k, or its numbers would meet."""
 POINTS_AT_MOST = 240
 """Longer curves are averaged in blocks: a curve of 10,000 steps would weigh more than the whole page."""
 SETTINGS: dict[Any, Any] = {
@@ -55,7 +61,7 @@ class Series:
     """
 
     colour: int
-    """Which of the page's colours; counts round after ``COLOURS``. The marker goes with it."""
+    """Which of the page's colours; counts round after ``COLOURS``, with other lines. The marker goes with it."""
     x: tuple[float, ...]
     y: tuple[float, ...]
     low: tuple[float, ...] | None = None
@@ -101,6 +107,10 @@ def lines(
         axes.set(xlabel=x, ylabel=y)
         if falling:
             axes.invert_xaxis()
+        if max((at for one in series for at in one.x), default=0.0) >= LARGE:
+            from matplotlib.ticker import EngFormatter
+
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
     return _svg(draw, key=key, title=title)
 
@@ -129,7 +139,34 @@ def bars(
         axes.grid(visible=False, axis="y")
         axes.margins(x=0.22)
 
-    return _svg(draw, key=key, title=title)
+    return _svg(draw, key=key, title=title, rows=len(rows))
+
+
+def differences(
+    rows: Sequence[tuple[str, int, float, tuple[float, float] | None, str]], *, key: str, title: str, digits: int
+) -> str:
+    """SVG of differences with their intervals beside a line at zero, first row on top: (name, colour, value, interval
+    or None, what to put behind the number). What excludes zero is drawn in full, the rest pale."""
+
+    def draw(axes: Axes) -> None:
+        axes.axvline(0.0, color=INK, linewidth=1.0, linestyle="--")
+        for place, (_, colour, value, ends, mark) in enumerate(rows):
+            sure = ends is not None and not ends[0] <= 0 <= ends[1]
+            low, high = ends or (value, value)
+            axes.plot(
+                (low, high), (place, place), color=STAND_IN[colour % COLOURS], alpha=1.0 if sure else 0.5,
+                linewidth=3.5, solid_capstyle="butt",
+            )  # fmt: skip
+            axes.plot((value,), (place,), "|", color=INK, markersize=9, markeredgewidth=2)
+            text = _rounded(value, digits)
+            text = f"+{text}" if float(f"{value:.{digits}f}") > 0 else text
+            axes.annotate(f"{text}{mark}", (max(high, 0.0), place), (5, 0), textcoords="offset points", va="center")
+        axes.set_yticks(range(len(rows)), [_short(name) for name, *_ in rows])
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.margins(x=0.22)
+
+    return _svg(draw, key=key, title=title, rows=len(rows))
 
 
 def block_means(x: Sequence[float], y: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...], int]:
@@ -162,7 +199,11 @@ def _curve(axes: Axes, one: Series) -> None:
             [max(high - y, 0.0) for y, high in zip(one.y, one.high, strict=True)],
         ]
         axes.errorbar(one.x, one.y, yerr=reach, fmt="none", ecolor=colour, elinewidth=1.0, capsize=2.5, alpha=0.7)
-    axes.plot(one.x, one.y, color=colour, marker=marker, markersize=4.5, linewidth=1.6)
+    again = one.colour // COLOURS
+    axes.plot(
+        one.x, one.y, color=colour, marker=marker, markersize=4.5, linewidth=1.6,
+        linestyle=LINES[again % len(LINES)], markerfacecolor="none" if again else colour,
+    )  # fmt: skip
 
 
 def _label(axes: Axes, series: Sequence[Series]) -> None:
@@ -198,7 +239,8 @@ def _rounded(value: float, digits: int) -> str:
     return f"{0:.{digits}f}" if float(text) == 0 else text.replace("-", "\N{MINUS SIGN}")
 
 
-def _svg(draw: Callable[[Axes], None], *, key: str, title: str) -> str:
+def _svg(draw: Callable[[Axes], None], *, key: str, title: str, rows: int = 0) -> str:
+    """``rows`` that stand on top of each other make a drawing higher, where there are many."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -206,7 +248,7 @@ def _svg(draw: Callable[[Axes], None], *, key: str, title: str) -> str:
     with matplotlib.rc_context(SETTINGS), warnings.catch_warnings():
         # The browser draws the letters; whether matplotlib's own font has them does not matter.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        made = Figure(figsize=SIZE_INCHES, layout="constrained")
+        made = Figure(figsize=(SIZE_INCHES[0], max(SIZE_INCHES[1], 0.8 + ROW_INCHES * rows)), layout="constrained")
         axes = made.add_subplot()
         draw(axes)
         axes.set_title(title, loc="left")

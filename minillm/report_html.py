@@ -112,12 +112,15 @@ def _contents(body: str) -> str:
     return f'<nav aria-label="sections">{"".join(links)}</nav>' if len(links) > 1 else ""
 
 
-def _legend(names: Sequence[str], colour: Mapping[str, int]) -> str:
-    items = (f'<li><i class="k{colour[name] % plots.COLOURS}"></i>{safe(name)}</li>' for name in names)
+def legend(names: Sequence[str], colour: Mapping[str, int]) -> str:
+    """The names with the marks that they have in the plots."""
+    marks = {name: f"k{colour[name] % plots.COLOURS}{' again' * (colour[name] >= plots.COLOURS)}" for name in names}
+    items = (f'<li><i class="{mark}"></i>{safe(name)}</li>' for name, mark in marks.items())
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def _grid(drawings: Sequence[str]) -> str:
+def grid(drawings: Sequence[str]) -> str:
+    """Drawings side by side, as many as there is room for."""
     return f'<div class="plots">{"".join(f"<figure>{drawing}</figure>" for drawing in drawings)}</div>'
 
 
@@ -164,7 +167,7 @@ def _figures(combined: Mapping[str, Any], colour: Mapping[str, int]) -> str:
         f"Held-out prompts, temperature {combined['temperature']}",
         _measure_table(combined, main)
         + "<p class='note'>Below each figure: its 95 % bootstrap interval over prompts.</p>"
-        + _grid(drawings)
+        + grid(drawings)
         + (f"<h3>More measures</h3>{_measure_table(combined, more)}" if more else ""),
     )
 
@@ -208,10 +211,10 @@ def _temperatures(combined: Mapping[str, Any], colour: Mapping[str, int]) -> str
         "often right and less varied: left and up along its own line. A better model has a line that lies higher; "
         "a model that is only sharper has its points further along the same line.</p>"
     )
-    plotted = _grid([*drawings, scatter] if scatter else drawings)
+    plotted = grid([*drawings, scatter] if scatter else drawings)
     return section(
         "At several temperatures",
-        _legend(list(combined["models"]), colour) + plotted + (note if scatter else "") + _temperature_table(combined),
+        legend(list(combined["models"]), colour) + plotted + (note if scatter else "") + _temperature_table(combined),
     )
 
 
@@ -290,7 +293,7 @@ def _extras(combined: Mapping[str, Any], colour: Mapping[str, int]) -> str:
         for name, what, *cells in chapter.rows:
             figures = "".join(f"<td>{safe(cell)}</td>" for cell in cells)
             rows.append(f'<tr><th scope="row">{safe(name)}</th><td class="text">{safe(what)}</td>{figures}</tr>')
-        drawn = _legend(chapter.models, colour) + _grid(chapter.drawings) if chapter.drawings else ""
+        drawn = legend(chapter.models, colour) + grid(chapter.drawings) if chapter.drawings else ""
         note = f"<p class='note'>{safe(chapter.note)}</p>"
         parts.append(section(chapter.heading, drawn + scrolling("".join(rows)) + note))
     return "\n".join(parts)
@@ -322,7 +325,7 @@ def _training(courses: Mapping[str, Course], colour: Mapping[str, int]) -> str:
     told = "<p class='note'>Pale lines: training steps, on the text that was trained on. Marked lines: validation.</p>"
     if notes:
         told += f"<p class='note'>{safe('; '.join(dict.fromkeys(notes)))}.</p>"
-    return section("Training", _legend([run for run in courses if run in shown], colour) + _grid(drawings) + told)
+    return section("Training", legend([run for run in courses if run in shown], colour) + grid(drawings) + told)
 
 
 def _curves(course: Course, stage: str, name: str) -> dict[str, list[tuple[float, float]]]:

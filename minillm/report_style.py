@@ -60,6 +60,9 @@ svg text { font-family: system-ui, sans-serif !important; }
 .k3 { background: var(--c3); }
 .k4 { background: var(--c4); } .k5 { background: var(--c5); } .k6 { background: var(--c6); }
 .k7 { background: var(--c7); }
+/* Those that share a colour and a shape with an earlier one: hollow marks in the plots, striped ones here. */
+.again { mask: repeating-linear-gradient(45deg, #000 0 2px, #0000 2px 4px); }
+ul.said-list { padding-left: 1.1rem; max-width: 46rem; } ul.said-list li { margin: .35rem 0; overflow-wrap: anywhere; }
 article { background: var(--card); border-radius: .5rem; padding: .2rem 1rem 1rem; margin: 1rem 0; }
 article h3 { color: var(--soft); font-weight: 500; font-size: .82rem; }
 .prompt p { margin: .2rem 0 .8rem; font-weight: 600; }

@@ -16,7 +16,7 @@ def undrawn() -> Iterator[None]:
     """Reports with empty drawings: four real ones at the end of a tiny run take as long as the run."""
     plain = plots._svg
 
-    def empty(draw: object, *, key: str, title: str) -> str:
+    def empty(draw: object, *, key: str, title: str, rows: int = 0) -> str:
         return f'<svg viewBox="0 0 1 1"><title>{key}: {title}, {NOT_DRAWN}</title></svg>'
 
     plots._svg = empty

@@ -118,6 +118,7 @@ def study(  # noqa: PLR0917 (typer reads options from parameters)
     diversity: Annotated[
         str, typer.Option("--diversity", metavar="MEASURE", help="Equal diversity in what: distinct_4, self_bleu, …")
     ] = "distinct_4",
+    html: Annotated[Path | None, typer.Option("--html", help="Also write all of it as one page.")] = None,
 ) -> None:
     """Compare ways to train over several training seeds.
 
@@ -132,7 +133,7 @@ def study(  # noqa: PLR0917 (typer reads options from parameters)
 
     if again_as:
         others = {"--arms": arms, "--seeds": seeds, "--show": show, "--again": again, "--json": json_file,
-                  "--plot": plot, "--curves": curves, "--compare-with": compare_with}  # fmt: skip
+                  "--plot": plot, "--curves": curves, "--compare-with": compare_with, "--html": html}  # fmt: skip
         if unheard := [name for name, given in others.items() if given]:
             raise ConfigError(f"--reproduce makes one cell and nothing else; leave {unheard[0]} out")
         if not run_again(config, again_as, quick=quick):
@@ -145,7 +146,7 @@ def study(  # noqa: PLR0917 (typer reads options from parameters)
         arms=[arm.strip() for arm in arms.split(",")] if arms else None,
         seeds=[int(seed) for seed in seeds.split(",")] if seeds else None,
         show=show, again=again, json_file=json_file, plot=plot, curves=curves, against=against,
-        jobs=jobs, quick=quick, compare_with=compare_with or None, diversity=diversity,
+        jobs=jobs, quick=quick, compare_with=compare_with or None, diversity=diversity, html=html,
     )  # fmt: skip
 
 

@@ -32,7 +32,6 @@ td.under svg { width: 8.5rem; margin-top: .2rem; } td.under { min-width: 9.5rem;
 .show-other:checked ~ article.ahead-base, .show-base:checked ~ article.ahead-other { display: none; }
 .show-l0:checked ~ article:not(.l0), .show-l1:checked ~ article:not(.l1), .show-l2:checked ~ article:not(.l2)
   { display: none; }
-ul.said-list { padding-left: 1.1rem; max-width: 46rem; } ul.said-list li { margin: .35rem 0; overflow-wrap: anywhere; }
 """
 
 

@@ -50,6 +50,7 @@ NO_RESULT = (
         "study/diversity.py",
         "study/paired.py",
         "study/verdict.py",
+        "study/html.py",
         "study/nearest.py",
         "study/yardsticks.py",
     ),

@@ -11,10 +11,11 @@ from minillm.errors import ConfigError, did_you_mean
 from minillm.measures import MAIN_TEMPERATURE, temperature_key
 from minillm.plots import require_outputs
 from minillm.ranks import Ranks
-from minillm.store import write_text
+from minillm.store import require_writable, write_text
 from minillm.study.config import StudyConfig, load_study
 from minillm.study.curves import LABELS_AGAINST, draw_curves
 from minillm.study.diversity import DIVERSITIES, at_equal_diversity, heading, left_out, require_diversity
+from minillm.study.html import page
 from minillm.study.jobs import run_by_jobs
 from minillm.study.reproduce import reproduce
 from minillm.study.table import (
@@ -28,6 +29,7 @@ from minillm.study.table import (
     words,
     yardstick_rows,
 )  # fmt: skip
+from minillm.study.tuning import stored_tuning
 from minillm.study.verdict import correct, sentences, standings
 from minillm.study.yardsticks import make_yardsticks, read_yardsticks, told
 from minillm.terminal import print_table
@@ -54,11 +56,13 @@ def run(
     jobs: int = 1,
     compare_with: str | None = None,
     diversity: str = DIVERSITIES[0],
+    html: Path | None = None,
 ) -> None:
     """``arms`` and ``seeds`` None are all of the study's; with ``show`` nothing is made. ``compare_with`` None is the
     study's own."""
     require_outputs(json_file=json_file, plot=plot)
     require_outputs(json_file=None, plot=curves)
+    _require_page(html, others=(json_file, plot, curves))
     if against not in LABELS_AGAINST:
         near = did_you_mean(against, LABELS_AGAINST)
         raise ConfigError(f"--against: got {against!r}, wanted one of {', '.join(LABELS_AGAINST)}{near}")
@@ -78,9 +82,38 @@ def run(
         )  # fmt: skip
         make_yardsticks(study, again=again, say=lambda line: print(line, flush=True))
     if Ranks().first:
-        _tell(study, json_file=json_file, plot=plot, diversity=diversity)
+        cells, notes = read_cells(study)
+        measured, more = read_yardsticks(study)
+        found = gather(study, cells, diversity=diversity, yardsticks=measured)
+        _tell(study, found, notes=[*notes, *more])
+        if json_file is not None:
+            write_text(json_file, json.dumps(found, indent=2) + "\n")
+        if plot is not None:
+            _draw_plot(found, plot)
         if curves is not None:
-            _draw_curves(study, curves, against=against)
+            _draw_curves(study, cells, curves, against=against)
+        if html is not None:
+            write_text(html, study_page(study, found, cells, against=against, notes=[*notes, *more]))
+            print(f"written: {html}")
+
+
+def study_page(
+    study: StudyConfig, found: Mapping[str, Any], cells: Cells, *, against: str, notes: Sequence[str]
+) -> str:  # fmt: skip
+    """The study as one HTML page."""
+    shown = [] if found["temperature"] is None else _have(found, found["temperature"], MEASURES)
+    return page(found, study, cells, shown=shown, against=against, notes=notes)
+
+
+def _require_page(html: Path | None, *, others: Sequence[Path | None]) -> None:
+    """Raise ``ConfigError`` or ``DataError`` where the page could not be written."""
+    if html is None:
+        return
+    if html.suffix != ".html":
+        raise ConfigError(f"--html {html}: wanted a file ending in .html")
+    if html in others:
+        raise ConfigError(f"--html and another option name {html}; name two files")
+    require_writable(html)
 
 
 def run_again(config: Path, cell: str, *, quick: bool = False) -> bool:
@@ -105,9 +138,17 @@ def _some_of(option: str, asked: Sequence[T] | None, known: Sequence[T]) -> list
     return [each for each in known if asked is None or each in asked]
 
 
-def gather(study: StudyConfig, cells: Cells, *, diversity: str) -> dict[str, Any]:
+def gather(
+    study: StudyConfig, cells: Cells, *, diversity: str, yardsticks: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
     """All figures of a study, ready for JSON; ``temperature`` is that of the headline, None where no cell is done."""
-    found = summary(study, cells)
+    tuned = {arm: stored_tuning(study.tuning_file(arm)) for arm in study.arms} if study.tunes else {}
+    kept = ("settings", "pilot", "tries", "asked")
+    found = {
+        **summary(study, cells),
+        "yardsticks": yardsticks,
+        "tuning": {arm: {k: of[k] for k in kept if k in of} for arm, of in tuned.items() if of is not None},
+    }
     temperatures = _temperatures(found)
     found["temperature"] = None
     if temperatures:
@@ -122,33 +163,30 @@ def gather(study: StudyConfig, cells: Cells, *, diversity: str) -> dict[str, Any
     return found
 
 
-def _tell(study: StudyConfig, *, json_file: Path | None, plot: Path | None, diversity: str) -> None:
-    cells, notes = read_cells(study)
-    yardsticks, more = read_yardsticks(study)
-    for note in notes + more:
+def _tell(study: StudyConfig, found: Mapping[str, Any], *, notes: Sequence[str]) -> None:
+    for note in notes:
         print(f"note: {note}")
-    found = {**gather(study, cells, diversity=diversity), "yardsticks": yardsticks}
     if found["temperature"] is not None:
         _print_tables(study, found)
-        if plot is not None:
-            at = found["temperature"]
-            draw_plot(found, plot, measures=_have(found, at, DIFFERENCES), temperature=at)
     else:
         print(f"study {study.name}: no cell in {study.results} is done")
-        if plot is not None:
-            print(f"{plot}: not written, there is nothing to draw")
     for line in words(found):
         print(line)
-    if json_file is not None:
-        write_text(json_file, json.dumps(found, indent=2) + "\n")
+
+
+def _draw_plot(found: Mapping[str, Any], plot: Path) -> None:
+    if (at := found["temperature"]) is not None:
+        draw_plot(found, plot, measures=_have(found, at, DIFFERENCES), temperature=at)
+    else:
+        print(f"{plot}: not written, there is nothing to draw")
 
 
 def _temperatures(found: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(key for of in found["arms"].values() for key in of["temperatures"]))
 
 
-def _draw_curves(study: StudyConfig, curves: Path, *, against: str) -> None:
-    drawn = draw_curves(read_cells(study)[0], curves, measures=DIFFERENCES, against=against)
+def _draw_curves(study: StudyConfig, cells: Cells, curves: Path, *, against: str) -> None:
+    drawn = draw_curves(cells, curves, measures=DIFFERENCES, against=against)
     missing = [arm for arm in study.arms if arm not in drawn]
     if not drawn:
         print(f"{curves}: not written, no cell says how its validations stand against {against}")

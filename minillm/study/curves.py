@@ -33,24 +33,34 @@ def draw_curves(cells: Cells, path: Path, *, measures: Sequence[str], against: s
     drawn: dict[str, str] = {}
     for axes, measure in zip(panels, measures, strict=True):
         for number, (arm, of_arm) in enumerate(cells.items()):
-            courses = [_validations(cell, measure, against) for cell in of_arm.values() if cell["state"] == "done"]
-            courses = [course for course in courses if course]
+            courses = courses_of(of_arm, measure, against)
             if not courses:
                 continue
             drawn.setdefault(arm, f"C{number % COLOURS}")
             style = "-" if number < COLOURS else "--"
             for course in courses:
                 axes.plot(*zip(*course, strict=True), style, color=drawn[arm], linewidth=0.6, alpha=0.3)
-            # Seeds validate at the same steps; a stage that stopped early has fewer of them.
-            points = [[course[at] for course in courses if at < len(course)] for at in range(max(map(len, courses)))]
-            mean = [[statistics.fmean(each) for each in zip(*point, strict=True)] for point in points]
-            axes.plot(*zip(*mean, strict=True), style, color=drawn[arm], linewidth=2, label=arm)
+            axes.plot(*zip(*mean_course(courses), strict=True), style, color=drawn[arm], linewidth=2, label=arm)
         axes.set(title=f"{MEASURES[measure].label}, validation prompts", xlabel=LABELS_AGAINST[against])
         axes.grid(linewidth=0.4)
     if drawn:
         panels[0].legend(fontsize=8)
         figure.savefig(path, dpi=150)
     return list(drawn)
+
+
+def courses_of(of_arm: Mapping[int, Mapping[str, Any]], measure: str, against: str) -> list[list[tuple[float, float]]]:
+    """A list of points for each seed of an arm whose validations have the measure."""
+    courses = [_validations(cell, measure, against) for cell in of_arm.values() if cell["state"] == "done"]
+    return [course for course in courses if course]
+
+
+def mean_course(courses: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """The mean of the seeds at each validation. They validate at the same steps; one that stopped early has fewer."""
+    points = [[course[at] for course in courses if at < len(course)] for at in range(max(map(len, courses)))]
+    return [
+        (statistics.fmean(x for x, _ in each), statistics.fmean(y for _, y in each)) for each in points
+    ]  # fmt: skip
 
 
 def _validations(cell: Mapping[str, Any], measure: str, against: str) -> list[tuple[float, float]]:

@@ -24,11 +24,19 @@ from minillm.study.make import log_into, make, make_model, make_text
 NEEDED = {"settings", "config", "made_from", "asked"}
 
 
+AT_THE_EDGE = "at the edge of what was tried"
+
+
+def at_the_edge(value: float, tried: Sequence[float]) -> bool:
+    """Whether a value is the least or the largest of those that were tried, so that a better one may lie beyond."""
+    return value in {min(tried), max(tried)}
+
+
 def untuned(study: StudyConfig, arms: Sequence[str]) -> dict[str, list[str]]:
     """The arms that have to be tuned, each with what changed since it was (nothing where it never was)."""
     found: dict[str, list[str]] = {}
     for arm in arms if study.tunes else ():
-        stored = _stored(study.tuning_file(arm))
+        stored = stored_tuning(study.tuning_file(arm))
         if stored is None:
             found[arm] = []
             continue
@@ -61,10 +69,8 @@ def tune(study: StudyConfig, arm: str, *, ranks: Ranks, say: Callable[[str], Non
         if study.search is not None:
             found["tries"] = _tries(study, arm, study.search, settings, known=known.get("tries", []), ranks=ranks)
     if study.search is not None:
-        best = _best(found["tries"], study.search, arm=arm)
-        settings[study.search.setting] = best
-        edge = best in {min(study.search.values), max(study.search.values)}
-        say(f"tuned {arm}: {_in_words(settings)}" + (", at the edge of what was tried" if edge else ""))
+        settings[study.search.setting] = best = _best(found["tries"], study.search, arm=arm)
+        say(f"tuned {arm}: {_in_words(settings)}" + f", {AT_THE_EDGE}" * at_the_edge(best, study.search.values))
     else:
         say(f"tuned {arm}: {_in_words(settings)}")
     if ranks.first:
@@ -80,7 +86,7 @@ def tune(study: StudyConfig, arm: str, *, ranks: Ranks, say: Callable[[str], Non
 
 def _known(study: StudyConfig, arm: str, wanted: Asked) -> dict[str, Any]:
     """What is stored of the same run, where the question differed in nothing but the values that were tried."""
-    stored = _stored(study.tuning_file(arm))
+    stored = stored_tuning(study.tuning_file(arm))
     if stored is None or differs(stored, wanted):
         return {}
     before, now = stored["asked"], _question(study)
@@ -111,7 +117,8 @@ def _asked(study: StudyConfig, arm: str) -> Asked:
     )  # fmt: skip
 
 
-def _stored(file: Path) -> dict[str, Any] | None:
+def stored_tuning(file: Path) -> dict[str, Any] | None:
+    """What tuning found for an arm; None where it was not tuned. ``DataError`` where the file is something else."""
     if not file.is_file():
         return None
     try:

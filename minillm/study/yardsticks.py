@@ -162,10 +162,10 @@ def nearest_answers(run: RunConfig) -> dict[str, Any]:
     pair = check_pair(run)
     split = read_sets(run, pair)[""]
     judge = judge_of(run, pair, split, teacher=None, purpose=Purpose.EVALUATION)
-    reading = {"broken": data.broken, "max_broken": data.max_broken}
-    train, _ = read_rows(data.train, **reading)
+    train, _ = read_rows(data.train, broken=data.broken, max_broken=data.max_broken)
+    test, _ = read_rows(data.test, broken=data.broken, max_broken=data.max_broken)
     known = [row for row in train[: data.train_limit][: data.train_responses] if row.responses]
-    rows = {row.uid: row for row in read_rows(data.test, **reading)[0]}
+    rows = {row.uid: row for row in test}
     asked = [words_of(rows[prompt.uid]) for prompt in split.prompts]
     memory = [words_of(row) for row in known]
     places = nearest(memory, asked)

@@ -1,5 +1,5 @@
-"""Promises, in a real browser: report.html and compare.html ask no host for anything, say nothing in the console, are
-no wider than a phone, and their filters show what they name.
+"""Promises, in a real browser: report.html, compare.html and a study's page ask no host for anything, say nothing in
+the console, are no wider than a phone, and their filters show what they name.
 
 The browser is chromium, spoken to through a pipe; where there is none the tests are skipped.
 """
@@ -26,6 +26,7 @@ from minillm.report import combine, write_report
 from minillm.report_html import frame
 from minillm.report_samples import text_block
 from tests.unit.test_report import evaluation, metrics
+from tests.unit.test_study_page import study_text
 
 pytestmark = pytest.mark.pictures
 
@@ -133,7 +134,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Both pages, of two models of which one has a long name and answers that cannot be broken."""
+    """The pages, of two models of which one has a long name and answers that cannot be broken."""
     root = tmp_path_factory.mktemp("pages")
     texts = {"prompt": f"{HOSTILE} {WORD}", "response": f"{HOSTILE} {WORD * 9}"}
     folders = {LONG: evaluation(root / "a", skill=0.2, prompts=6, texts=texts)}
@@ -145,7 +146,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         combined, evaluations=folders, training=training, out=report, title=f"Report {LONG}", settings={"a": WORD}
     )
     compare(folders, options=Options(resamples=100), out=out, quiet=True)
-    return {"report": report, "compare": out / "compare.html"}
+    study = root / "study.html"
+    study.write_text(study_text(LONG, HOSTILE), encoding="utf-8")
+    return {"report": report, "compare": out / "compare.html", "study": study}
 
 
 def wrong(browser: Browser) -> list[str]:
@@ -163,12 +166,12 @@ def wrong(browser: Browser) -> list[str]:
 
 
 @pytest.mark.parametrize("width", [PHONE, DESK])
-@pytest.mark.parametrize("name", ["report", "compare"])
+@pytest.mark.parametrize("name", ["report", "compare", "study"])
 def test_a_page_asks_for_nothing_says_nothing_and_fits(
     browser: Browser, pages: Mapping[str, Path], name: str, width: int
 ) -> None:
     browser.show(pages[name], width=width)
-    assert browser.value("document.querySelectorAll('article').length") > 0
+    assert browser.value("document.querySelectorAll('article, tbody tr, figure').length") > 5
     assert wrong(browser) == []
     # Opened, what was folded up fits too.
     browser.value("document.querySelectorAll('details').forEach(one => one.open = true)")
@@ -260,6 +263,26 @@ def test_labels_of_close_points_do_not_lie_on_each_other(
 def test_what_rounds_to_zero_has_no_sign_beside_its_bar() -> None:
     drawn = plots.bars([("m", 0, -0.0001, None), ("n", 1, -0.5, None)], key="k", title="t", digits=3)
     assert ">0.000<" in drawn and "-0.000" not in drawn and "\N{MINUS SIGN}0.500" in drawn
+
+
+def test_large_numbers_at_an_axis_are_short() -> None:
+    series = [plots.Series(colour=0, x=(20_000.0, 160_000.0), y=(1.0, 2.0))]
+    assert ">100k<" in plots.lines(series, key="k", title="t", x="tokens", y="")
+
+
+def test_series_beyond_the_colours_look_different() -> None:
+    """A line of its own, and its mark hollow; the first eight are drawn as ever."""
+    first, ninth = (plots.Series(colour=n, x=(1.0, 2.0), y=(1.0, 2.0)) for n in (0, plots.COLOURS))
+    plain, again = (plots.lines([one], key="k", title="t", x="", y="") for one in (first, ninth))
+    assert "stroke-dasharray" not in plain and "stroke-dasharray" in again
+    assert "fill: var(--c0)" in plain and "fill: var(--c0)" not in again
+
+
+def test_a_difference_has_its_sign_its_stars_and_a_line_at_zero() -> None:
+    rows = [("sure", 0, 0.25, (0.1, 0.4), "**"), ("pale", 1, -0.5, (-1.2, 0.2), ""), ("bare", 2, 0.0, None, "")]
+    drawn = plots.differences(rows, key="k", title="t", digits=2)
+    assert ">+0.25**<" in drawn and ">\N{MINUS SIGN}0.50<" in drawn and ">0.00<" in drawn
+    assert drawn.count("stroke-opacity: 0.5") == 2 and "stroke-dasharray" in drawn
 
 
 def test_a_long_answer_has_a_box_of_its_own_and_stays_text() -> None:
