@@ -13,7 +13,7 @@ from minillm.errors import Alarmed
 from minillm.progress import Progress
 from minillm.ranks import Ranks
 from minillm.store import Clock, RunFolder
-from minillm.updates import Objective
+from minillm.updates import Objective, over_updates
 
 Validate = Callable[[Student], dict[str, float]]
 """Measures of the student as it stands, on the validation prompts; the same numbers on every rank."""
@@ -75,10 +75,13 @@ def run_steps(
     try:
         for step in range(done.step, steps):
             collected, figures = objective.collect(step, student)  # prompts -> (rollout -> scored -> targets)
+            learnt, largest = [], {"grad_norm"}
             with objective.learning(collected, student) as updates:  # targets -> loss -> step
                 for update in updates:
                     _, norm = student.update(update.losses)
-                    figures.update(update.figures(), grad_norm=norm, lr=student.learning_rate)
+                    learnt.append({**update.figures(), "grad_norm": norm})
+                    largest.update(update.largest)
+            figures.update(over_updates(learnt, largest=largest), lr=student.learning_rate)
             done.step, done.seconds = step + 1, clock()
             folder.log({"kind": "train", **_place(stage, done, student), **figures})
             bar.advance(done.step, {name: figures[name] for name in headline if name in figures})

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -182,7 +183,8 @@ class Minillm:
                 ranks=self._ranks, limits=limits_of(self._stage), weight=self._stage.lm_coefficient, name="lm",
             )  # fmt: skip
             losses += more
-        return Update(losses, lambda: self._update_figures(sums, anchor_sums))
+        figures = partial(self._update_figures, sums, anchor_sums)
+        return Update(losses, figures, largest=("clipped_share", "clamped_share"))
 
     def _anchor_lesson(self, head: HeadWeights) -> Lesson:
         if self._stage.lm_teacher_share == 0:

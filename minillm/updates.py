@@ -5,7 +5,7 @@ Legend: B rows, L positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -44,6 +44,15 @@ class Update:
 
     losses: Sequence[Loss]
     figures: Callable[[], dict[str, float]]
+    largest: tuple[str, ...] = ()
+    """Figures of which a step tells the largest of its updates; of all others the mean."""
+
+
+def over_updates(each: Sequence[Mapping[str, float]], *, largest: Collection[str]) -> dict[str, float]:
+    """The figures of a step from those of its updates, which have the same names: the largest of those named, of the
+    others the mean."""
+    columns = {name: [figures[name] for figures in each] for name in (each[0] if each else ())}
+    return {name: max(column) if name in largest else sum(column) / len(each) for name, column in columns.items()}
 
 
 class Objective(Protocol):

@@ -19,7 +19,7 @@ from minillm.errors import DataError, RunExists
 from minillm.loop import Keep, Progressed, run_steps
 from minillm.ranks import Ranks
 from minillm.store import RunFolder
-from minillm.updates import Update
+from minillm.updates import Update, over_updates
 from tests import tiny
 
 
@@ -33,7 +33,7 @@ class FakeStudent:
     def update(self, losses: Sequence[Callable[[], Tensor]]) -> tuple[float, float]:
         total = sum(float(loss_of()) for loss_of in losses)
         self.updates_done += 1
-        return total, 2.0
+        return total, 3.0 if self.updates_done % 2 else 2.0
 
 
 class FakeObjective:
@@ -55,7 +55,8 @@ class FakeObjective:
 
     def _update(self, collected: int, n: int) -> Update:
         self.order.append(f"losses {collected}.{n}")
-        return Update([lambda: torch.tensor(1.0)], lambda: {"loss": float(collected * 10 + n)})
+        figures = {"loss": float(collected * 10 + n), "clipped_share": 0.9 - 0.5 * n}
+        return Update([lambda: torch.tensor(1.0)], lambda: figures, largest=("clipped_share",))
 
 
 class Run:
@@ -157,10 +158,20 @@ def test_a_step_collects_then_learns_and_is_logged_once(run: Callable[..., Run])
     ]  # fmt: skip
     lines = tiny.logged(done.folder.path)
     assert [(line["stage"], line["step"], line["update"]) for line in lines] == [("a", 1, 2), ("a", 2, 4)]
-    assert [line["loss"] for line in lines] == [1.0, 11.0], "the last update's figures"
-    assert all((line["tokens"], line["grad_norm"], line["lr"]) == (7.0, 2.0, 0.5) for line in lines)
+    assert [line["loss"] for line in lines] == [0.5, 10.5], "the mean of its updates"
+    assert all((line["tokens"], line["lr"]) == (7.0, 0.5) for line in lines)
+    # What is wrong in one update must not be hidden by the next.
+    assert all((line["grad_norm"], line["clipped_share"]) == (3.0, 0.9) for line in lines)
     found = tiny.logged(done.folder.path, "validation")
     assert [(line["step"], line["kl"], line["other"]) for line in found] == [(1, 5.0, 3.0), (2, 4.0, 3.0)]
+
+
+def test_figures_of_one_update_are_those_of_the_step() -> None:
+    """Bit for bit, and numbers that are not finite stay so."""
+    one = {"loss": 0.1 + 0.2, "share": 0.7, "drift": math.inf}
+    assert over_updates([one], largest={"share"}) == one and over_updates([], largest=()) == {}
+    both = over_updates([one, {"loss": math.nan, "share": 0.1, "drift": -math.inf}], largest={"share"})
+    assert math.isnan(both["loss"]) and math.isnan(both["drift"]) and both["share"] == 0.7
 
 
 def test_seconds_only_grow(run: Callable[..., Run]) -> None:

@@ -641,6 +641,14 @@ def test_inner_updates_reuse_one_rollout_and_start_unclipped(minillm: Callable[.
     assert lines[0]["clipped_share"] == 0.0 < lines[1]["clipped_share"]
 
 
+def test_what_tells_of_a_jump_is_logged_as_the_largest_of_a_rollouts_updates(minillm: Callable[..., Work]) -> None:
+    """The first update of each rollout clips nothing, so that in a mean of two a share could never reach its alarm."""
+    with minillm() as work:
+        collected, _ = work.objective.collect(0, work.student)
+        with work.objective.learning(collected, work.student) as (update,):
+            assert {*update.largest} == {"clipped_share", "clamped_share"}
+
+
 @pytest.mark.parametrize("pieces", [2, 3, 7])
 def test_parts_of_a_pass_add_up_to_the_whole_rollout(pieces: int, minillm: Callable[..., Work]) -> None:
     """Gradients of the parts, each over its own rows, weighted by their number: that of one update on all rows."""
