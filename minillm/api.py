@@ -179,9 +179,12 @@ def evaluate(model: str | Path, config: RunConfig, *, out: str | Path, fresh: bo
     ranks = Ranks(threads=config.threads)
     out = Path(out)
     start = Start(card=pair.student_card, facts=pair.student)
-    missing = list(sets) if fresh else unanswered(config, pair, sets, start=start, out=out)
+    # Only the first rank need see the disk of the results.
+    missing = list(sets)
+    if not fresh:
+        missing = ranks.of_first(lambda: unanswered(config, pair, sets, start=start, out=out))
     if not missing:
-        stored = stored_results(out) if "" in sets else stored_index(out)
+        stored = ranks.of_first(lambda: stored_results(out) if "" in sets else stored_index(out))
         if stored is not None and len(sets_in(stored)) in {0, len(sets)}:
             _say(ranks, f"{out}: evaluated already; --fresh starts over")
             return stored

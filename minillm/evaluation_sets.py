@@ -163,7 +163,7 @@ def evaluate_sets(
             config, pair, sets[name], start=start, teacher=teacher, ranks=ranks, out=out / name,
             shown=f"{shown}, {name}", model=model,
         )  # fmt: skip
-    index = _index(sets, out)
+    index = ranks.of_first(lambda: _index(sets, out))  # the others may not see the disk
     if ranks.first:
         write_text(out / "results.json", json.dumps(index, indent=2) + "\n")
     ranks.barrier()

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
-from minillm.errors import NonFinite
+from minillm.errors import MinillmError, NonFinite
 
 Result = TypeVar("Result")
 
@@ -80,6 +80,22 @@ class Ranks:
         everyone: list[list[Any]] = [[] for _ in range(self.size)]
         dist.all_gather_object(everyone, mine)
         return [item for part in everyone for item in part]
+
+    def of_first(self, work: Callable[[], Result]) -> Result:
+        """What ``work`` gives on the first rank, told to all, and so is an error that the user can mend: for what
+        stands on a disk that the others need not see."""
+        if self.size == 1:
+            return work()
+        told: list[tuple[Result | None, MinillmError | None]] = []
+        if self.first:
+            try:
+                told = [(work(), None)]
+            except MinillmError as error:
+                told = [(None, error)]
+        result, found = self.gather_objects(told)[0]
+        if found is not None:
+            raise found
+        return cast(Result, result)
 
     def together(self, work: Callable[[], Result]) -> Result:
         """The result of ``work``, with ``NonFinite`` raised on every rank if it is on one: alone it would leave them

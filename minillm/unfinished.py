@@ -32,9 +32,8 @@ class Keeper:
 
     def __init__(self, out: Path, *, asked: Mapping[str, Any], ranks: Ranks, say: Callable[[str], None]) -> None:
         self._file, self._asked, self._ranks = out / UNFINISHED, dict(asked), ranks
-        kept = _kept(self._file, asked, say) if ranks.first else None
         # Only the first rank need see the disk.
-        told = ranks.gather_objects([kept] if ranks.first else [])[0]
+        told = ranks.of_first(lambda: _kept(self._file, asked, say))
         self._before: float = 0.0 if told is None else told[0]
         self.rows: list[Keyed] = [] if told is None else told[1]
         """What an earlier process drew."""
