@@ -42,14 +42,19 @@ def idle_settings(stage: MinillmSettings, *, tempered: bool) -> dict[str, list[s
     shaping = ["baseline", "length_norm", "whiten", "published.whiten_padding"]
     rewards = ["future", *(f"published.{name}" for name in ("reward_scale", "reward_clip", "half_log_probs"))]
     long = [*shaping, *rewards, "horizon", "published.untempered_reward", "published.count_divisor"]
-    chains = mixed and stage.importance in CHAINED
+    # Weights that reach the single-step term too count without advantages, and so does what holds their products.
+    shared = mixed and (stage.importance in CHAINED or stage.published.weight_on_single)
+    weights = [] if shared else ["importance"]
+    # The log-ratios that are held also tell how far the student has moved.
+    held = [] if shared or stage.inner_kl is not None else ["max_log_ratio"]
+    surrogate = ["clip", "dual_clip", *weights, *held, "published.weight_in_clip"]
     nothing_ahead = stage.gamma == 0 and not present and stage.repetition_weight == 0
     why: dict[str, tuple[bool, list[str]]] = {
         "long_weight 0": (
             stage.long_weight == 0,
-            ["gamma", "clip", "published.present_twice", *long, *([] if chains else ["importance"])],
+            ["gamma", *surrogate, "published.present_twice", *long],
         ),
-        "gamma 0: nothing is ahead": (nothing_ahead, ["clip", *long]),
+        "gamma 0: nothing is ahead": (nothing_ahead, [*surrogate, *long]),
         "gamma 0: the present token alone counts": (stage.gamma == 0 and present, ["horizon", "future"]),
         "gamma 1": (stage.gamma == 1, ["published.count_divisor"]),
         "teacher_mix 0": (

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minillm.advantages import RowNames, targets_of
+from minillm.policy_loss import clipped_surrogate
 from minillm.selftest.listed import OneRank
 from minillm.stage_config import MinillmStage
 from tests.exact.test_credit_choices import LENGTH, Listed, both_rows, scored_rows, stage
@@ -17,6 +18,8 @@ from tests.exact.test_credit_choices import LENGTH, Listed, both_rows, scored_ro
 PLAIN = {"future": "expected", "baseline": "position_mean"}
 """As by default."""
 MIXED = {"teacher_mix": 0.2, "coin_groups": 2}
+OFF: list[dict[str, Any]] = [{"long_weight": 0.0}, {"gamma": 0.0}]
+"""What leaves no advantage."""
 IDLE: list[tuple[dict[str, Any], dict[str, list[str]]]] = [
     ({"baseline": "ridge"}, {}),
     ({"long_weight": 0.0, "gamma": 0.5, "horizon": 2}, {"long_weight 0": ["gamma", "horizon"]}),
@@ -36,6 +39,18 @@ IDLE: list[tuple[dict[str, Any], dict[str, list[str]]]] = [
         {"decoding.temperature 1": ["published.untempered_reward"]},
     ),
     ({"lm_batch": 4}, {"lm_coefficient 0": ["lm_batch"]}),
+    *(
+        (changes | setting, {reason: list(names)})
+        for changes, reason in (
+            ({"long_weight": 0.0, **MIXED}, "long_weight 0"), ({"gamma": 0.0, **MIXED}, "gamma 0: nothing is ahead")
+        )
+        for setting, names in (
+            ({"importance": "per_step"}, ["importance"]),
+            ({"dual_clip": 1.5, "inner_epochs": 2}, ["dual_clip"]),
+            ({"max_log_ratio": 0.5, "inner_epochs": 2}, ["max_log_ratio"]),
+            ({"published": {"weight_in_clip": True}}, ["published.weight_in_clip"]),
+        )
+    ),
 ]  # fmt: skip
 BUSY: list[dict[str, Any]] = [
     {"gamma": 0.5},
@@ -47,6 +62,12 @@ BUSY: list[dict[str, Any]] = [
     {**MIXED, "importance": "per_step"},
     {**MIXED, "importance": "per_decision", "long_weight": 0.0},
     {**MIXED, "published": {"weight_on_single": True}},
+    *({**MIXED, **off, "published": {"weight_on_single": True}, "importance": "per_step"} for off in OFF),
+    *({**MIXED, **off, "importance": "per_decision", "max_log_ratio": 0.1} for off in OFF),
+    *({**off, "inner_epochs": 2, "inner_kl": 0.1, "max_log_ratio": 0.5} for off in OFF),
+    {"inner_epochs": 2, "max_log_ratio": 0.5},
+    {"inner_epochs": 2, "dual_clip": 1.5},
+    {**MIXED, "published": {"weight_in_clip": True}},
 ]
 
 
@@ -67,7 +88,8 @@ def by_default(chosen: MinillmStage, names: list[str]) -> MinillmStage:
 
 
 def reaches_the_loss(chosen: MinillmStage) -> list[Tensor]:
-    """Credit and weight of the single-step term, as they enter the loss, of two long rows; one repeats itself."""
+    """Credit and weight of the single-step term, as they enter the loss, of two long rows; one repeats itself. Beside
+    them the surrogate's loss and gradient for a student that has moved since, and how far, where that ends a step."""
     student, rows = both_rows((0, 1), length=LENGTH)
     listed = [Listed.of(row, student.logits(row.response_NT, prompt=p)) for p, row in enumerate(rows)]
     again = [n for n, ids in enumerate(rows[0].response_NT.tolist()) if rows[0].mask_NT[n].all() and ids[0] == ids[1]]
@@ -77,8 +99,19 @@ def reaches_the_loss(chosen: MinillmStage) -> list[Tensor]:
     names = RowNames(prompt_B=torch.tensor([0, 1]), row_B=torch.arange(2), coin_group_B=torch.tensor([0, 1]))
     targets = targets_of(scored, chosen, names=names, ranks=OneRank(), longest=LENGTH)  # type: ignore[arg-type]
     single_BT = torch.ones_like(targets.advantage_BT) if targets.single_weight_BT is None else targets.single_weight_BT
+    moved_BT = 2.0 * torch.randn(scored.logq_BT.shape, generator=torch.Generator().manual_seed(7))
+    logq_BT = (scored.logq_BT + moved_BT).requires_grad_()
+    surrogate = clipped_surrogate(
+        logq_BT, scored.logq_BT, advantage=targets.advantage_BT, importance=targets.importance_BT, clip=chosen.clip,
+        max_log_ratio=chosen.max_log_ratio, dual_clip=chosen.dual_clip,
+        weight_in_clip=chosen.published.weight_in_clip,
+    )  # fmt: skip
+    loss_BT = chosen.long_weight * surrogate.loss
     return [
         chosen.long_weight * targets.importance_BT * targets.advantage_BT,
+        loss_BT.detach(),
+        *torch.autograd.grad(loss_BT.sum(), logq_BT),
+        *([] if chosen.inner_kl is None else [surrogate.drift]),
         torch.where(scored.rollout.mask_BT, chosen.single_weight * single_BT, 0.0),
     ]
 
