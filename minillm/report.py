@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minillm.errors import ConfigError, DataError, did_you_mean
-from minillm.measures import MAIN, MAIN_TEMPERATURE, MEASURES, ratios_of, shown, temperature_key
+from minillm.compare.evaluated import read_folders, require_comparable
+from minillm.errors import ConfigError, did_you_mean
+from minillm.measures import MAIN, MAIN_TEMPERATURE, MEASURES, shown, temperature_key
 from minillm.report_files import SCHEMA, read_course, read_results, read_samples
 from minillm.report_html import body, page
 from minillm.report_sets import PAGE, by_set, chosen_pairs, overview, print_overview
@@ -43,9 +44,14 @@ def build_report(
     seed: int = 0,
 ) -> dict[str, Any]:
     """Puts evaluation folders side by side: ``results.json`` and ``report.html`` in ``out``, and the tables in the
-    terminal. Folders that list sets give a report for each set, and a table of all of them."""
+    terminal. Folders that list sets give a report for each set, and a table of all of them.
+
+    Raises ``ConfigError`` where ``out`` holds an evaluation's results, and what ``combine`` does, with nothing written.
+    """
     from rich.console import Console
 
+    out = Path(out)
+    _require_no_evaluation(out)
     training = training or {}
     seconds: dict[str, float] = {}
     for name, folder in training.items():
@@ -65,7 +71,6 @@ def build_report(
         )
         for name, models in sets.items()
     }
-    out = Path(out)
     make_folder(out, setting="--out")
     # The page first: it reads what the training folders hold, and where it cannot, nothing is left.
     write_reports(combined, sets=sets, training=training, out=out, title=title, settings={}, seconds=seconds)
@@ -125,45 +130,45 @@ def combine(
 ) -> dict[str, Any]:
     """The results of several evaluation folders as one JSON-ready dict, with paired differences ``left - right``.
 
-    ``models`` and ``differences`` hold the measures at temperature 1 (at ``temperature``, the first one, where 1 was
-    not evaluated), ``temperatures`` the same at every temperature that was. ``pairs`` says which two models a
-    difference is of, ``evaluations`` what each folder says about itself. No folder at all is allowed.
-    Raises ``ConfigError`` for a difference of a model that is not there, and ``DataError`` for a folder without
-    results and for a difference of models that were not asked the same prompts in the same way.
+    ``models`` and ``differences`` hold the measures at ``temperature``: 1, where all models have it, else the hottest
+    that all have, else the hottest of all, and a model without it has no figure there. ``temperatures`` holds the same
+    at every temperature that some model was evaluated at. ``pairs`` says which two models a difference is of, ``notes``
+    what a reader has to know of them (a measure that cannot be compared is left out of a difference), ``evaluations``
+    what each folder says about itself. No folder at all is allowed. Raises ``ConfigError`` for a difference of a model
+    that is not there, and ``DataError`` for a folder without results and for a difference of models that cannot be
+    compared (see ``compare.evaluated.require_comparable``).
     """
     results = {name: read_results(Path(folder)) for name, folder in evaluations.items()}
-    for pair in differences:
-        for name in pair:
-            if name not in results:
-                known = ", ".join(results) or "none"
-                raise ConfigError(f"difference of {name!r}: no such model among {known}{did_you_mean(name, results)}")
-        _require_comparable(pair, results[pair[0]], results[pair[1]])
-    at = _temperatures(results)
-    compared = {name: read_samples(Path(evaluations[name])) for name in {name for pair in differences for name in pair}}
+    pairs = _named_pairs(differences, results)
+    wanted = [name for name in evaluations if any(name in pair for pair in pairs.values())]
+    compared = {one.name: one for one in read_folders({name: Path(evaluations[name]) for name in wanted})}
+    checked = {
+        key: require_comparable(compared[right], compared[left], across=False) for key, (left, right) in pairs.items()
+    }
     temperatures = {}
-    for key in at:
-        ratios = {
-            name: ratios_of([row for row in rows if temperature_key(row["temperature"]) == key])
-            for name, rows in compared.items()
-            if key in results[name]["temperatures"]
+    for at in _temperatures(results):
+        ratios = {name: one.ratios(at) for name, one in compared.items() if at in one.rows}
+        changes = {
+            key: difference(ratios[left], ratios[right], resamples=resamples, seed=seed)
+            for key, (left, right) in pairs.items()
+            if left in ratios and right in ratios
         }
-        temperatures[key] = {
-            "models": {name: r["temperatures"][key] for name, r in results.items() if key in r["temperatures"]},
+        temperatures[at] = {
+            "models": {name: r["temperatures"][at] for name, r in results.items() if at in r["temperatures"]},
             "differences": {
-                _pair_key(pair): difference(ratios[pair[0]], ratios[pair[1]], resamples=resamples, seed=seed)
-                for pair in differences
-                if pair[0] in ratios and pair[1] in ratios
+                key: {name: change for name, change in found.items() if name not in checked[key][1]}
+                for key, found in changes.items()
             },
         }
-    main = temperature_key(MAIN_TEMPERATURE)
-    main = main if main in at or not at else at[0]
+    main = _headline(results)
     headline = temperatures.get(main, {"models": {}, "differences": {}})
     return {
         "schema": SCHEMA,
         "temperature": main,
-        "models": headline["models"],
-        "differences": headline["differences"],
-        "pairs": {_pair_key(pair): list(pair) for pair in differences if _pair_key(pair) in headline["differences"]},
+        "models": {name: headline["models"].get(name, {}) for name in results},
+        "differences": {key: headline["differences"].get(key, {}) for key in pairs},
+        "pairs": {key: list(pair) for key, pair in pairs.items()},
+        "notes": list(dict.fromkeys(note for notes, _ in checked.values() for note in notes)),
         "temperatures": temperatures,
         "seconds": dict(seconds or {}),
         "bootstrap": {"resamples": resamples, "seed": seed},
@@ -184,7 +189,8 @@ def print_tables(combined: Mapping[str, Any], console: Console) -> None:
     if combined["models"]:
         console.print(_main_table(combined))
         for key, pair in combined["pairs"].items():
-            console.print(_difference_table(combined["differences"][key], pair, temperature=combined["temperature"]))
+            if change := combined["differences"][key]:
+                console.print(_difference_table(change, pair, temperature=combined["temperature"]))
         if shown(combined["models"])[1]:
             console.print(_more_table(combined))
         if len(combined["temperatures"]) > 1:
@@ -230,8 +236,22 @@ def _write_page(text: str, out: Path) -> Path:
     return out
 
 
-def _pair_key(pair: tuple[str, str]) -> str:
-    return f"{pair[0]}-{pair[1]}"
+def _named_pairs(
+    differences: Sequence[tuple[str, str]], results: Mapping[str, Mapping[str, Any]]
+) -> dict[str, tuple[str, str]]:
+    """The differences by a name of their own, LEFT,RIGHT as the command line has it."""
+    found: dict[str, tuple[str, str]] = {}
+    for pair in differences:
+        for name in pair:
+            if name not in results:
+                known = ", ".join(results) or "none"
+                raise ConfigError(f"difference of {name!r}: no such model among {known}{did_you_mean(name, results)}")
+        key = ",".join(pair)
+        if found.setdefault(key, pair) != pair:
+            raise ConfigError(
+                f"differences {found[key]} and {pair} have one name, {key!r}; give models names without a comma"
+            )
+    return found
 
 
 def _temperatures(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -239,20 +259,26 @@ def _temperatures(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return sorted({key for r in results.values() for key in r["temperatures"]}, key=float, reverse=True)
 
 
-def _require_comparable(pair: tuple[str, str], left: Mapping[str, Any], right: Mapping[str, Any]) -> None:
-    """Raise ``DataError`` when the two were evaluated on other data or with another decoding."""
+def _headline(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The temperature of the first table: of those that all models have, or where there is none of all, 1 or the
+    hottest."""
+    every = _temperatures(results)
+    common = [key for key in every if all(key in r["temperatures"] for r in results.values())] or every
+    main = temperature_key(MAIN_TEMPERATURE)
+    return main if main in common or not common else common[0]
 
-    def asked(results: Mapping[str, Any]) -> dict[str, Any]:
-        decoding = {k: v for k, v in (results.get("decoding") or {}).items() if k != "temperature"}
-        return {"data": (results.get("data") or {}).get("sha256"), "decoding": decoding}
 
-    ours, theirs = asked(left), asked(right)
-    for what in ours:
-        if ours[what] != theirs[what]:
-            raise DataError(
-                f"difference {_pair_key(pair)}: {what} is {ours[what]} for {pair[0]} and {theirs[what]} for {pair[1]}, "
-                "wanted the same; evaluate both with the same configuration"
-            )
+def _require_no_evaluation(out: Path) -> None:
+    """Raise ``ConfigError`` where a report would take the place of an evaluation's own results."""
+    try:
+        there = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    if isinstance(there, dict) and ("model" in there or "measures" in there):
+        raise ConfigError(
+            f"--out {out}: its results.json is that of an evaluation, which a report would overwrite; nothing was "
+            "touched.\n  name another folder, such as the one above it"
+        )
 
 
 def _estimate_cell(estimate: Mapping[str, Any] | None, name: str) -> str:

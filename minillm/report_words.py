@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from minillm.measures import ALWAYS, MEASURES, QUALITIES, shown
+from minillm.measures import ALWAYS, MAIN_TEMPERATURE, MEASURES, QUALITIES, shown
 from minillm.report_text import DASH, MINUS, figure, interval, reading
 
 HARDLY = 0.02
@@ -31,16 +31,23 @@ def describe(combined: Mapping[str, Any]) -> list[str]:
         for key, pair in combined.get("pairs", {}).items()
         for paragraph in _one_comparison(combined, pair, key)
     ]
-    return [*(paragraphs or [_no_comparison(list(models))]), *_limits(combined)]
+    notes = combined.get("notes", [])
+    return [
+        *(paragraphs or [_no_comparison(list(models))]),
+        *_temperature_of_the_table(combined),
+        *notes,
+        *_limits(combined),
+    ]
 
 
 def _one_comparison(combined: Mapping[str, Any], pair: list[str], key: str) -> list[str]:
     """What one difference shows; what ROUGE-L and sharpening have to do with it; what each of the two cost."""
     headline = ("validity", "coverage", "reverse_kl")
     groups = (
+        [_elsewhere(combined, pair, key)],
         [_change(combined, pair, key, name) for name in headline if name in combined["differences"][key]],
         [_rouge(combined, pair, key), _variety(combined, pair, key)],
-        [_sharpening(combined, pair), _equal_temperatures(combined, pair, key)],
+        [_sharpening(combined, pair, key), _equal_temperatures(combined, pair, key)],
         [_seconds(combined, pair)],
     )
     paragraphs = (" ".join(sentence for sentence in group if sentence) for group in groups)
@@ -93,8 +100,20 @@ def _rouge(combined: Mapping[str, Any], pair: list[str], key: str) -> str:
     return f"ROUGE-L moves by {by}."
 
 
-def _sharpening(combined: Mapping[str, Any], pair: list[str]) -> str:
-    """How much of the gain the second model gets without training, by sampling at a lower temperature."""
+def _elsewhere(combined: Mapping[str, Any], pair: list[str], key: str) -> str:
+    """Where a difference is to be found that is not in the first table; "" where it is there."""
+    at = [t for t, found in combined["temperatures"].items() if key in found["differences"]]
+    if combined["differences"][key] or not at:
+        return ""
+    return (
+        f"{pair[0]} {MINUS} {pair[1]}: not both were evaluated at temperature {combined['temperature']}; the "
+        f"difference is in the table of temperatures, at {', '.join(at)}."
+    )
+
+
+def _sharpening(combined: Mapping[str, Any], pair: list[str], key: str) -> str:
+    """How much of a sure gain the second model gets without training, by sampling at the lower temperature that lifts
+    it most."""
     left, right = pair
     both = combined["models"][left].keys() & combined["models"][right].keys()
     name = next((name for name in QUALITIES if name in both), "rouge_l")
@@ -112,18 +131,19 @@ def _sharpening(combined: Mapping[str, Any], pair: list[str]) -> str:
             f"No lower temperature of {right} was evaluated, so this report cannot tell a better model from one "
             "that is merely sharper."
         )
-    if reached <= start:
+    if reached <= start or reading(combined["differences"][key].get(name)) != "excludes zero":
         return ""
     label = MEASURES[name].label
     lifted = [(key, found) for key, found in colder if found[name]["mean"] is not None and found[name]["mean"] > start]
     if not lifted:
         return f"Sampling {right} at lower temperatures does not lift its {label}: sharpening gives none of the gain."
-    key, found = max(lifted, key=lambda item: float(item[0]))
+    # The warmest of equals: it costs the least variety.
+    at, found = max(lifted, key=lambda item: (item[1][name]["mean"], float(item[0])))
     share = (found[name]["mean"] - start) / (reached - start)
     much = "all of the gain" if share >= 1 else f"{share:.0%} of the gain"
     text = (
         f"Part of such a gain is sharpening: {right}, not trained any further, has {label} "
-        f"{figure(found[name]['mean'], name)} when sampled at {key} instead of {combined['temperature']}, "
+        f"{figure(found[name]['mean'], name)} when sampled at {at} instead of {combined['temperature']}, "
         f"which is {much} of {left}"
     )
     variety = [found.get("distinct_4", {}).get("mean"), combined["models"][left].get("distinct_4", {}).get("mean")]
@@ -191,6 +211,23 @@ def _no_comparison(models: list[str]) -> str:
     )
 
 
+def _temperature_of_the_table(combined: Mapping[str, Any]) -> list[str]:
+    """Who is not in the first table, or whose temperature it is not: nobody goes missing without a word."""
+    at, every = combined["temperature"], combined["temperatures"]
+    without = [name for name, measures in combined["models"].items() if not measures]
+    if without:
+        return [
+            f"No temperature is common to all models. The first table is at {at}, where {', '.join(without)} "
+            f"{'was' if len(without) == 1 else 'were'} not evaluated; the table of temperatures has all of them."
+        ]
+    hotter = [key for key in every if float(key) > float(at) and len(every[key]["models"]) < len(combined["models"])]
+    if not hotter or float(at) == MAIN_TEMPERATURE:
+        return []
+    return [
+        f"The first table is at {at}, the hottest temperature that all models have; only some have {', '.join(hotter)}."
+    ]
+
+
 def _limits(combined: Mapping[str, Any]) -> list[str]:
     """What the intervals cover, and which measures are missing and why."""
     shown = [*combined["models"].values()]
@@ -228,9 +265,10 @@ def _missing(models: Mapping[str, Mapping[str, Any]]) -> list[str]:
     }
     said = []
     for name in shown(models)[0]:
-        without = [model for model, measures in models.items() if measures.get(name, {}).get("mean") is None]
+        there = {model: measures for model, measures in models.items() if measures}
+        without = [model for model, measures in there.items() if measures.get(name, {}).get("mean") is None]
         if without:
-            who = "" if len(without) == len(models) else f" for {', '.join(without)}"
+            who = "" if len(without) == len(there) else f" for {', '.join(without)}"
             reason = f" ({why[name]})" if name in why else ""
             said.append(f"{MEASURES[name].label}{who}{reason}")
     return [f"{DASH} in the first table means not computed: {'; '.join(said)}."] if said else []

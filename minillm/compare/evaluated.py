@@ -55,9 +55,14 @@ class Evaluated:
 
 
 def read_all(named: Mapping[str, Path]) -> list[Evaluated]:
-    """The evaluations in the given order; the prompts of each in the order of the first."""
+    """Two evaluations or more in the given order; the prompts of each in the order of the first."""
     if len(named) < AT_LEAST:
         raise ConfigError(f"got {len(named)} evaluation, wanted two or more to compare; name another folder")
+    return read_folders(named)
+
+
+def read_folders(named: Mapping[str, Path]) -> list[Evaluated]:
+    """The evaluations in the given order; the prompts of each in the order of the first."""
     found: list[Evaluated] = []
     order: dict[str, int] = {}
     for name, folder in named.items():
@@ -96,7 +101,7 @@ def require_comparable(base: Evaluated, other: Evaluated, *, across: bool) -> tu
     if changed and not across:
         raise DataError(
             f"{pair} were sampled with different decoding: {'; '.join(changed)}; wanted the same\n"
-            "  evaluate both with the same configuration, or give --across to compare them as they are"
+            "  evaluate both with the same configuration, or give --across to `minillm compare`: as they are"
         )
     if changed:
         out.update(OF_TEACHER)

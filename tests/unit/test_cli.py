@@ -438,7 +438,7 @@ REPORT: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("e={e}", "e={e}"), ("ConfigError", "given twice")),
     (("e={e}", "--difference", "e"), ("ConfigError", "--difference 'e': wanted two names")),
     (("e={e}", "--difference", "e,z"), ("ConfigError", "no such model among e")),
-    (("e={e}", "f={f}", "--difference", "e,f"), ("DataError", "difference e-f", "wanted the same")),
+    (("e={e}", "f={f}", "--difference", "e,f"), ("DataError", "top_k is", "wanted the same")),
     (("e={e}", "--training", "e={place}/student"), ("DataError", "metrics.jsonl: no such file")),
     (("e={e}", "--out", "{place}/a-file"), ("ConfigError", "a-file' cannot be used as a folder")),
     (("g={g}", "e={e}", "--difference", "g,e"), ("DataError", "samples.jsonl, row 1: no 'seed'")),
@@ -449,7 +449,7 @@ def test_bad_input_to_report_is_told_and_writes_nothing(run: Run, evaluated: Pat
     other, broken = place / "out" / "f", place / "out" / "g"
     for folder in (other, broken):
         shutil.copytree(evaluated, folder)
-    rewrite(other / "results.json", lambda found: {**found, "data": {"sha256": "other prompts"}})
+    rewrite(other / "results.json", lambda found: {**found, "decoding": {**found["decoding"], "top_k": 7}})
     (broken / "samples.jsonl").write_text('{"uid": "1"}\n')
     names = {"{e}": str(evaluated), "{f}": str(other), "{g}": str(broken)}
     for arguments, words in REPORT:

@@ -130,7 +130,7 @@ REFUSED: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("{a}", "{place}/none"), ("DataError", "no samples")),
     (("{a}", "{place}/fewer"), ("DataError", "different data: 24 and 23 prompts")),
     (("{a}", "{place}/colder"), ("DataError", "temperature is 1.0, 0.6 for a and 0.5 for colder", "--across")),
-    (("{a}", "{place}/top"), ("DataError", "top_k is 0 for a and 40 for top", "give --across")),
+    (("{a}", "{place}/top"), ("DataError", "top_k is 0 for a and 40 for top", "give --across to `minillm compare`")),
     (("{a}", "{b}", "--by", "famly"), ("ConfigError", "no sample has it; there are family", "did you mean 'family'")),
     (("{a}", "{b}", "--tolerance", "-1"), ("ConfigError", "--tolerance -1.0: wanted a number of 0 or more")),
     (("{a}", "{b}", "--json", "{place}/empty"), ("DataError", "is a folder, wanted a file")),

@@ -289,7 +289,7 @@ def test_a_report_has_a_row_and_a_page_for_each_set(
     for name in ("one", "two"):
         own = results(both / name)["measures"]["rouge_l"]
         assert found["sets"][name]["models"]["a"]["rouge_l"] == own
-        assert found["sets"][name]["pairs"] == {"b-a": ["b", "a"]}
+        assert found["sets"][name]["pairs"] == {"b,a": ["b", "a"]}
         assert (tmp_path / name / "report.html").is_file()
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count('href="one/report.html"') == page.count('href="two/report.html"') == 2

@@ -28,7 +28,7 @@ from minillm.text_measures import repetition_3
 pytestmark = pytest.mark.pictures
 
 PAIR = ("minillm", "sft_control")
-KEY = "minillm-sft_control"
+KEY = "minillm,sft_control"
 SKILL = {"teacher": 0.9, "sft": 0.7, "sft_control": 0.7, "minillm": 0.8}
 VOID = frozenset({"meta", "br", "input", "path", "use", "rect"})
 
@@ -199,14 +199,14 @@ def test_a_difference_of_an_unknown_model_names_the_nearest(folders: dict[str, P
         combine(folders, differences=[("minilm", "sft")], resamples=5, seed=0, seconds=None)
 
 
-def test_other_data_or_decoding_is_refused_for_a_difference(tmp_path: Path) -> None:
+def test_other_decoding_is_refused_for_a_difference(tmp_path: Path) -> None:
     given = {name: evaluation(tmp_path / name, skill=0.7, prompts=4) for name in PAIR}
     results = read_results(given["minillm"])
-    for part, value in (("data", {"sha256": "other"}), ("decoding", {"max_new_tokens": 9})):
-        (given["minillm"] / "results.json").write_text(json.dumps(results | {part: value}), encoding="utf-8")
-        combine(given, differences=[], resamples=5, seed=0, seconds=None)  # side by side is allowed
-        with pytest.raises(DataError, match=f"{KEY}: {part} is"):
-            combine(given, differences=[PAIR], resamples=5, seed=0, seconds=None)
+    decoding = results["decoding"] | {"max_new_tokens": 9}
+    (given["minillm"] / "results.json").write_text(json.dumps(results | {"decoding": decoding}), encoding="utf-8")
+    combine(given, differences=[], resamples=5, seed=0, seconds=None)  # side by side is allowed
+    with pytest.raises(DataError, match="max_new_tokens is 48 for sft_control and 9 for minillm"):
+        combine(given, differences=[PAIR], resamples=5, seed=0, seconds=None)
 
 
 def test_other_prompts_are_refused_for_a_difference(tmp_path: Path) -> None:
@@ -284,6 +284,7 @@ def test_sharpening_is_measured_on_the_control_at_lower_temperatures(whole: dict
         if temperature == "1.0":
             changed["models"][model]["validity"]["mean"] = value
 
+    changed["differences"][KEY]["validity"] = {"mean": 0.1, "ci95": [0.05, 0.15]}
     put("1.0", "minillm", 0.80)
     put("1.0", "sft_control", 0.70)
     put("0.6", "sft_control", 0.75)
