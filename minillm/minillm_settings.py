@@ -90,7 +90,7 @@ class MinillmSettings(BaseStage):
     alarms: AlarmsConfig = AlarmsConfig()
     """What is watched while it trains, and what happens then."""
 
-    measures = tuple(BETTER)[1:]
+    measures = tuple(BETTER)
     headline = ("reverse_kl", "mean_length", "loss")
     on_policy = True
     wants_teacher = True

@@ -34,9 +34,10 @@ class References:
         self, stage: ReferenceStage, *, prompts: Sequence[Prompt], ids: Ids, ranks: Ranks, seed: int,
         teacher: Teacher | None = None, cache: TeacherCache | None = None,
     ) -> None:  # fmt: skip
-        """A ``KdStage`` has a ``teacher``, or what one once said, in a ``cache``."""
+        """A ``KdStage`` with a share of the teacher has a ``teacher``, or what one once said, in a ``cache``."""
         self._stage, self._prompts, self._ids, self._ranks = stage, prompts, ids, ranks
         self._teacher, self._cache = teacher, cache
+        self._teacher_share = stage.teacher_share if isinstance(stage, KdStage) else 0.0
         lengths = [len(prompt.ids) + len(prompt.response_ids) for prompt in prompts]
         self._order = WindowedOrder(
             lengths, batch=stage.batch, window=stage.length_window, seed=seed, purpose=f"{stage.name}/rows"
@@ -52,14 +53,13 @@ class References:
     def learning(self, collected: list[Prompt], student: Student) -> Iterator[list[Update]]:
         """One step on them."""
         with ExitStack() as stack:
-            lesson = likelihood()
-            if isinstance(self._stage, KdStage) and self._cache is not None:
-                lesson = cached_labels(self._cache, share=self._stage.teacher_share, device=self._ranks.device)
-            elif isinstance(self._stage, KdStage):
+            lesson, share = likelihood(), self._teacher_share
+            if share > 0 and self._cache is not None:
+                lesson = cached_labels(self._cache, share=share, device=self._ranks.device)
+            elif share > 0:
                 assert self._teacher is not None, "the configuration refuses a kd stage without a teacher"
                 head = stack.enter_context(self._teacher.head())
-                taught = TeacherText(read=self._teacher.reader.read, head=head)
-                lesson = soft_labels(taught, share=self._stage.teacher_share)
+                lesson = soft_labels(TeacherText(read=self._teacher.reader.read, head=head), share=share)
             losses, sums = text_losses(
                 collected, lesson, denominator=learnt_tokens(collected), student=student, ids=self._ids,
                 ranks=self._ranks, limits=limits_of(self._stage),

@@ -67,7 +67,7 @@ class KeepConfig(Settings):
     """Which validation decides on the weights that the stage hands on."""
 
     metric: Text = "loss"
-    """A validation measure: 'loss' in an sft stage; 'reverse_kl', 'rouge_l', … in a minillm stage."""
+    """A validation measure: 'loss' on references; 'reverse_kl', 'rouge_l', … where a stage learns on its own text."""
     mode: Literal["min", "max"] = "min"
     """Whether the smallest or the largest value is best."""
 

@@ -96,10 +96,21 @@ class KdStage(ReferenceStage):
 
     wants_teacher: ClassVar[bool] = True
 
+    def idle_settings(self, *, tempered: bool) -> dict[str, list[str]]:
+        """Without the teacher's share this is another kind."""
+        found = super().idle_settings(tempered=tempered)
+        if self.teacher_share == 0:
+            found["teacher_share 0: the stage trains as sft does"] = ["kind"]
+            if self.teacher_cache is not None:
+                found["teacher_share 0: the stage trains as sft does"].append("teacher_cache")
+        return found
+
 
 def asks_teacher(stage: BaseStage) -> bool:
-    """Whether a stage needs the teacher beside it, and not only what it once said."""
-    return stage.wants_teacher and not (isinstance(stage, KdStage) and stage.teacher_cache is not None)
+    """Whether a stage needs the teacher beside it, and not only what it once said, nor nothing."""
+    if isinstance(stage, KdStage):
+        return stage.teacher_cache is None and stage.teacher_share > 0
+    return stage.wants_teacher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +144,7 @@ class DistilStage(BaseStage):
     keep: KeepConfig = KeepConfig(metric="reverse_kl")
     """Which weights the stage hands on; lowest validation reverse KL per response."""
 
-    measures = tuple(BETTER)[1:]
+    measures = tuple(BETTER)
     headline = ("loss", "mean_length", "grad_norm")
     on_policy = True
     wants_teacher = True

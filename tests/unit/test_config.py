@@ -111,7 +111,10 @@ def stage(**changes: Any) -> MinillmStage:
         ("data.train=hub:x", "wanted 'hub:NAME@SPLIT'"),
         ("data.train=null", "data.train is missing"),
         ("stages.0.keep.metric=rouge", "no validation measure of this name; did you mean 'rouge_l'?"),
-        ("stages.0.keep.metric=loss", "does not measure 'loss'; wanted reverse_kl"),
+        (
+            "stages=[{kind: sft, steps: 1, batch: 1, optimiser: {lr: 1}, keep: {metric: rouge_l, mode: max}}]",
+            "does not measure 'rouge_l'; wanted loss",
+        ),
         ("stages.0.name=a/b", "name: got 'a/b'"),
     ],
 )
