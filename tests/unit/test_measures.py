@@ -132,10 +132,12 @@ def test_measures_follow_their_definitions() -> None:
     for sample in samples:
         own = {"a": (3.0, 2), "b": (6.0, 3)}[sample["uid"]]
         sample["measures"].update(gold_nll=own[0], gold_tokens=own[1])
+        sample["measures"].update(carried=own[1] - sample["measures"]["validity"], values=own[1])
     found = measure_rows(samples, resamples=20, seed=0)
     assert tuple(found) == NAMES
     want = {
         "validity": [0.5, 1.0],
+        "coverage": [4 / 5, 3 / 5],
         "rouge_l": [0.6, 0.2],
         "exact_match": [0.5, 0.0],
         "reverse_kl": [3.0, 0.5],
@@ -172,9 +174,9 @@ def test_absent_measures_are_left_out() -> None:
 def test_two_tables_hold_what_there_is() -> None:
     found = measure_rows([row("a"), row("b")], resamples=5, seed=0)
     first, second = shown({"one": found, "two": {}})
-    assert first == [name for name in MAIN if name != "exact_match"]
+    assert first == [name for name in MAIN if name not in {"coverage", "exact_match"}]
     assert second == [name for name in NAMES if name in found and name not in MAIN]
-    matched = measure_rows([row("a", exact_match=1)], resamples=5, seed=0)
+    matched = measure_rows([row("a", exact_match=1, carried=1, values=2)], resamples=5, seed=0)
     assert shown({"one": found, "two": matched})[0] == list(MAIN)
     assert shown({})[1] == []
 

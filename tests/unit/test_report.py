@@ -29,6 +29,8 @@ pytestmark = pytest.mark.pictures
 
 PAIR = ("minillm", "sft_control")
 KEY = "minillm,sft_control"
+WORLDLY = [name for name in NAMES if name != "coverage"]
+"""The measures of these made-up evaluations: their prompts are no dialogue acts."""
 SKILL = {"teacher": 0.9, "sft": 0.7, "sft_control": 0.7, "minillm": 0.8}
 VOID = frozenset({"meta", "br", "input", "path", "use", "rect"})
 
@@ -179,17 +181,17 @@ class Tags(HTMLParser):
 def test_combined_results_hold_every_model_measure_and_temperature(whole: dict[str, Any]) -> None:
     assert whole["schema"] == 1
     assert list(whole["models"]) == list(SKILL)
-    assert all(set(whole["models"][name]) == set(NAMES) for name in SKILL)
+    assert all(set(whole["models"][name]) == set(WORLDLY) for name in SKILL)
     assert list(whole["temperatures"]) == ["1.0", "0.6"]
     assert whole["temperatures"]["1.0"]["models"] == whole["models"]
     assert set(whole["differences"][KEY]["validity"]) == {"mean", "ci95"}
-    assert set(whole["temperatures"]["0.6"]["differences"][KEY]) == set(NAMES)
+    assert set(whole["temperatures"]["0.6"]["differences"][KEY]) == set(WORLDLY)
     assert whole["seconds"]["minillm"] == 29.0
     json.dumps(whole, allow_nan=False)
 
 
 def test_a_difference_is_the_difference_of_the_means(whole: dict[str, Any]) -> None:
-    for name in NAMES:
+    for name in WORLDLY:
         left, right = (whole["models"][model][name]["mean"] for model in PAIR)
         assert whole["differences"][KEY][name]["mean"] == pytest.approx(left - right)
 
