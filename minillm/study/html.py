@@ -20,7 +20,7 @@ from minillm.study.config import StudyConfig
 from minillm.study.curves import LABELS_AGAINST, courses_of, mean_course
 from minillm.study.paired import excludes_zero, spread, stars
 from minillm.study.table import Cells, words
-from minillm.study.tuning import AT_THE_EDGE, at_the_edge
+from minillm.study.tuning import at_the_edge
 from minillm.study.verdict import sentences
 
 Found = Mapping[str, Any]
@@ -207,11 +207,10 @@ def _equal_diversity(found: Found, colour: Mapping[str, int]) -> str:
     )
     drawings = [_over_variety(found, name, colour) for name in equal["measures"]]
     lost = diversity.left_out(equal, compare_with=base)
+    left = _folded("Seeds that are left out", _said(lost)) if lost else ""
     drawn = legend(list(colour), colour) + grid(drawings)
     more = _note(f"The plots have a point for each temperature, means over seeds; those of {base} are named.")
-    return section(
-        f"At equal {label}", _note(said) + scrolling("".join(rows)) + _said(lost) * bool(lost) + drawn + more
-    )
+    return section(f"At equal {label}", _note(said) + scrolling("".join(rows)) + drawn + more + left)
 
 
 def _over_variety(found: Found, name: str, colour: Mapping[str, int]) -> str:
@@ -316,9 +315,9 @@ def _tuning(found: Found) -> str:
         rows.append(f"<tr>{_head(arm)}{cells}</tr>")
     said = f"What was settled: {', '.join(settings)}."
     if metric:
-        said += (
-            f" What was tried: {MEASURES[metric].label} on the validation prompts, of one run each; underlined: taken."
-        )
+        label = MEASURES[metric].label
+        said += f" What was tried: {label} on the validation prompts, of one run each; underlined: taken."
+        said += " Beyond the edge of what was tried there may be a better one."
     return section("What tuning found", scrolling("".join(rows)) + _note(said))
 
 
@@ -327,7 +326,7 @@ def _settled(value: Any, of: Found, path: str) -> str:
         return f"<td>{DASH}</td>"
     search = of["asked"].get("search", {})
     edge = path == search.get("setting") and at_the_edge(value, search["values"])
-    return f"<td>{value:g}{f'<small>{AT_THE_EDGE}</small>' if edge else ''}</td>"
+    return f"<td>{value:g}{'<small>at the edge</small>' if edge else ''}</td>"
 
 
 def _try(tried: Found | None, metric: str, *, picked: bool) -> str:
@@ -341,7 +340,7 @@ def _made(study: StudyConfig, cells: Cells) -> str:
     """The study's settings, those of each arm, and what the cells say of themselves."""
     own = study.model_dump(mode="json", exclude={"arms"}, exclude_none=True)
     told: list[tuple[str, Any]] = [("settings of the study", own)]
-    told += [(f"what {arm} replaces", replaced or "nothing") for arm, replaced in study.arms.items()]
+    told.append(("what each arm replaces", study.arms))
     done = [cell for of_arm in cells.values() for cell in of_arm.values()]
     about = {
         "cells": len(done),

@@ -24,9 +24,6 @@ from minillm.study.make import log_into, make, make_model, make_text
 NEEDED = {"settings", "config", "made_from", "asked"}
 
 
-AT_THE_EDGE = "at the edge of what was tried"
-
-
 def at_the_edge(value: float, tried: Sequence[float]) -> bool:
     """Whether a value is the least or the largest of those that were tried, so that a better one may lie beyond."""
     return value in {min(tried), max(tried)}
@@ -70,7 +67,10 @@ def tune(study: StudyConfig, arm: str, *, ranks: Ranks, say: Callable[[str], Non
             found["tries"] = _tries(study, arm, study.search, settings, known=known.get("tries", []), ranks=ranks)
     if study.search is not None:
         settings[study.search.setting] = best = _best(found["tries"], study.search, arm=arm)
-        say(f"tuned {arm}: {_in_words(settings)}" + f", {AT_THE_EDGE}" * at_the_edge(best, study.search.values))
+        say(
+            f"tuned {arm}: {_in_words(settings)}"
+            + ", at the edge of what was tried" * at_the_edge(best, study.search.values)
+        )
     else:
         say(f"tuned {arm}: {_in_words(settings)}")
     if ranks.first:

@@ -78,7 +78,7 @@ def test_the_page_has_what_the_tables_have() -> None:
     assert "+0.052**" in text and "corrected" in plain
     assert "nearest answer" in plain and "0.800" in plain  # the teacher's
     assert "alarms rang in base: reverse_kl (3 of 3 seeds)" in plain
-    assert "at the edge of what was tried" in plain and '<td class="picked">0.456</td>' in text and "failed" in plain
+    assert "0.01 at the edge" in plain and '<td class="picked">0.456</td>' in text and "failed" in plain
 
 
 def test_what_a_cell_says_is_escaped() -> None:
