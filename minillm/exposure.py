@@ -29,6 +29,9 @@ from minillm.statistics import Array, divide, interval, number, resample_weights
 
 LEAST_ALIVE = 20
 """Responses of each kind that a position needs: with fewer its mean is chance."""
+LEAST_PROMPTS = 10
+"""Prompts of each kind that still have a living response there: many responses to one prompt say what it is like, not
+what others are, and an interval over prompts needs some."""
 ROUNDING = 1e-6
 """Nats a token. Of two models that differ by less in both kinds of text nothing is left but rounding."""
 
@@ -65,13 +68,21 @@ class Texts:
 
 
 def exposure_curve(
-    student: Texts, teacher: Texts, *, prompts: int, resamples: int, seed: int, least_alive: int = LEAST_ALIVE
+    student: Texts,
+    teacher: Texts,
+    *,
+    prompts: int,
+    resamples: int,
+    seed: int,
+    least_alive: int = LEAST_ALIVE,
+    least_prompts: int = LEAST_PROMPTS,
 ) -> dict[str, Any]:
     """ExAccErr over length in per cent, with 95 % intervals, ready for JSON; see the head of this file for what it is.
 
     ``ex_acc_err`` and ``ci95`` have an entry for each length 1 .. ``positions``, as have ``student_kl`` (a),
     ``teacher_kl`` (b), ``accumulated`` (R), ``expected`` (l e) and ``alive``, how many responses of each kind stand
-    behind it. The curve ends where fewer than ``least_alive`` of either kind are left; ``left_out`` counts the
+    behind it, and ``prompts_alive``, how many prompts these answer. The curve ends where fewer than ``least_alive``
+    responses of either kind are left, or those of fewer than ``least_prompts`` prompts; ``left_out`` counts the
     positions behind it. Intervals are percentiles over draws of the prompts, the two kinds of text of a prompt always
     together; None with fewer than two prompts. A draw in which nobody lives to a position has no value from there on
     (``undefined_resamples``, at the end). None also where the teacher's own text shows no error to compare with; where
@@ -80,7 +91,9 @@ def exposure_curve(
     width = max(student.kl_BT.shape[1], teacher.kl_BT.shape[1])
     sums = tuple(_by_prompt(texts, prompts=prompts, width=width) for texts in (student, teacher))
     alive_2T = np.stack([alive_NT.sum(axis=0) for _, alive_NT in sums])
-    positions = int((alive_2T.min(axis=0) >= least_alive).sum())
+    prompts_2T = np.stack([(alive_NT > 0).sum(axis=0) for _, alive_NT in sums])
+    # Both fall with the position, since nobody comes back to life: what is kept are the first ones.
+    positions = int(((alive_2T.min(axis=0) >= least_alive) & (prompts_2T.min(axis=0) >= least_prompts)).sum())
     sums = tuple((kl_NT[:, :positions], alive_NT[:, :positions]) for kl_NT, alive_NT in sums)
     own_L, given_L = (_means(np.ones((1, prompts)), *each)[0] for each in sums)
     value_L = _percent(own_L[None], given_L[None])[0]
@@ -95,6 +108,7 @@ def exposure_curve(
     found: dict[str, Any] = {
         "prompts": prompts,
         "least_alive": least_alive,
+        "least_prompts": least_prompts,
         "positions": positions,
         "left_out": width - positions,
         "ex_acc_err": [number(value) for value in value_L],
@@ -103,10 +117,15 @@ def exposure_curve(
         "teacher_kl": given_L.tolist(),
         "accumulated": own_L.cumsum().tolist(),
         "expected": given_L.cumsum().tolist(),
-        "alive": dict(zip(("student", "teacher"), alive_2T[:, :positions].astype(int).tolist(), strict=True)),
+        "alive": _of_each(alive_2T[:, :positions]),
+        "prompts_alive": _of_each(prompts_2T[:, :positions]),
     }
     undefined = int(np.isnan(draw_RL[:, -1]).sum()) if positions else 0
     return found | ({"undefined_resamples": undefined} if undefined else {})
+
+
+def _of_each(count_2L: NDArray[Any]) -> dict[str, list[int]]:
+    return dict(zip(("student", "teacher"), count_2L.astype(int).tolist(), strict=True))
 
 
 def _by_prompt(texts: Texts, *, prompts: int, width: int) -> tuple[Array, Array]:

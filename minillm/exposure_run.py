@@ -17,7 +17,7 @@ from minillm.decode import roll_out
 from minillm.engines import Teacher
 from minillm.errors import DataError
 from minillm.evaluation import Judge, batches_of_rank
-from minillm.exposure import LEAST_ALIVE, Texts, exposure_curve
+from minillm.exposure import LEAST_ALIVE, LEAST_PROMPTS, Texts, exposure_curve
 from minillm.models import ModelReader
 from minillm.progress import Progress
 from minillm.ranks import Ranks
@@ -42,6 +42,11 @@ def require_responses(prompts: Sequence[Prompt], *, samples: int) -> None:
             f"evaluation.exposure.samples {samples} with {len(prompts)} test prompts: {len(prompts) * samples} "
             f"responses of each model, wanted at least {LEAST_ALIVE} at each position\n"
             "  raise samples, or give more prompts"
+        )
+    if len(prompts) < LEAST_PROMPTS:
+        raise DataError(
+            f"evaluation.exposure with {len(prompts)} test prompts, wanted at least {LEAST_PROMPTS} at each position\n"
+            "  give more prompts; more samples of these say nothing of others"
         )
 
 

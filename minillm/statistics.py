@@ -74,7 +74,8 @@ def estimate(ratios: Mapping[str, Ratio], *, resamples: int, seed: int) -> dict[
 
     ``{"mean": float, "ci95": [lo, hi], "per_seed": [...]}``; the percentile interval of ``resamples`` draws of the
     prompts. All measures see the same draws. An undefined number (no denominator) is None. ``ci95`` is None
-    with fewer than two prompts or with ``resamples=0``. Two keys appear only when there is something to say:
+    with fewer than two prompts that carry the measure (a single one gives the same number in every draw, which says
+    nothing of others) or with ``resamples=0``. Two keys appear only when there is something to say:
     ``prompts``, how many prompts carry the measure when not all do, and ``undefined_resamples``, how many draws
     had no denominator at all and are left out of the interval. Raises ``DataError`` when the measures are not
     of the same prompts and ``ConfigError`` for a negative number of resamples.
@@ -82,12 +83,12 @@ def estimate(ratios: Mapping[str, Ratio], *, resamples: int, seed: int) -> dict[
     drawn = draws(ratios, resamples=resamples, seed=seed)
     found: dict[str, dict[str, Any]] = {}
     for name, ratio in ratios.items():
+        carrying = carried(ratio)
         entry: dict[str, Any] = {
             "mean": number(mean_over_seeds(ratio)),
-            **interval(drawn[name], prompts=len(ratio.uids)),
+            **interval(drawn[name], prompts=carrying),
             "per_seed": [number(value) for value in per_seed(ratio)],
         }
-        carrying = int((ratio.denominator_SN.sum(axis=0) > 0).sum())
         if carrying < len(ratio.uids):
             entry["prompts"] = carrying
         found[name] = entry
@@ -100,8 +101,8 @@ def difference(
     """``left - right`` for each measure that both have, with a paired 95 % interval: ``{"mean", "ci95"}``.
 
     Paired: every draw of prompts is used for both models, so what makes a prompt hard for both cancels. The
-    two may have other sampling seeds. Edges as in ``estimate``. Raises ``DataError`` naming the uids unless both
-    answered the same prompts in the same order.
+    two may have other sampling seeds. Edges as in ``estimate``, of the prompts that carry the measure in both. Raises
+    ``DataError`` naming the uids unless both answered the same prompts in the same order.
     """
     names = [name for name in left if name in right]
     for name in names:
@@ -111,10 +112,16 @@ def difference(
     return {
         name: {
             "mean": number(mean_over_seeds(left[name]) - mean_over_seeds(right[name])),
-            **interval(left_draws[name] - right_draws[name], prompts=len(left[name].uids)),
+            **interval(left_draws[name] - right_draws[name], prompts=carried(left[name], right[name])),
         }
         for name in names
     }
+
+
+def carried(*ratios: Ratio) -> int:
+    """How many prompts carry the measure, in each of these that are of the same prompts."""
+    there_MN = np.stack([ratio.denominator_SN.sum(axis=0) > 0 for ratio in ratios])
+    return int(there_MN.all(axis=0).sum())
 
 
 def require_same_prompts(left: tuple[str, ...], right: tuple[str, ...]) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from minillm.errors import DataError
-from minillm.statistics import Array, Ratio, draws, interval, mean_over_seeds, require_same_prompts
+from minillm.statistics import Array, Ratio, carried, draws, interval, mean_over_seeds, require_same_prompts
 
 REACH = 1.96 + 0.8416
 """Standard errors from 0 at which a difference is told from it (5 %, two-sided) in four data sets of five."""
@@ -57,8 +57,8 @@ def changes(base: Drawn, other: Drawn) -> dict[str, dict[str, Any]]:
         require_same_prompts(left.uids, right.uids)
         draw_R = other.draws[name] - base.draws[name]
         defined = draw_R[~np.isnan(draw_R)]
-        carried = int(((left.denominator_SN.sum(axis=0) > 0) & (right.denominator_SN.sum(axis=0) > 0)).sum())
-        spread = interval(draw_R, prompts=carried)
+        both = carried(left, right)
+        spread = interval(draw_R, prompts=both)
         error = float(defined.std()) if spread["ci95"] is not None else None
         values = [mean_over_seeds(left), mean_over_seeds(right)]
         mean = None if math.isnan(sum(values)) else values[1] - values[0]
@@ -69,9 +69,9 @@ def changes(base: Drawn, other: Drawn) -> dict[str, dict[str, Any]]:
             **spread,
             "error": error,
             "p": None if error is None else bootstrap_p(defined),
-            "prompts": carried,
+            "prompts": both,
             "detectable": None if error is None else REACH * error,
-            "needs": needed_prompts(mean, error, prompts=carried),
+            "needs": needed_prompts(mean, error, prompts=both),
         }
     return found
 

@@ -32,7 +32,13 @@ def texts(rows: Sequence[Sequence[float]], prompts: Sequence[int] | None = None,
 
 def curve(student: Texts, teacher: Texts, **changed: Any) -> dict[str, Any]:
     prompts = 1 + int(max(student.prompt_B.max(), teacher.prompt_B.max()))
-    given: dict[str, Any] = {"prompts": prompts, "resamples": 40, "seed": 0, "least_alive": 1} | changed
+    given: dict[str, Any] = {
+        "prompts": prompts,
+        "resamples": 40,
+        "seed": 0,
+        "least_alive": 1,
+        "least_prompts": 1,
+    } | changed
     return exposure_curve(student, teacher, **given)
 
 
@@ -174,11 +180,11 @@ def test_padding_order_and_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch
 def test_positions_that_few_live_to_are_left_out_and_counted() -> None:
     student = texts([[0.1] * 5] * 3 + [[0.1] * 2] * 20)
     teacher = texts([[0.1] * 7] * 19 + [[0.1] * 3] * 4)
-    found = exposure_curve(student, teacher, prompts=1, resamples=0, seed=0)
+    found = exposure_curve(student, teacher, prompts=1, resamples=0, seed=0, least_prompts=1)
     assert (found["positions"], found["left_out"]) == (2, 5)
-    assert exposure_curve(teacher, student, prompts=1, resamples=0, seed=0)["positions"] == 2
+    assert exposure_curve(teacher, student, prompts=1, resamples=0, seed=0, least_prompts=1)["positions"] == 2
     assert found["alive"] == {"student": [23, 23], "teacher": [23, 23]}
-    nothing = exposure_curve(student, teacher, prompts=1, resamples=3, seed=0, least_alive=24)
+    nothing = exposure_curve(student, teacher, prompts=1, resamples=3, seed=0, least_alive=24, least_prompts=1)
     assert (nothing["positions"], nothing["ex_acc_err"], nothing["ci95"], nothing["left_out"]) == (0, [], [], 7)
 
 
@@ -239,3 +245,23 @@ def test_numbers_that_are_none_and_shapes_that_differ_are_refused() -> None:
         Texts(kl_BT=np.zeros((2, 3)), alive_BT=np.zeros((2, 2), dtype=bool), prompt_B=np.zeros(2, dtype=np.int64))
     with pytest.raises(AssertionError, match="came back"):
         Texts(kl_BT=np.zeros((1, 3)), alive_BT=np.array([[True, False, True]]), prompt_B=np.zeros(1, dtype=np.int64))
+
+
+def test_many_responses_to_few_prompts_are_no_position() -> None:
+    """Twenty samples of one prompt live on: enough responses, and all of one prompt."""
+    rows, names = [[0.1] * (30 if n == 0 else 5) for n in range(12) for _ in range(20)], [n // 20 for n in range(240)]
+    found = curve(texts(rows, names), texts(rows, names), least_alive=20, least_prompts=10)
+    assert (found["positions"], found["left_out"]) == (5, 25)
+    assert found["prompts_alive"] == {"student": [12] * 5, "teacher": [12] * 5}
+    # Control: counted by responses alone, it went on, with an interval of no width at its end.
+    old = curve(texts(rows, names), texts(rows, names), least_alive=20, least_prompts=1)
+    assert old["positions"] == 30 and old["prompts_alive"]["student"][-1] == 1
+
+
+@pytest.mark.parametrize("few", ["student", "teacher"])
+def test_either_kind_ends_the_curve(few: str) -> None:
+    long, short = [[0.1] * 4] * 30, [[0.1] * (4 if n < 9 else 2) for n in range(30)]
+    sides = {"student": long, "teacher": long} | {few: short}
+    student, teacher = (texts(sides[side], range(30)) for side in ("student", "teacher"))
+    assert curve(student, teacher, least_prompts=10)["positions"] == 2
+    assert curve(student, teacher, least_prompts=9)["positions"] == 4  # control

@@ -125,10 +125,11 @@ def test_zero_denominators_are_undefined_not_zero() -> None:
 
 
 def test_draws_without_a_denominator_are_counted() -> None:
-    found = estimate({"m": ratio([[1, 0, 0]], [[1, 0, 0]])}, resamples=300, seed=0)["m"]
+    two = [[1, 1, 0, 0, 0, 0]]
+    found = estimate({"m": ratio(two, two)}, resamples=1000, seed=0)["m"]
     assert found["ci95"] == [1.0, 1.0]
-    assert found["prompts"] == 1
-    assert 50 < found["undefined_resamples"] < 130  # (2/3)**3 of 300 is 89
+    assert found["prompts"] == 2
+    assert 50 < found["undefined_resamples"] < 130  # (4/6)**6 of 1000 is 88
 
 
 def test_no_interval_from_one_prompt_or_without_resamples() -> None:
@@ -163,3 +164,22 @@ def test_a_number_that_is_not_finite_is_refused_with_its_prompt() -> None:
 def test_shapes_must_agree() -> None:
     with pytest.raises(ShapeMismatch, match="numerator"):
         ratio([[1.0, 2.0]], uids=("a",))
+
+
+@pytest.mark.parametrize(("carriers", "bounded"), [(1, False), (2, True)])
+def test_one_prompt_that_carries_a_measure_has_no_interval(carriers: int, bounded: bool) -> None:
+    """Every draw of it is the same number: an interval of no width, which would exclude zero. Control: two of them."""
+    there = np.arange(50) < carriers
+    one = {"m": ratio([there * np.arange(1.0, 51.0)], [there])}
+    found = estimate(one, resamples=200, seed=0)["m"]
+    assert found["prompts"] == carriers and (found["ci95"] is not None) == bounded
+    everywhere = {"m": ratio([np.arange(50) % 7])}
+    for left, right in ((one, everywhere), (everywhere, one)):
+        change = difference(left, right, resamples=200, seed=0)["m"]
+        assert change["mean"] is not None and (change["ci95"] is not None) == bounded
+
+
+def test_a_difference_counts_the_prompts_that_carry_it_in_both() -> None:
+    left, right = ({"m": ratio([[1, 2, 3, 4]], [there])} for there in ([1, 1, 0, 0], [0, 1, 1, 1]))
+    assert difference(left, right, resamples=50, seed=0)["m"]["ci95"] is None
+    assert difference(right, right, resamples=50, seed=0)["m"]["ci95"] == [0, 0]  # control
