@@ -166,6 +166,7 @@ def _judge_batch(
                     teacher_head=head,
                     temperature=decoding.temperature,
                     forward_kl=judge.thorough,
+                    infinite=judge.thorough,
                 )
             )
     drawn = _records(rows, judge, rollout, seeds=[seed for _, seed in cells], temperature=decoding.temperature)
@@ -215,16 +216,16 @@ def world_check(prompt: str, response: str) -> Record:
 
 
 def _divergences(scored: Scored | None, index: int) -> dict[str, Any]:
-    """What the teacher says about one response, summed over its tokens, the end included."""
+    """What the teacher says about one response, summed over its tokens, the end included; None for an infinity."""
     if scored is None:
         return {}
     own: dict[str, Any] = {
-        "reverse_kl": float(scored.reverse_kl_BT[index].double().sum()),
+        "reverse_kl": _finite(float(scored.reverse_kl_BT[index].double().sum())),
         "kl_tokens": int(scored.rollout.length_B[index]),
     }
     if scored.forward_kl_BT is not None:
         own["forward_kl"] = _finite(float(scored.forward_kl_BT[index].double().sum()))
-        own["teacher_nll"] = -float(scored.logp_BT[index].double().sum())
+        own["teacher_nll"] = _finite(-float(scored.logp_BT[index].double().sum()))
     return own
 
 

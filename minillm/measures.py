@@ -134,8 +134,9 @@ QUOTIENTS = {
     "gold_nll": ("gold_nll", "gold_tokens"),
 }
 """Which two figures of a row they are the ratio of."""
-MAY_BE_INFINITE = ("forward_kl", "gold_nll")
-"""Infinite where the model forbids a token; a row then has null there, and the model no such measure."""
+MAY_BE_INFINITE = ("reverse_kl", "reverse_kl_per_token", "forward_kl", "teacher_nll", "gold_nll")
+"""Infinite where a model forbids a token of the other's, or of the reference; a row then has null there, and the model
+no such measure. ``infinite_rows`` counts them."""
 OF_A_SET = {"distinct_1", "distinct_2", "distinct_3", "distinct_4", "self_bleu"}
 """Measures of all responses of a seed together."""
 
@@ -169,6 +170,26 @@ def ratios_of(samples: Sequence[dict[str, Any]], *, names: Sequence[str] = NAMES
                 denominator_SN=np.ascontiguousarray(value_SN2[..., 1]),
             )
     return found
+
+
+def infinite_rows(samples: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """{temperature: {measure: rows in which it is infinite}}, where there are any: why a model has no such measure."""
+    found: dict[str, dict[str, int]] = {}
+    for row in samples:
+        for name in MAY_BE_INFINITE:
+            if _is_infinite(row, name):
+                counted = found.setdefault(temperature_key(_field(row, "temperature")), {})
+                counted[name] = counted.get(name, 0) + 1
+    return found
+
+
+def infinite_words(infinite: Mapping[str, Mapping[str, int]]) -> str:
+    """Which measures have no mean because of infinities, and of how many rows, in plain words."""
+    each = "; ".join(
+        f"{', '.join(f'{MEASURES[name].label} in {count:,}' for name, count in counted.items())} at temperature {at}"
+        for at, counted in infinite.items()
+    )
+    return f"infinite, so without a mean (rows in which a model forbids a token): {each}"
 
 
 def measure_rows(samples: Sequence[dict[str, Any]], *, resamples: int, seed: int) -> dict[str, dict[str, Any]]:
@@ -248,7 +269,8 @@ def _pair(row: dict[str, Any], name: str) -> tuple[float, float]:
 
 def _is_infinite(row: dict[str, Any], name: str) -> bool:
     """Whether a figure was computed and is infinite, which JSON cannot say: such a mean would be, too."""
-    return name in MAY_BE_INFINITE and _field(row, "measures").get(name, 0.0) is None
+    over, _ = PER_TOKEN.get(name, (name, None))
+    return name in MAY_BE_INFINITE and _field(row, "measures").get(over, 0.0) is None
 
 
 def _by_seed(samples: Sequence[dict[str, Any]]) -> dict[int, dict[str, dict[str, Any]]]:

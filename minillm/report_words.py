@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from minillm.measures import ALWAYS, MAIN_TEMPERATURE, MEASURES, QUALITIES, shown
+from minillm.measures import ALWAYS, MAIN_TEMPERATURE, MEASURES, QUALITIES, infinite_words, shown
 from minillm.report_text import DASH, MINUS, figure, interval, reading
 
 HARDLY = 0.02
@@ -244,6 +244,9 @@ def _limits(combined: Mapping[str, Any]) -> list[str]:
             "There are no intervals: they need two prompts or more, and a number of bootstrap resamples above 0."
         )
     texts.extend(_missing(combined["models"]))
+    for model, about in combined.get("evaluations", {}).items():
+        if infinite := about.get("infinite"):
+            texts.append(f"{model}: {infinite_words(infinite)}.")
     partly = [
         f"{model} {MEASURES[name].label} on {estimate['prompts']}"
         for model, measures in combined["models"].items()

@@ -18,7 +18,7 @@ from minillm.evaluation import Judge, sample_and_judge, world_check
 from minillm.extras import asked_extras, idle_extras, measure_extras
 from minillm.length_buckets import by_length
 from minillm.loading import fingerprint, load
-from minillm.measures import summarise
+from minillm.measures import infinite_rows, infinite_words, summarise
 from minillm.models import CausalLM, ModelReader
 from minillm.preflight import Pair, Split, decoding_record, limits_record
 from minillm.probes import probe_head
@@ -102,6 +102,9 @@ def evaluate_into(
         title=f"evaluate {shown}",
         keeper=keeper,
     )
+    infinite = infinite_rows(samples)
+    if ranks.first and infinite:
+        print(f"note: {infinite_words(infinite)}", flush=True)
     measures, by_temperature = summarise(
         samples, temperatures=settings.temperatures, resamples=settings.bootstrap, seed=config.seed
     )
@@ -121,6 +124,7 @@ def evaluate_into(
         "asked": asked,
         "measures": measures,
         "temperatures": by_temperature,
+        **({"infinite": infinite} if infinite else {}),
         **by_length(samples, resamples=settings.bootstrap, seed=config.seed),
         **extras,
         "seconds": {"evaluation": round(keeper.seconds, 2)},

@@ -395,7 +395,7 @@ class StatisticsReader(Protocol):
 @torch.no_grad()
 def score(
     rollout: Rollout, *, student: StatisticsReader, teacher_head: HeadWeights, temperature: float,
-    forward_kl: bool = False,
+    forward_kl: bool = False, infinite: bool = False,
 ) -> Scored:  # fmt: skip
     """What both models say about the sampled tokens, from the hidden states that the rollout kept: no further forward
     pass.
@@ -403,7 +403,8 @@ def score(
     ``forward_kl`` adds KL(teacher || student); infinite where the student forbids what the teacher allows.
 
     Raises ``NonFinite`` if a score of a sampled token is not a finite number: a teacher that forbids a token which the
-    student drew has an infinite reverse KL, and a policy gradient from it would be meaningless.
+    student drew has an infinite reverse KL, and a policy gradient from it would be meaningless. ``infinite`` lets the
+    teacher's infinities through, for those who only measure; NaN is refused always.
     """
     assert rollout.student_hidden_BTH is not None and rollout.teacher_hidden_BTH is not None, (
         "the rollout kept no states"
@@ -418,9 +419,11 @@ def score(
         teacher=TeacherView(head=teacher_head, hidden_NH=rollout.teacher_hidden_BTH[mask_BT]),
         support_NC=None if rollout.support_BTC is None else rollout.support_BTC[mask_BT],
     )
+    passing = {"forward_kl", *(("logp", "reverse_kl") if infinite else ())}
     for name, value_N in values.items():
-        if name != "forward_kl" and not bool(value_N.isfinite().all()):
-            raise NonFinite(_where_not_finite(name, value_N, rollout))
+        bad_N = value_N.isnan() if name in passing else ~value_N.isfinite()
+        if bool(bad_N.any()):
+            raise NonFinite(_where_not_finite(name, value_N, bad_N, rollout))
     return Scored(
         rollout=rollout,
         logq_BT=spread(values["logq"], mask_BT),
@@ -431,10 +434,10 @@ def score(
     )
 
 
-def _where_not_finite(name: str, value_N: Tensor, rollout: Rollout) -> str:
-    row, position = rollout.mask_BT.nonzero()[int((~value_N.isfinite()).nonzero()[0])].tolist()
+def _where_not_finite(name: str, value_N: Tensor, bad_N: Tensor, rollout: Rollout) -> str:
+    row, position = rollout.mask_BT.nonzero()[int(bad_N.nonzero()[0])].tolist()
     return (
-        f"{name} is {float(value_N[~value_N.isfinite()][0])} for row {rollout.prompts.uid_B[row]!r}, "
+        f"{name} is {float(value_N[bad_N][0])} for row {rollout.prompts.uid_B[row]!r}, "
         f"response position {position}; no update was made from it.\n"
         "  look at the teacher's and student's dtype (fp16 overflows) and at the row itself"
     )
