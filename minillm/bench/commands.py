@@ -14,11 +14,17 @@ if TYPE_CHECKING:
     from minillm.bench.step import StepFigures
 
 
+WIDTHS = (256, 512)
+
+
 @options.app.command()
 def loss(  # noqa: PLR0917 (typer reads options from parameters)
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens in one pass.")] = 2048,
     vocabulary: Annotated[int, typer.Option("--vocabulary", min=2, help="Rows of both heads.")] = 151_936,
-    hidden: Annotated[list[int] | None, typer.Option("--hidden", min=1, help="Hidden widths; may be repeated.")] = None,
+    hidden: Annotated[
+        list[int] | None,
+        typer.Option("--hidden", min=1, help="Hidden widths; may be repeated.", show_default=options.of(WIDTHS)),
+    ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help="float32 or bfloat16, of heads and states.")] = "float32",
     repeats: options.Repeats = 3,
     threads: options.Threads = 2,
@@ -42,7 +48,7 @@ def loss(  # noqa: PLR0917 (typer reads options from parameters)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = []
-    for width in hidden or [256, 512]:
+    for width in hidden or WIDTHS:
         case = LossCase(
             tokens=tokens, vocabulary=vocabulary, hidden=width, teacher_hidden=width, dtype=dtype, device=device,
             threads=threads,

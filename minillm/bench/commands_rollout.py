@@ -77,13 +77,22 @@ def rollout(  # noqa: PLR0917 (typer reads options from parameters)
         write_section(json_file, "rollout", section)
 
 
+ROWS, GROUPS = (16, 64, 256), (1, 4)
+
+
 @options.app.command()
 def coins(  # noqa: PLR0917 (typer reads options from parameters)
     teacher: options.TeacherName,
     student: options.StudentName,
     prompts: Annotated[str, typer.Option("--prompts", metavar="FILE", help="Rows to draw from, or world:SPLIT.")],
-    batch: Annotated[list[int] | None, typer.Option("--batch", min=2, help="Rows; may be repeated.")] = None,
-    groups: Annotated[list[int] | None, typer.Option("--groups", min=1, help="Coin groups; may be repeated.")] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option("--batch", min=2, help="Rows; may be repeated.", show_default=options.of(ROWS)),
+    ] = None,
+    groups: Annotated[
+        list[int] | None,
+        typer.Option("--groups", min=1, help="Coin groups; may be repeated.", show_default=options.of(GROUPS)),
+    ] = None,
     new_tokens: options.NewTokens = 32,
     alpha: options.Alpha = 0.2,
     importance: Annotated[str, typer.Option("--importance", help="coin or per_step.")] = "coin",
@@ -108,7 +117,7 @@ def coins(  # noqa: PLR0917 (typer reads options from parameters)
 
     case = CoinCase(
         teacher=teacher, student=student, sharpness=None, new_tokens=new_tokens, teacher_mix=alpha,
-        batches=tuple(batch or (16, 64, 256)), groups=tuple(groups or (1, 4)), rollouts=rollouts,
+        batches=tuple(batch or ROWS), groups=tuple(groups or GROUPS), rollouts=rollouts,
         importance=importance, baseline=baseline, threads=threads,
     )  # fmt: skip
     print(f"{teacher} and {student}: {rollouts} rollouts of each size and number of groups …", flush=True)

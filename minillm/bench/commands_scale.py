@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from minillm.bench.scale import ScaleFigures
 
 
+LENGTHS, VOCABULARIES = (64, 128, 256, 512), (8192, 65_536)
+
+
 @options.app.command()
 def scale(  # noqa: PLR0917 (typer reads options from parameters)
     teacher: options.TeacherName = "bench-30m",
@@ -27,11 +30,21 @@ def scale(  # noqa: PLR0917 (typer reads options from parameters)
     inner_updates: Annotated[int, typer.Option("--inner-updates", min=1, help="Updates on each rollout.")] = 2,
     lengths: Annotated[
         list[int] | None,
-        typer.Option("--lengths", min=1, help="New tokens by which time is fitted; to be repeated."),
+        typer.Option(
+            "--lengths",
+            min=1,
+            help="New tokens by which time is fitted; to be repeated.",
+            show_default=options.of(LENGTHS),
+        ),
     ] = None,
     vocabularies: Annotated[
         list[int] | None,
-        typer.Option("--vocabularies", min=4096, help="Rows of the head by which memory is compared; to be repeated."),
+        typer.Option(
+            "--vocabularies",
+            min=4096,
+            help="Rows of the head by which memory is compared; to be repeated.",
+            show_default=options.of(VOCABULARIES),
+        ),
     ] = None,
     repeats: options.Repeats = 3,
     json_file: options.Json = None,
@@ -52,9 +65,7 @@ def scale(  # noqa: PLR0917 (typer reads options from parameters)
     if not enough_devices():
         print("note: two ranks need two GPUs, and there is one; how a step grows with ranks is left out", flush=True)
     print(f"{teacher} and {student}: {repeats + 1} turns of everything; some minutes …", flush=True)
-    found = measure_scale(
-        case, lengths=lengths or [64, 128, 256, 512], vocabularies=vocabularies or [8192, 65_536], repeats=repeats
-    )
+    found = measure_scale(case, lengths=lengths or LENGTHS, vocabularies=vocabularies or VOCABULARIES, repeats=repeats)
     _print_scale(found)
     if json_file is not None:
         section = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -43,6 +44,11 @@ Alpha = Annotated[
 ]
 CoinGroups = Annotated[int, typer.Option("--coin-groups", min=1, help="Groups of rows with coins of their own.")]
 Precision = Annotated[str, typer.Option("--precision", help="fp32 or bf16, of both models.")]
+
+
+def of(defaults: Sequence[int]) -> str:
+    """The default of an option that may be repeated, as the help text shows it."""
+    return ", ".join(map(str, defaults))
 
 
 @app.callback()

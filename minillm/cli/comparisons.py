@@ -99,8 +99,12 @@ def compare(  # noqa: PLR0917 (typer reads options from parameters)
 
 def study(  # noqa: PLR0917 (typer reads options from parameters)
     config: Annotated[Path, typer.Option("--config", help="The study's YAML file, as docs/results/long-horizon.yaml.")],
-    arms: Annotated[str, typer.Option("--arms", metavar="A,B,…", help="Make the cells of these arms only.")] = "",
-    seeds: Annotated[str, typer.Option("--seeds", metavar="1,2,…", help="Make those of these seeds only.")] = "",
+    arms: Annotated[
+        str | None, typer.Option("--arms", metavar="A,B,…", help="Make the cells of these arms only.")
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", metavar="1,2,…", help="Make those of these seeds only.")
+    ] = None,
     show: Annotated[bool, typer.Option("--show", help="Make nothing; print what is there.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Make cells anew that are there already.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write all figures into this file.")] = None,
@@ -110,11 +114,12 @@ def study(  # noqa: PLR0917 (typer reads options from parameters)
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Processes that share the work on this machine.")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="The file's short form, in folders of its own.")] = False,
     again_as: Annotated[
-        str, typer.Option("--reproduce", metavar="ARM:SEED", help="Make this cell again, hold it against its file.")
-    ] = "",
+        str | None,
+        typer.Option("--reproduce", metavar="ARM:SEED", help="Make this cell again, hold it against its file."),
+    ] = None,
     compare_with: Annotated[
-        str, typer.Option("--compare-with", metavar="ARM", help="Differences from this arm, not the file's.")
-    ] = "",
+        str | None, typer.Option("--compare-with", metavar="ARM", help="Differences from this arm, not the file's.")
+    ] = None,
     diversity: Annotated[
         str, typer.Option("--diversity", metavar="MEASURE", help="Equal diversity in what: distinct_4, self_bleu, …")
     ] = "distinct_4",
@@ -131,22 +136,22 @@ def study(  # noqa: PLR0917 (typer reads options from parameters)
     """
     from minillm.study.command import run, run_again
 
-    if again_as:
+    if again_as is not None:
         others = {"--arms": arms, "--seeds": seeds, "--show": show, "--again": again, "--json": json_file,
                   "--plot": plot, "--curves": curves, "--compare-with": compare_with, "--html": html}  # fmt: skip
-        if unheard := [name for name, given in others.items() if given]:
+        if unheard := [name for name, given in others.items() if given not in (None, False)]:
             raise ConfigError(f"--reproduce makes one cell and nothing else; leave {unheard[0]} out")
         if not run_again(config, again_as, quick=quick):
             raise typer.Exit(options.CHECK_FAILED)
         return
-    if any(not each.strip().isdecimal() for each in seeds.split(",") if seeds):
+    if seeds is not None and any(not each.strip().isdecimal() for each in seeds.split(",")):
         raise ConfigError(f"--seeds {seeds!r}: wanted whole numbers with commas between them, such as 1,2")
     run(
         config,
-        arms=[arm.strip() for arm in arms.split(",")] if arms else None,
-        seeds=[int(seed) for seed in seeds.split(",")] if seeds else None,
+        arms=[arm.strip() for arm in arms.split(",")] if arms is not None else None,
+        seeds=[int(seed) for seed in seeds.split(",")] if seeds is not None else None,
         show=show, again=again, json_file=json_file, plot=plot, curves=curves, against=against,
-        jobs=jobs, quick=quick, compare_with=compare_with or None, diversity=diversity, html=html,
+        jobs=jobs, quick=quick, compare_with=compare_with, diversity=diversity, html=html,
     )  # fmt: skip
 
 

@@ -131,14 +131,16 @@ def diagnose(  # noqa: PLR0917 (typer reads options from parameters)
     config: options.Config,
     overrides: options.Overrides = None,
     estimators: Annotated[
-        str, typer.Option("--estimators", metavar="A,B,…", help="Choices of credit, such as expected+ridge+g0.95.")
-    ] = "",
+        str | None,
+        typer.Option("--estimators", metavar="A,B,…", help="Choices of credit, such as expected+ridge+g0.95."),
+    ] = None,
     prompts: Annotated[int, typer.Option("--prompts", min=1, help="Training prompts to measure on.")] = 64,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Responses to each of them; even.")] = 4,
     directions: Annotated[int, typer.Option("--directions", min=1, help="Random directions in weight space.")] = 32,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of prompts, text and directions.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures into this file.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Also draw the variances: .png, .svg or .pdf.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Replace the file that --json names.")] = False,
 ) -> None:
     """Measure how noisy and how biased the gradient is on your pair.
 
@@ -153,10 +155,10 @@ def diagnose(  # noqa: PLR0917 (typer reads options from parameters)
     settings = _load(config, overrides)
     from minillm.diagnose.command import run
 
-    names = [name.strip() for name in estimators.split(",")] if estimators else None
+    names = [name.strip() for name in estimators.split(",")] if estimators is not None else None
     run(
         settings, names=names, prompts=prompts, samples=samples, directions=directions, seed=seed,
-        json_file=json_file, plot=plot,
+        json_file=json_file, plot=plot, fresh=fresh,
     )  # fmt: skip
 
 

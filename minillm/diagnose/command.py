@@ -11,6 +11,7 @@ from minillm.config import RunConfig
 from minillm.diagnose import words
 from minillm.diagnose.names import DEFAULTS
 from minillm.diagnose.run import Diagnosis, Sizes, diagnose
+from minillm.errors import DataError
 from minillm.plots import require_outputs
 from minillm.ranks import Ranks
 from minillm.results import versions
@@ -31,9 +32,18 @@ def run(
     seed: int,
     json_file: Path | None,
     plot: Path | None,
+    fresh: bool = False,
 ) -> Diagnosis:
-    """Prints the table and the advice; writes the files that are named. ``names`` None are the usual choices."""
+    """Prints the table and the advice; writes the files that are named. ``names`` None are the usual choices.
+
+    Raises ``DataError`` where ``json_file`` is there already, unless ``fresh``.
+    """
     require_outputs(json_file=json_file, plot=plot)
+    if json_file is not None and json_file.exists() and not fresh:
+        raise DataError(
+            f"{json_file} is there already, wanted a new file; nothing was measured\n"
+            "  name another --json, or replace this one with --fresh"
+        )
     sizes = Sizes(prompts=prompts, samples=samples, directions=directions, seed=seed)
     found = diagnose(
         config, names=DEFAULTS if names is None else names, sizes=sizes, say=lambda line: print(line, flush=True)
