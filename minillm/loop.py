@@ -99,7 +99,7 @@ def run_steps(
                 measured = validate(student)
                 done.seconds = clock()
                 folder.log({"kind": "validation", **_place(stage, done, student), **measured})
-                bar.say(f"{stage} {done.step}/{steps}  validation  " + _in_words(measured))
+                bar.say(f"{stage} {done.step}/{steps}  validation  " + _in_words(measured, metric=keep.metric))
                 objective.hear(measured)
                 if keep.better(measured[keep.metric], done.best):
                     done.best, done.best_step, done.stale = measured[keep.metric], done.step, 0
@@ -112,6 +112,9 @@ def run_steps(
                     bar.say(f"{stage}: no better {keep.metric} in {patience} validations; stopped at step {done.step}")
                     break
         if done.best is None:
+            if done.stale:
+                which = f"the student of the last step, {done.step}, is handed on"
+                bar.say(f"{stage}: no validation found a number for {keep.metric}; {which}")
             publish({})
     finally:
         bar.close()
@@ -135,5 +138,10 @@ def _place(stage: str, done: Progressed, student: Student) -> dict[str, Any]:
     return {"stage": stage, "step": done.step, "update": student.updates_done, "seconds": round(done.seconds, 3)}
 
 
-def _in_words(measured: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in measured.items())
+def _in_words(measured: Mapping[str, float], *, metric: str) -> str:
+    """The figures, and which of those that decide something (``metric``, and the loss that an objective may follow) are
+    no numbers."""
+    words = [f"{name} {value:.4g}" for name, value in measured.items()]
+    broken = [name for name in dict.fromkeys((metric, "loss")) if math.isnan(measured.get(name, 0.0))]
+    words += [f"({name} is no number here and decides nothing)" for name in broken]
+    return "  ".join(words)

@@ -6,6 +6,7 @@ All draws are keyed (design D3): a batch is a function of seed, step and what ca
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -79,7 +80,9 @@ class FollowedShare:
     since: float | None = None
 
     def hear(self, loss: float) -> None:
-        """The loss of one validation, nats a token."""
+        """The loss of one validation, nats a token; one that is no finite number changes nothing."""
+        if not math.isfinite(loss):
+            return  # as ``since`` it could never be passed
         if self.since is None:
             self.since = loss
         elif loss >= self.since + self.rise:

@@ -5,6 +5,7 @@ Legend: N learnt tokens, V real ids.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -262,6 +263,17 @@ def test_a_share_that_follows_validation_rises_with_its_loss(
     for loss in (1.0, 2.0, 3.0):
         fixed.hear(loss)
     assert fixed.share == 1.0
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_does_not_end_the_rise_of_the_share(broken: float) -> None:
+    """Nothing is above it or below it: were it what later losses are held against, none would raise the share."""
+    for losses in ([broken, 1.0, 2.0, 2.0, 3.0], [1.0, broken, 2.0, broken, 3.0]):
+        followed, shares = FollowedShare(0.0, 0.25, 0.5), []
+        for loss in losses:
+            followed.hear(loss)
+            shares.append(followed.share)
+        assert shares[-1] == 0.5 and shares == sorted(shares), losses
 
 
 def test_the_draws_of_a_batch_are_keyed_and_have_their_chances() -> None:

@@ -146,9 +146,21 @@ def test_a_measure_that_is_no_number_is_never_the_best(run: Callable[..., Run]) 
     assert [step for step, _ in done.published] == [2, 4]
 
 
-def test_if_every_validation_is_no_number_the_last_student_is_published(run: Callable[..., Run]) -> None:
+def test_if_every_validation_is_no_number_the_last_student_is_published_and_that_is_said(
+    run: Callable[..., Run], capsys: pytest.CaptureFixture[str]
+) -> None:
     done = run([math.nan] * 3, steps=3)
     assert done.published == [(3, {})] and done.done.best is None
+    said = capsys.readouterr().out
+    assert said.count("kl is no number here and decides nothing") == 3
+    assert "a: no validation found a number for kl; the student of the last step, 3, is handed on" in said
+    run([math.nan, 5.0, math.nan], steps=3)
+    said = capsys.readouterr().out
+    assert said.count("kl is no number here and decides nothing") == 2 and "handed on" not in said
+    for values, every in (([5.0, 4.0], 1), (None, 0)):
+        run(values, steps=2, every=every)
+        said = capsys.readouterr().out
+        assert "no number" not in said and "handed on" not in said
 
 
 def test_a_step_collects_then_learns_and_is_logged_once(run: Callable[..., Run]) -> None:
