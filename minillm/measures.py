@@ -269,7 +269,7 @@ def _pair(row: dict[str, Any], name: str) -> tuple[float, float]:
 
 def _is_infinite(row: dict[str, Any], name: str) -> bool:
     """Whether a figure was computed and is infinite, which JSON cannot say: such a mean would be, too."""
-    over, _ = PER_TOKEN.get(name, (name, None))
+    over, _ = QUOTIENTS.get(name, (name, None))
     return name in MAY_BE_INFINITE and _field(row, "measures").get(over, 0.0) is None
 
 

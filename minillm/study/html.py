@@ -207,10 +207,10 @@ def _equal_diversity(found: Found, colour: Mapping[str, int]) -> str:
     )
     drawings = [_over_variety(found, name, colour) for name in equal["measures"]]
     lost = diversity.left_out(equal, compare_with=base)
-    left = _folded("Seeds that are left out", _said(lost)) if lost else ""
+    without = _folded("Seeds that are left out", _said(lost)) if lost else ""
     drawn = legend(list(colour), colour) + grid(drawings)
     more = _note(f"The plots have a point for each temperature, means over seeds; those of {base} are named.")
-    return section(f"At equal {label}", _note(said) + scrolling("".join(rows)) + drawn + more + left)
+    return section(f"At equal {label}", _note(said) + scrolling("".join(rows)) + drawn + more + without)
 
 
 def _over_variety(found: Found, name: str, colour: Mapping[str, int]) -> str:
