@@ -10,10 +10,12 @@ J = K + 1 with the bucket.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,6 +58,9 @@ from minillm.types import Prompt
 from minillm.updates import nobody
 from minillm.vocabulary import identity
 
+_LINE_BYTES = 100
+"""Of the line that names a row: about."""
+
 
 def cache_teacher(
     teacher: str | Path,
@@ -91,6 +96,7 @@ def cache_teacher(
     if ranks.first:
         make_folder(out.parent, setting="--out")
     ranks.barrier()  # every rank has read what is there
+    _require_room(out, rows, asked, ranks=ranks)
     limits = limits_record(config.evaluation)
     model = load_teacher(pair, ranks=ranks, say=lambda line: _say(ranks, line))
     try:
@@ -135,6 +141,34 @@ def _done(out: Path, asked: Asked, *, fresh: bool) -> bool:
     return True
 
 
+def _require_room(out: Path, rows: Sequence[Prompt], asked: Asked, *, ranks: Ranks) -> None:
+    """Says how large the cache will be; ``DataError`` on every rank where the first one's disk has less room.
+
+    The files are mapped into memory and grow as they are filled: a full disk would end the process without a word.
+    """
+    tokens = sum(len(row.response_ids) for row in rows)
+    each = sum(kind.itemsize * width for kind, width in _shapes(asked).values())
+    need = tokens * each + len(rows) * _LINE_BYTES
+    (free,) = ranks.gather_objects([_free(out)] if ranks.first else [])
+    if need > free:
+        raise DataError(
+            f"{out}: needs about {need:,} bytes, and {free:,} are free there; nothing was written\n"
+            "  give a smaller --top-k or another --out, or make room"
+        )
+    _say(ranks, f"{out}: {tokens:,} tokens of {len(rows):,} rows will take about {need:,} bytes")
+
+
+def _free(out: Path) -> int:
+    """Bytes free for a folder, with what a killed call left, which is removed first."""
+    left = out.with_name(f".staging-{out.name}")
+    return shutil.disk_usage(out.parent).free + sum(512 * file.stat().st_blocks for file in left.glob("*"))
+
+
+def _shapes(asked: Asked) -> dict[str, tuple[np.dtype[Any], int]]:
+    """Number type and width of each file of arrays."""
+    return {IDS: (id_kind(asked.real_ids), asked.top_k), LOGP: (np.dtype(asked.precision), asked.top_k + 1)}
+
+
 def _write(
     out: Path, rows: Sequence[Prompt], asked: Asked, *, model: Teacher, name: str, limits: Limits, pair: Pair,
     ranks: Ranks,
@@ -144,11 +178,10 @@ def _write(
     if not ranks.first:
         _fill(None, rows, starts, asked, model=model, limits=limits, pair=pair, ranks=ranks)
         return
-    shapes = {IDS: (id_kind(asked.real_ids), asked.top_k), LOGP: (np.dtype(asked.precision), asked.top_k + 1)}
     with replaced_folder(out) as staging:
         arrays = [
             np.lib.format.open_memmap(staging / file, mode="w+", dtype=kind, shape=(starts[-1], width))
-            for file, (kind, width) in shapes.items()
+            for file, (kind, width) in _shapes(asked).items()
         ]
         _fill(arrays, rows, starts, asked, model=model, limits=limits, pair=pair, ranks=ranks)
         for array in arrays:

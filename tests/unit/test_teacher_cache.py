@@ -9,9 +9,11 @@ before any model is loaded.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -154,6 +156,31 @@ def test_an_interrupted_call_leaves_nothing(place: Path, tmp_path: Path, monkeyp
     with pytest.raises(KeyboardInterrupt):
         cache_teacher(place / "teacher", config(place), out=tmp_path / "cache", top_k=2)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cache_for_which_there_is_no_room_is_told_before_the_teacher_is_loaded(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files grow as they are filled: a full disk would end the process hours later, without a word."""
+    out, free = tmp_path / "cache", [0]
+    size = sum((place / "few" / file).stat().st_size for file in (IDS, LOGP, ROWS))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free[0]))
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher_caching, "load_teacher", lambda *_, **__: pytest.fail("the teacher was loaded"))
+        for there in (0, size // 2):
+            free[0] = there
+            with pytest.raises(DataError, match=rf"cache: needs about [\d,]+ bytes, and {there:,} are free") as caught:
+                cache_teacher(place / "teacher", config(place), out=out, top_k=FEW)
+            assert "a smaller --top-k" in str(caught.value) and list(tmp_path.iterdir()) == []
+        # What a killed call left makes room.
+        (tmp_path / ".staging-cache").mkdir()
+        (tmp_path / ".staging-cache" / IDS).write_bytes(bytes(2 * size))
+        with pytest.raises(pytest.fail.Exception, match="the teacher was loaded"):
+            cache_teacher(place / "teacher", config(place), out=out, top_k=FEW)
+    free[0] = 2 * size
+    cache_teacher(place / "teacher", config(place), out=out, top_k=FEW)
+    told = int(re.search(r"about ([\d,]+) bytes", capsys.readouterr().out)[1].replace(",", ""))  # type: ignore[index]
+    assert told == pytest.approx(size, rel=0.2) and [file.name for file in tmp_path.iterdir()] == ["cache"]
 
 
 def test_a_teacher_that_says_no_numbers_is_refused(
