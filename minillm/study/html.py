@@ -50,7 +50,12 @@ def page(
             _equal_diversity(found, colour),
             _by_length(found, main, colour),
         ]
-    parts += [_curves(cells, colour, against), _failures(found), _tuning(found), _made(study, cells)]
+    parts += [
+        _curves(cells, found.get("corrected", {}).get("measures", ()), colour, against),
+        _failures(found),
+        _tuning(found),
+        _made(study, cells),
+    ]
     return frame(f"Study {study.name}", "\n".join(part for part in parts if part), style=STYLE)
 
 
@@ -263,10 +268,10 @@ def _reach(of: Found) -> tuple[float, float] | None:
     return None if of["sd"] is None else (of["mean"] - of["sd"], of["mean"] + of["sd"])
 
 
-def _curves(cells: Cells, colour: Mapping[str, int], against: str) -> str:
+def _curves(cells: Cells, main: Sequence[str], colour: Mapping[str, int], against: str) -> str:
     """What validation said while the arms were trained, against what training had taken."""
     drawings, drawn = [], dict[str, None]()
-    for name in ("validity", "rouge_l", "reverse_kl", "loss"):
+    for name in (*main, "loss"):
         series = []
         for arm, of_arm in cells.items():
             if courses := courses_of(of_arm, name, against):
