@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from minillm.cards import may_differ
 from minillm.config import RunConfig, Stage, dump_config
 from minillm.engines import Student, Teacher
 from minillm.errors import DataError, RunExists
@@ -55,7 +56,7 @@ def distill(config: RunConfig, *, fresh: bool = False) -> Path:
     for stage in config.stages:
         check_rows(stage, splits[stage.reads].prompts, ranks=ranks)
     folder = RunFolder(Path(config.out) / config.name, writes=ranks.first)
-    made_from = _made_from(pair, splits, anchor, caches)
+    made_from = _made_from(config, pair, splits, anchor, caches)
     interrupted = not fresh and folder.status().get("state") == "running"
     done = folder.open(config_text=dump_config(config), fresh=fresh, wait=ranks.barrier)
     ranks.barrier()
@@ -88,11 +89,17 @@ def distill(config: RunConfig, *, fresh: bool = False) -> Path:
 
 
 def _made_from(
-    pair: Pair, splits: Mapping[str, Split], anchor: Anchor | None, caches: Mapping[str, TeacherCache]
+    config: RunConfig,
+    pair: Pair,
+    splits: Mapping[str, Split],
+    anchor: Anchor | None,
+    caches: Mapping[str, TeacherCache],
 ) -> dict[str, str]:
     """Names what a run is made from beside its configuration: weights, prompts, corpus and teacher caches."""
     cards = {"student": pair.student_card, "teacher": pair.teacher_card}
-    weights = {name: fingerprint(card) for name, card in cards.items() if card is not None}
+    # A teacher that is built has a seed of its own: the same in every run.
+    seeds = {"student": config.seed, "teacher": 0}
+    weights = {name: fingerprint(card, seed=seeds[name]) for name, card in cards.items() if card is not None}
     corpus = {} if anchor is None else {"corpus": anchor.sha256}
     cached = {f"teacher cache of {name}": cache.sha256 for name, cache in caches.items()}
     return {**weights, **{f"{name} prompts": split.sha256 for name, split in splits.items()}, **corpus, **cached}
@@ -101,7 +108,7 @@ def _made_from(
 def _require_made_from(folder: RunFolder, made_from: Mapping[str, str]) -> None:
     """Raise ``RunExists`` where a run that is done was made from other weights or data than it would be now."""
     before = folder.status().get("made_from", {})
-    differs = [name for name in made_from if before.get(name) != made_from[name]]
+    differs = [name for name in made_from if may_differ(before.get(name), made_from[name])]
     if differs or not folder.student.is_dir():
         what = f"was made from another {', '.join(differs)}" if differs else "has lost its student folder"
         raise RunExists(

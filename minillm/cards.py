@@ -26,6 +26,8 @@ FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
 _CARD_FOLDERS: tuple[Kind, ...] = ("teachers", "students")
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _NAME = re.compile(rf"{_PART}(?:/{_PART})*")
+UNKNOWN_REVISION = "unknown revision"
+"""Stands in a fingerprint (``loading.fingerprint``) for the commit of a hub model that cannot be known."""
 _HUB_NAME = re.compile(rf"{_PART}/{_PART}")
 
 
@@ -113,6 +115,16 @@ def load_card(name: str, *, kind: Kind) -> Card:
     if _HUB_NAME.fullmatch(name) and where is None and not is_file and not Path(prefix).is_dir():
         return Card(name=rest, model=name)
     raise ConfigError(_unknown_card(name, stem=stem, folder=where or kind))
+
+
+def may_differ(one: object, other: object) -> bool:
+    """Whether two fingerprints may be of different weights: a name without a revision is no proof of the same."""
+    return one != other or name_only(one)
+
+
+def name_only(weights: object) -> bool:
+    """Whether a fingerprint says no revision, as those of hub and built models did before they were looked up."""
+    return isinstance(weights, str) and weights.endswith((f"@{UNKNOWN_REVISION}", "@None"))
 
 
 def find_engine_settings(name: str) -> Traversable:

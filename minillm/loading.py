@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -24,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from minillm.cards import BuildSpec, Card
+from minillm.cards import UNKNOWN_REVISION, BuildSpec, Card
 from minillm.errors import ModelError, PositionsExceeded, did_you_mean
 from minillm.hub import asked_once
 from minillm.model_files import few, in_short, require_safe_folder
@@ -113,9 +115,26 @@ def _require_all_weights(name: str, kind: str, found: dict[str, Any]) -> None:
         print(f"note: {name}: left out {len(spare):,} weights that a {kind} has not: {few(spare)}", file=sys.stderr)
 
 
-def fingerprint(card: Card) -> str:
-    """Names what a card loads: SHA-256 of a folder's safetensors and JSON files (read once), or hub name and
-    revision."""
+def fingerprint(card: Card, *, seed: int = 0) -> str:
+    """Names the weights that a card loads.
+
+    Of a folder: SHA-256 of its safetensors and JSON files, read once. Of a model that is built: SHA-256 of how, and of
+    ``seed`` (a teacher's is 0). Of a hub model: its name and the commit that stands in the cache, known without the
+    network once the model was looked at; before that ``UNKNOWN_REVISION``, which is equal to nothing
+    (``cards.may_differ``).
+    """
+    if card.build is not None:
+        built = {"build": card.build.model_dump(mode="json"), "dtype": card.dtype, "seed": seed}
+        return hashlib.sha256(json.dumps(built, sort_keys=True).encode()).hexdigest()
+    name = str(card.model)
+    if Path(name).is_dir():
+        return by_name(card)
+    return f"{name}@{_commit_in_cache(name, card.revision) or card.revision or UNKNOWN_REVISION}"
+
+
+def by_name(card: Card) -> str:
+    """The same, of a hub model and of one that is built only the name and revision that the card has: for records that
+    hold the rest of the card beside it, and may not depend on what was downloaded (the cells of a study)."""
     folder = Path(card.model or "")
     if card.model is None or not folder.is_dir():
         return f"{card.model or card.name}@{card.revision}"
@@ -125,6 +144,12 @@ def fingerprint(card: Card) -> str:
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
+
+
+def _commit_in_cache(name: str, revision: str | None) -> str | None:
+    """The commit that ``from_pretrained`` reads offline; None where the cache has none."""
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def names_a_folder(name: str) -> bool:

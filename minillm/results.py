@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -32,6 +33,9 @@ from minillm.unfinished import Keeper, asked_before, differences
 
 SHOWN_PACKAGES = ("minillm", "torch", "transformers", "deepspeed")
 
+CHECKS: dict[str, Callable[[str, str], dict[str, Any]]] = {"slots": coverage, "world": world_check}
+"""By name, the exact checkers of responses."""
+
 
 def judge_of(config: RunConfig, pair: Pair, split: Split, *, teacher: Teacher | None, purpose: Purpose) -> Judge:
     """How the run judges text: the same for validation and for the final test (design D12).
@@ -45,18 +49,12 @@ def judge_of(config: RunConfig, pair: Pair, split: Split, *, teacher: Teacher | 
         tokenizer=pair.tokenizer,
         ids=pair.ids,
         teacher=teacher if config.decoding.repetition_penalty == 1.0 else None,
-        check=_checker(config, split),
+        check=CHECKS.get(_checker(config, split)),
         limits=limits_record(config.evaluation),
         seed=config.seed,
         purpose=purpose,
         thorough=purpose is Purpose.EVALUATION,
     )
-
-
-def _checker(config: RunConfig, split: Split) -> Callable[[str, str], dict[str, Any]] | None:
-    if config.data.checker == "slots":
-        return coverage
-    return world_check if split.source.startswith("world:") else None
 
 
 def opened(config: RunConfig, pair: Pair, *, start: Start, ranks: Ranks) -> tuple[CausalLM, ModelReader]:
@@ -139,11 +137,27 @@ def evaluate_into(
     return results
 
 
+def _checker(config: RunConfig, split: Split) -> str:
+    """Who knows a right answer to these prompts; "" where nobody does."""
+    return config.data.checker or ("world" if split.source.startswith("world:") else "")
+
+
+def judged_by(split: Split, *, checker: str) -> str:
+    """SHA-256 in hex over what responses are judged by and shown with: source, checker, references, further fields.
+
+    ``data_hash`` covers what models read, and of the references no more than a loss does.
+    """
+    digest = hashlib.sha256(json.dumps([split.source, checker]).encode() + b"\n")
+    for row in split.prompts:
+        digest.update(json.dumps([row.uid, row.responses, row.extra], sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()
+
+
 def asked_of(config: RunConfig, pair: Pair, split: Split, *, start: Start) -> dict[str, Any]:
     """What an evaluation was asked: two with equal answers here need not be made twice."""
     return {
         "model": str(start.card.model),
-        "weights": fingerprint(start.card),
+        "weights": fingerprint(start.card, seed=config.seed),
         "teacher": config.teacher,
         "teacher_weights": None if pair.teacher_card is None else fingerprint(pair.teacher_card),
         "data": split.sha256,
@@ -152,6 +166,12 @@ def asked_of(config: RunConfig, pair: Pair, split: Split, *, start: Start) -> di
         "seed": config.seed,
         **({} if config.data.checker is None else {"checker": config.data.checker}),
         **asked_extras(config, split),
+        "references": judged_by(split, checker=_checker(config, split)),
+        "precision": config.engine.precision,
+        "dtypes": {
+            "model": start.card.dtype,
+            "teacher": None if pair.teacher_card is None else pair.teacher_card.dtype,
+        },
     }
 
 
@@ -169,15 +189,17 @@ def already(out: Path, asked: Callable[[], dict[str, Any]]) -> dict[str, Any] | 
             )
         return None
     wanted = asked()
-    if unfinished == with_versions(wanted):
+    if unfinished is not None and not differences(with_versions(wanted), unfinished):
         return None
-    if stored is not None and stored["asked"] == wanted:
+    if stored is not None and not differences(wanted, stored["asked"]):
         return stored
     what, before = ("other results", stored["asked"]) if stored is not None else ("another evaluation", unfinished)
     whole = wanted if stored is not None else with_versions(wanted)
+    unsaid = [name for name in whole if name not in (before or {})]
+    older = f"\n  an older version made them, which did not say: {', '.join(unsaid)}" if unsaid else ""
     raise DataError(
-        f"{out} holds {what} (they differ in: {', '.join(differences(whole, before or {}))}); nothing was touched.\n"
-        "  give another --out, or --fresh to replace them"
+        f"{out} holds {what} (they differ in: {', '.join(differences(whole, before or {}))}); nothing was touched."
+        f"{older}\n  give another --out, or --fresh to replace them"
     )
 
 

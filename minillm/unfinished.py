@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from minillm.cards import may_differ
 from minillm.errors import DataError
 from minillm.ranks import Ranks
 from minillm.store import UNFINISHED, write_jsonl
@@ -86,8 +87,7 @@ def _kept(file: Path, asked: Mapping[str, Any], say: Callable[[str], None]) -> t
     except DataError as error:
         say(f"note: starting over, since {str(error).splitlines()[0]}")
         return None
-    if head["asked"] != asked:
-        differs = ", ".join(differences(asked, head["asked"]))
+    if differs := ", ".join(differences(asked, head["asked"])):
         say(f"note: {file} is of another evaluation (they differ in: {differs}); starting over")
         return None
     if rows:
@@ -96,8 +96,8 @@ def _kept(file: Path, asked: Mapping[str, Any], say: Callable[[str], None]) -> t
 
 
 def differences(asked: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
-    """The names under which two questions are not the same."""
-    return [name for name in {**asked, **before} if asked.get(name) != before.get(name)]
+    """The names under which two questions are not, or may not be, the same."""
+    return [name for name in {**asked, **before} if may_differ(asked.get(name), before.get(name))]
 
 
 def _read(file: Path) -> tuple[dict[str, Any], list[Keyed]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minillm.cards import may_differ, name_only
 from minillm.errors import ConfigError, DataError, MinillmError
 from minillm.measures import MAIN_TEMPERATURE, MEASURES, OF_TEACHER, OF_TOKENS, ratios_of, temperature_key
 from minillm.report_files import read_results, read_samples, require_folder
@@ -121,10 +122,16 @@ def require_comparable(base: Evaluated, other: Evaluated, *, across: bool) -> tu
     if teachers[0] != teachers[1] and None not in teachers:
         out.update(OF_TEACHER)
         notes.append(f"{pair} were measured against different teachers. Left out: {_labels(OF_TEACHER)}.")
+    elif name_only(teachers[0]):
+        notes.append(
+            f"{pair}: their teacher is known by name only ({str(teachers[0]).partition('@')[0]}): whether it was the "
+            "same revision, no file says."
+        )
     if _of(base, "data", "sha256") != _of(other, "data", "sha256"):
         out.update(OF_TOKENS)
         notes.append(f"{pair} read the same text as other tokens. Left out: {_labels(OF_TOKENS)}.")
-    if _of(base, "asked", "weights") == _of(other, "asked", "weights") is not None:
+    weights = [_of(one, "asked", "weights") for one in (base, other)]
+    if weights[0] is not None and not may_differ(*weights):
         notes.append(f"{pair} are evaluations of the same weights.")
     return notes, frozenset(out)
 

@@ -109,14 +109,14 @@ def diagnose(
     return Diagnosis(
         stage=stage, sizes=sizes, budget=budget, left_out=tuple(left_out), drawn=drawn,
         whole=_whole(drawn, estimators, budget=budget, seed=sizes.seed), decoding=decoding,
-        made_from=made_from(pair, split),
+        made_from=made_from(pair, split, seed=config.seed),
     )  # fmt: skip
 
 
-def made_from(pair: Pair, split: Split) -> dict[str, str]:
-    """Fingerprints of both models and of the prompts, as a diagnosis of them has them."""
-    cards = {"student": pair.student_card, "teacher": pair.teacher_card}
-    weights = {name: fingerprint(card) for name, card in cards.items() if card is not None}
+def made_from(pair: Pair, split: Split, *, seed: int) -> dict[str, str]:
+    """Fingerprints of both models and of the prompts, as a diagnosis of them has them; ``seed`` is the student's."""
+    cards = {"student": (pair.student_card, seed), "teacher": (pair.teacher_card, 0)}
+    weights = {name: fingerprint(card, seed=own) for name, (card, own) in cards.items() if card is not None}
     return {**weights, "train prompts": split.sha256}
 
 

@@ -18,7 +18,7 @@ from minillm.cards import load_card
 from minillm.config import RunConfig
 from minillm.engine_settings import read_engine_settings
 from minillm.errors import ConfigError, DataError, ModelError
-from minillm.loading import fingerprint, names_a_folder
+from minillm.loading import by_name, names_a_folder
 from minillm.store import make_folder, record_text, write_text
 from minillm.study.config import StudyConfig
 from minillm.world import rows
@@ -233,7 +233,7 @@ def _model_digest(name: str, kind: Literal["students", "teachers"]) -> str:
     path = card.model or ""
     if names_a_folder(path) and not Path(path).is_dir():
         raise ModelError(f"{name}: there is no folder {path}\n  make that model first, or name another")
-    return _digest([card.model_dump(mode="json", exclude={"notes", "licence", "figures"}), fingerprint(card)])
+    return _digest([card.model_dump(mode="json", exclude={"notes", "licence", "figures"}), by_name(card)])
 
 
 @lru_cache(maxsize=64)
