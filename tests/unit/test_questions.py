@@ -85,7 +85,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Any:
         *, precision: str = "fp32", model: str = "float32", teacher: str = "float32", one: Prompt | None = None
     ) -> Any:
         config: Any = Plain(
-            teacher="t", seed=1, decoding=Plain(), evaluation=Plain(), engine=Plain(precision=precision)
+            teacher="t",
+            seed=1,
+            decoding=Plain(),
+            evaluation=Plain(),
+            engine=Plain(precision=precision),
+            data=Plain(checker=None),
         )
         pair: Any = Plain(teacher_card=HUB.model_copy(update={"dtype": teacher, "revision": "a" * 40}))
         start: Any = Plain(card=HUB.model_copy(update={"dtype": model, "revision": "b" * 40}))
