@@ -286,7 +286,7 @@ def _write(
         raise DataError(
             f"{model}: of {counted(len(answers), 'response')} none is fit to be learnt from ({cut:,} cut at "
             f"{asked.decoding.max_new_tokens:,} tokens, {empty:,} empty); {out} was not written\n"
-            "  raise decoding.max_new_tokens (with --fresh), or give --keep-cut: no answer is drawn again for it"
+            "  raise decoding.max_new_tokens (with --fresh)"
         )
     text = "".join(_line(answer, fields[answer.cell[0]], many=asked.samples > 1) for answer in kept)
     manifest = Manifest(
@@ -328,9 +328,9 @@ def _tell(out: Path, manifest: Manifest) -> None:
     print(f"{out}: {counts.written:,} of {counted(counts.asked, 'response')}, {manifest.mean_length:.1f} tokens each")
     if counts.cut:
         what = (
-            "kept (--keep-cut); training closes them with an end token that the model never drew"
+            "kept (--keep-cut), and over-long for training, which closes each with an end token that was never drawn"
             if manifest.keep_cut
-            else "left out, since an end token there would be a lie; raise decoding.max_new_tokens, or --keep-cut"
+            else "left out, since an end token there would be a lie; raise decoding.max_new_tokens"
         )
         print(f"  {counts.cut:,} cut at {longest:,} tokens: {what}")
     if counts.empty:

@@ -78,7 +78,7 @@ def generate(  # noqa: PLR0917 (typer reads options from parameters)
     split: Annotated[str, typer.Option("--split", help="Whose prompts: train, validation or test.")] = "train",
     samples: Annotated[int, typer.Option("--samples", min=1, help="Responses to each prompt.")] = 1,
     keep_cut: Annotated[
-        bool, typer.Option("--keep-cut", help="Also write responses that were cut or are empty.")
+        bool, typer.Option("--keep-cut", help="Also write responses that were cut or are empty, to be looked at.")
     ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace generated text that is there.")] = False,
 ) -> None:

@@ -308,6 +308,23 @@ def test_an_interrupted_fresh_call_goes_on_too(
     assert (out.read_bytes(), manifest_of(out).read_bytes()) == written
 
 
+def test_what_is_said_of_cut_answers_is_what_training_does_with_them(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its end token a cut answer is longer than any that this configuration trains on."""
+    out = tmp_path / "out.jsonl"
+    manifest = made(place, out, keep_cut=True)
+    assert f"{manifest.counts.cut} cut at {LONGEST} tokens: kept (--keep-cut), and over-long for training" in (
+        capsys.readouterr().out
+    )
+    config = run_of(place)
+    pair = check_alone(config, str(place / "exact.yaml"))
+    with pytest.raises(DataError, match="over-long responses"):
+        read_split(config, str(out), pair=pair, name="train", need_response=True)
+    made(place, tmp_path / "fit.jsonl")
+    assert "--keep-cut" not in capsys.readouterr().out, "no advice: it would not help"
+
+
 def test_nothing_fit_is_told_and_can_still_be_kept_without_drawing_again(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -316,7 +333,8 @@ def test_nothing_fit_is_told_and_can_still_be_kept_without_drawing_again(
     )
     with pytest.raises(DataError, match="none is fit to be learnt from") as caught:
         made(place, tmp_path / "out.jsonl", config=config)
-    assert "raise decoding.max_new_tokens" in str(caught.value) and not (tmp_path / "out.jsonl").exists()
+    assert "raise decoding.max_new_tokens" in str(caught.value) and "--keep-cut" not in str(caught.value)
+    assert not (tmp_path / "out.jsonl").exists()
     monkeypatch.setattr(generation, "load_teacher", None)  # would be called to draw
     assert made(place, tmp_path / "out.jsonl", config=config, keep_cut=True).counts.written == len(ROWS)
 
