@@ -131,7 +131,8 @@ class RunConfig(Settings):
     student: Text
     """Student to start from: a card's name, a model folder or a hub name."""
     teacher: Text | None = None
-    """Frozen teacher, named in the same ways; a minillm stage needs one."""
+    """Frozen teacher, named in the same ways; every kind of stage needs one but sft, seqkd, and kd with a
+    teacher_cache."""
     data: DataConfig
     """Prompts and references."""
     decoding: DecodingConfig
@@ -178,7 +179,7 @@ class RunConfig(Settings):
             raise ConfigError("stages: got an empty list, wanted at least one stage")
         readers = {stage.reads: stage.kind for stage in self.stages}
         if self.data.train is None and "train" in readers:
-            raise ConfigError("data.train is missing; every stage trains on its rows")
+            raise ConfigError(f"data.train is missing; a stage of kind {readers['train']} trains on its rows")
         if self.data.teacher_text is None and "teacher_text" in readers:
             raise ConfigError(
                 "data.teacher_text is missing; a seqkd stage trains on what the teacher wrote; make it with "

@@ -7,7 +7,7 @@ got and what was wanted. When all problems are of two settings that exclude each
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -97,7 +97,7 @@ def _line(problem: Mapping[str, Any], *, of: type[BaseModel]) -> str:
     if kind == "missing":
         return f"{at}is missing; add it"
     if kind == "union_tag_not_found":
-        return f"{at}'kind' is missing; add 'kind: sft' or 'kind: minillm'"
+        return f"{at}'kind' is missing; wanted one of {', '.join(_kinds(problem['loc'], models))}"
     got = problem["input"]
     if kind == "union_tag_invalid":
         path, got = f"{path}.kind", context["tag"]
@@ -105,6 +105,13 @@ def _line(problem: Mapping[str, Any], *, of: type[BaseModel]) -> str:
     wanted = _WANTED[kind].format(**context) if kind in _WANTED else problem["msg"]
     near = _near(got, wanted) if kind == "literal_error" else ""
     return f"{at}got {_show(got)}, wanted {wanted}{near}"
+
+
+def _kinds(loc: Sequence[int | str], models: Sequence[Any]) -> list[str]:
+    """The kinds of the setting, or of each entry of the list, that a path leads to."""
+    name, model = next((part, model) for part, model in zip(loc[::-1], models[::-1], strict=True) if model is not None)
+    choices = _models_in(model.model_fields[name].annotation)
+    return [choice.model_fields["kind"].default for choice in choices if "kind" in choice.model_fields]
 
 
 def _unknown(path: str, *, model: Any, key: str) -> str:

@@ -88,7 +88,10 @@ def stage(**changes: Any) -> MinillmStage:
         ("stages=3", "stages: got 3, wanted a list"),
         ("stages=[]", "stages: got an empty list, wanted at least one stage"),
         ("stages=[3]", "stages.0: got 3, wanted a mapping of names to values"),
-        ("stages=[{}]", "stages.0: 'kind' is missing"),
+        (
+            "stages=[{}]",
+            "stages.0: 'kind' is missing; wanted one of sft, seqkd, kd, imitkd, gkd, rkl, skew_fkl, skew_rkl, minillm",
+        ),
         (
             "stages.0.kind=minilm",
             "stages.0.kind: got 'minilm', wanted 'sft', 'seqkd', 'kd', 'imitkd', 'gkd', 'rkl', 'skew_fkl', 'skew_rkl', "
