@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -262,9 +263,27 @@ def read_teacher_text(config: RunConfig, *, pair: Pair) -> Split:
             f"{source}: written by {manifest.model} with weights {manifest.weights}, and the run's teacher "
             f"{pair.teacher_card.name} has {fingerprint(pair.teacher_card)}; name that teacher, or let this one write"
         )
+    for setting, held_out in _held_out(config).items():
+        if _same_source(manifest.asked.source, held_out):
+            raise DataError(
+                f"{source}: answers the prompts of data.{setting} ({held_out}), which are held out; "
+                "let the teacher answer others (minillm generate --split train)"
+            )
     split = read_split(config, source, pair=pair, name="teacher text", need_response=True)
     told = f"teacher text: {manifest.counts.written:,} responses of {manifest.model} to {manifest.asked.source}"
     return dataclasses.replace(split, words=(told, *split.words))
+
+
+def _held_out(config: RunConfig) -> dict[str, str]:
+    """Sources that no stage may learn from, by the setting in ``data`` that names them."""
+    sets = {f"test.{name}".rstrip("."): source for name, source in config.data.test_sets.items()}
+    return sets if config.data.validation is None else {"validation": config.data.validation, **sets}
+
+
+def _same_source(one: str, other: str) -> bool:
+    """Whether two names are of one source, or of one file by different paths."""
+    paths = [Path(source).expanduser() for source in (one, other)]
+    return one == other or (all(path.is_file() for path in paths) and paths[0].samefile(paths[1]))
 
 
 def read_teacher_caches(config: RunConfig, *, pair: Pair, splits: Mapping[str, Split]) -> dict[str, TeacherCache]:

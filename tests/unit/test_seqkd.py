@@ -118,6 +118,20 @@ def test_an_edited_file_is_refused(place: Path, tmp_path: Path) -> None:
         distill(config(place, name="wrong", data={"teacher_text": str(tmp_path / "taught.jsonl")}))
 
 
+@pytest.mark.parametrize("held_out", ["validation", "test", "set"])
+def test_text_written_to_held_out_prompts_is_refused(
+    place: Path, held_out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest knows which prompts it answers, by whatever path the run calls them."""
+    monkeypatch.chdir(place)
+    data = {"test": {"one": "prompts.jsonl"}} if held_out == "set" else {held_out: "prompts.jsonl"}
+    with pytest.raises(
+        DataError, match=r"answers the prompts of data\.(validation|test|test\.one).*, which are held out"
+    ):
+        distill(config(place, name="leaky", data=data))
+    assert not (place / "runs" / "leaky").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "told", "error"),
     [
