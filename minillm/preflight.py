@@ -275,9 +275,12 @@ def read_teacher_text(config: RunConfig, *, pair: Pair) -> Split:
 
 
 def _held_out(config: RunConfig) -> dict[str, str]:
-    """Sources that no stage may learn from, by the setting in ``data`` that names them."""
+    """Sources that no stage may learn from, by the setting in ``data`` that names them: those that are not data.train
+    too."""
     sets = {f"test.{name}".rstrip("."): source for name, source in config.data.test_sets.items()}
-    return sets if config.data.validation is None else {"validation": config.data.validation, **sets}
+    found = sets if config.data.validation is None else {"validation": config.data.validation, **sets}
+    train = config.data.train
+    return {name: source for name, source in found.items() if train is None or not _same_source(source, train)}
 
 
 def _same_source(one: str, other: str) -> bool:

@@ -130,6 +130,8 @@ def test_text_written_to_held_out_prompts_is_refused(
     ):
         distill(config(place, name="leaky", data=data))
     assert not (place / "runs" / "leaky").exists()
+    # The control: prompts that the run names as its training rows too are not held out.
+    distill(config(place, name=f"own-{held_out}", data={"train": str(place / "prompts.jsonl"), **data}))
 
 
 @pytest.mark.parametrize(
