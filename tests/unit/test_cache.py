@@ -57,7 +57,12 @@ def test_a_cache_that_is_wrong_would_be_seen(fault: str, monkeypatch: pytest.Mon
     copy: Callable[..., Tensor] = cache_module._wider
     if fault == "late":
         monkeypatch.setattr(
-            cache_module, "_wider", lambda room, *, held, wanted: copy(room, held=held - (held > 0), wanted=wanted)
+            cache_module,
+            "_wider",
+            # Overwritten, not left out: new memory may happen to hold what is left out.
+            lambda room, *, held, wanted: copy(room, held=held, wanted=wanted).index_fill_(
+                2, torch.arange(max(held - 1, 0), held), 7.0
+            ),
         )
     elif fault == "unordered":
         monkeypatch.setattr(

@@ -15,8 +15,8 @@ from tests.unit.test_compare_command import evaluation
 
 Record = dict[str, Any]
 DEPENDS = {
-    "validity": "", "rouge_l": "", "exact_match": "", "distinct_1": "", "distinct_2": "", "distinct_3": "",
-    "distinct_4": "", "self_bleu": "", "repetition_3": "", "repeated_3": "",
+    "validity": "", "coverage": "", "rouge_l": "", "exact_match": "", "distinct_1": "", "distinct_2": "",
+    "distinct_3": "", "distinct_4": "", "self_bleu": "", "repetition_3": "", "repeated_3": "",
     "mean_length": "tokens", "cut_share": "tokens", "gold_nll": "tokens",
     "reverse_kl": "teacher tokens", "reverse_kl_per_token": "teacher tokens", "forward_kl": "teacher tokens",
     "teacher_nll": "teacher tokens",
@@ -28,7 +28,7 @@ def thorough(row: Record, *, worse: float = 0.0) -> Record:
     """With all that an evaluation measures of a teacher and of the references."""
     own = row["measures"]
     more = {"forward_kl": own["reverse_kl"] + worse, "teacher_nll": 9.0, "gold_nll": own["reverse_kl"] + worse}
-    return row | {"measures": own | more | {"gold_tokens": 4, "exact_match": 0}}
+    return row | {"measures": own | more | {"gold_tokens": 4, "exact_match": 0, "carried": 1, "values": 2}}
 
 
 def test_every_measure_says_what_it_depends_on() -> None:
@@ -71,6 +71,6 @@ def test_every_verdict_is_in_holms_family_and_nothing_else_is(tmp_path: Path) ->
     found = compare(given, quiet=True, options=Options(resamples=100))
     for pair in found["comparisons"]:
         assert [name for name, change in pair["changes"].items() if "holm" in change] == main_measures(pair["changes"])
-    verdicts = ["validity", "rouge_l", "exact_match", "reverse_kl", "forward_kl", "gold_nll"]
+    verdicts = ["validity", "coverage", "rouge_l", "exact_match", "reverse_kl", "forward_kl", "gold_nll"]
     assert main_measures(found["comparisons"][0]["changes"]) == verdicts
     assert found["corrected"] == 3 * len(verdicts)

@@ -196,7 +196,7 @@ def test_a_run_keeps_by_it_evaluates_it_and_reports_it(place: Path) -> None:
     assert results["measures"]["coverage"]["mean"] == pytest.approx(share)  # as many values under each seed
     assert results["asked"]["checker"] == "slots"
     plain = config.model_copy(update={"data": config.data.model_copy(update={"checker": None})})
-    with pytest.raises(DataError, match="differ in: checker"):
+    with pytest.raises(DataError, match="differ in: references, checker"):
         api.evaluate(folder / "student", plain, out=folder)
     bare = place / "plain"
     api.evaluate(folder / "student", plain, out=bare)
