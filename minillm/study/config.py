@@ -37,6 +37,15 @@ class BudgetConfig(Settings):
     """Of these."""
     pilot: PilotSteps = 8
     """Steps, from 2, of a short run of each arm from which tokens and seconds a step are told."""
+    refined: Flag = False
+    """Whether a whole run corrects what the pilot told, once: the try of 'search' that was taken, or else one made for
+    this. Methods that learn from the student's own text change how long it is."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.refined and self.unit == "updates":
+            raise ConfigError("refined: updates a step are known, there is nothing to correct; leave it out")
+        return self
 
 
 class SearchConfig(Settings):
@@ -177,6 +186,11 @@ class StudyConfig(Settings):
     def taught_file(self) -> str:
         """Where the teacher's text is, if the study makes some."""
         return f"runs/{self.run_name('taught.jsonl')}"
+
+    @property
+    def tuning_seed(self) -> int:
+        """Training seed of what is made before the cells."""
+        return self.seeds[0] if self.search is None else self.search.seed
 
     def taught_config(self) -> RunConfig:
         """The run whose training prompts the teacher answers."""

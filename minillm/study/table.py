@@ -19,6 +19,8 @@ from minillm.study.yardsticks import LABELS, at_temperature
 
 Cells = Mapping[str, Mapping[int, dict[str, Any]]]
 """Arm -> seed -> finished cell."""
+UNEQUAL = 0.05
+"""Share of the budget from which on a difference from it is told."""
 
 
 def read_cells(study: StudyConfig) -> tuple[dict[str, dict[int, dict[str, Any]]], list[str]]:
@@ -40,6 +42,7 @@ def summary(study: StudyConfig, cells: Cells) -> dict[str, Any]:
     return {
         "study": study.name,
         "compare_with": study.compare_with,
+        "budget": None if study.budget is None else {"unit": study.budget.unit, "amount": study.budget.amount},
         "arms": {
             arm: {
                 "settings": study.arms[arm],
@@ -47,6 +50,7 @@ def summary(study: StudyConfig, cells: Cells) -> dict[str, Any]:
                 "failed": {seed: cell["reason"] for seed, cell in cells[arm].items() if cell["state"] == "failed"},
                 "cpu_seconds": spread([cells[arm][seed]["training"]["cpu_seconds"] for seed in done]),
                 "tokens": spread([cells[arm][seed]["training"]["tokens"] for seed in done]),
+                "updates": spread([cells[arm][seed]["training"]["updates"] for seed in done]),
                 "alarms": _alarms(cells[arm]),
                 "temperatures": _temperatures(cells[arm], cells[study.compare_with]),
             }
@@ -77,8 +81,8 @@ def yardstick_rows(found: Mapping[str, Any], temperature: str, measures: Sequenc
 
 
 def words(found: Mapping[str, Any]) -> list[str]:
-    """Which alarms rang in how many seeds, and what failed: a line each."""
-    lines = []
+    """Whose budget was not met, which alarms rang in how many seeds, and what failed: a line each."""
+    lines = _unequal(found)
     for arm, of in found["arms"].items():
         seeds = len(of["done"]) + len(of["failed"])
         if of["alarms"]:
@@ -86,6 +90,17 @@ def words(found: Mapping[str, Any]) -> list[str]:
             lines.append(f"alarms rang in {arm}: {rang}")
         lines += [f"failed: {arm}, seed {seed}: {reason}" for seed, reason in of["failed"].items()]
     return lines
+
+
+def _unequal(found: Mapping[str, Any]) -> list[str]:
+    """The arms that took clearly more or less than the budget has; of seconds the cells do not tell."""
+    budget = found["budget"]
+    if budget is None or budget["unit"] == "seconds":
+        return []
+    took = {arm: of[budget["unit"]]["mean"] for arm, of in found["arms"].items() if of["done"]}
+    off = {arm: mean / budget["amount"] - 1 for arm, mean in took.items()}
+    told = [f"{arm} {100 * share:+.0f} %" for arm, share in off.items() if abs(share) > UNEQUAL]
+    return [f"not at the budget of {budget['amount']:,g} {budget['unit']}: {', '.join(told)}"] if told else []
 
 
 def difference_rows(found: Mapping[str, Any], measure: str) -> list[list[str]]:

@@ -5,7 +5,6 @@ of one setting. Kept beside the cells, and not made again while what it was made
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,11 @@ from minillm.config import RunConfig
 from minillm.errors import ConfigError, DataError
 from minillm.measures import temperature_key
 from minillm.ranks import Ranks
-from minillm.report_files import read_course
 from minillm.stage_base import BETTER
 from minillm.store import make_folder, record_text, write_text
+from minillm.study.budget import cost_a_step, pilot, refined, train_lines
 from minillm.study.cells import SCHEMA, Asked, code_digest, differs, made_from, taught_digest
-from minillm.study.config import BudgetConfig, SearchConfig, StudyConfig
+from minillm.study.config import SearchConfig, StudyConfig
 from minillm.study.make import log_into, make, make_model, make_text
 
 NEEDED = {"settings", "config", "made_from", "asked"}
@@ -61,12 +60,16 @@ def tune(study: StudyConfig, arm: str, *, ranks: Ranks, say: Callable[[str], Non
         if study.learns_from_taught(arm):
             make_text(study, ranks=ranks)
         if study.budget is not None:
-            found["pilot"] = known.get("pilot") or _pilot(study, arm, study.budget, ranks=ranks)
+            found["pilot"] = known.get("pilot") or pilot(study, arm, study.budget, ranks=ranks)
             settings |= found["pilot"]["settings"]
         if study.search is not None:
             found["tries"] = _tries(study, arm, study.search, settings, known=known.get("tries", []), ranks=ranks)
+            settings[study.search.setting] = _best(found["tries"], study.search, arm=arm)
+        if study.budget is not None and study.budget.refined:
+            found["refined"] = refined(study, arm, study.budget, settings, found.get("tries", []), ranks=ranks)
+            settings |= found["refined"]["settings"]
     if study.search is not None:
-        settings[study.search.setting] = best = _best(found["tries"], study.search, arm=arm)
+        best = settings[study.search.setting]
         say(
             f"tuned {arm}: {_in_words(settings)}"
             + ", at the edge of what was tried" * at_the_edge(best, study.search.values)
@@ -102,12 +105,14 @@ def _but_values(question: Mapping[str, Any]) -> dict[str, Any]:
 def _question(study: StudyConfig) -> dict[str, Any]:
     """What tuning is asked, as JSON has it."""
     asked = study.model_dump(mode="json", include={"budget", "search"})
+    if study.budget is not None and not study.budget.refined:  # as it was asked before there was this setting
+        del asked["budget"]["refined"]
     return {name: value for name, value in asked.items() if value is not None}
 
 
 def _asked(study: StudyConfig, arm: str) -> Asked:
     """The run of an arm before it is tuned, at the seed of the tries."""
-    seed = study.seeds[0] if study.search is None else study.search.seed
+    seed = study.tuning_seed
     run = study.arm_config(arm, seed, name=study.run_name("tuning", arm), changes={})
     teacher = study.teacher_config() if study.makes(arm, "teacher") else None
     student = study.student_config(seed) if study.makes(arm, "student") else None
@@ -128,36 +133,6 @@ def stored_tuning(file: Path) -> dict[str, Any] | None:
     if not isinstance(stored, dict) or not stored.keys() >= NEEDED:
         raise DataError(f"{file}: not what tuning of a study found; move it away")
     return stored
-
-
-def _pilot(study: StudyConfig, arm: str, budget: BudgetConfig, *, ranks: Ranks) -> dict[str, Any]:
-    """How many steps of the last stage the budget has, from what a few of them cost."""
-    seed = study.seeds[0] if study.search is None else study.search.seed
-    plain = study.arm_config(arm, seed, name=study.run_name("tuning", arm, "pilot"), changes={})
-    at = f"stages.{len(plain.stages) - 1}"
-    stage = plain.stages[-1]
-    short = {f"{at}.steps": budget.pilot, f"{at}.optimiser.warmup_steps": 0}
-    if stage.validate_every > 0:  # once, at the end: a stage may need that it validates
-        short[f"{at}.validate_every"] = budget.pilot
-    run = study.arm_config(arm, seed, name=plain.name, changes=short)
-    made = make(run, ranks=ranks, evaluated=False)
-    lines = [line for line in _train_lines(run) if line["stage"] == stage.name]
-    if len(lines) < budget.pilot:
-        why = made["reason"] or f"{len(lines)} steps were made; see {run.out}/{run.name}"
-        raise ConfigError(f"arm {arm}: its pilot of {budget.pilot} steps failed: {why}")
-    cost = {
-        "updates": stage.updates_per_step,
-        "tokens": sum(line.get("response_tokens", line["tokens"]) for line in lines) / len(lines),
-        # From the first step's end on: it loads and warms up what the others find ready.
-        "seconds": (lines[-1]["seconds"] - lines[0]["seconds"]) / (len(lines) - 1),
-    }[budget.unit]
-    steps = math.floor(budget.amount / cost + 1e-9)
-    if steps < 1:
-        raise ConfigError(
-            f"arm {arm}: a step costs {cost:.4g} {budget.unit}, and the budget has {budget.amount:g}; "
-            "give it more, or the arm smaller steps"
-        )
-    return {"steps": budget.pilot, f"{budget.unit}_per_step": cost, "settings": {f"{at}.steps": steps}}
 
 
 def _tries(
@@ -181,7 +156,10 @@ def _tries(
             measured = made["temperatures"][key].get(search.metric)
             if measured is None:
                 raise ConfigError(f"search.metric {search.metric!r}: arm {arm} has no such measure")
-        found.append({"value": value, search.metric: measured, "reason": made["reason"]})
+        tried = {"value": value, search.metric: measured, "reason": made["reason"]}
+        if study.budget is not None and study.budget.refined and measured is not None:
+            tried["cost"] = cost_a_step(train_lines(run), run.stages[-1], study.budget)
+        found.append(tried)
     return found
 
 
@@ -198,11 +176,6 @@ def _judged_by_validation(run: RunConfig) -> RunConfig:
     data = run.data.model_copy(update={"test": run.data.validation, "test_limit": run.data.validation_limit})
     once = run.evaluation.model_copy(update={"temperatures": run.evaluation.temperatures[:1]})
     return run.model_copy(update={"data": data, "evaluation": once})
-
-
-def _train_lines(run: RunConfig) -> list[dict[str, Any]]:
-    rows = read_course(Path(run.out) / run.name / "metrics.jsonl").rows
-    return [line for line in rows if line["kind"] == "train"]
 
 
 def _in_words(settings: Mapping[str, Any]) -> str:

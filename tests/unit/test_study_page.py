@@ -13,6 +13,7 @@ from minillm import cli
 from minillm.errors import ConfigError
 from minillm.study.command import gather, run, study_page
 from minillm.study.config import StudyConfig
+from minillm.study.table import words
 from tests.study_cells import cell, study
 from tests.unit.test_study import place, study_file
 
@@ -79,6 +80,18 @@ def test_the_page_has_what_the_tables_have() -> None:
     assert "nearest answer" in plain and "0.800" in plain  # the teacher's
     assert "alarms rang in base: reverse_kl (3 of 3 seeds)" in plain
     assert "0.01 at the edge" in plain and '<td class="picked">0.456</td>' in text and "failed" in plain
+
+
+def test_arms_that_missed_the_budget_are_told() -> None:
+    def of(mean: float, done: tuple[int, ...] = (1,)) -> dict[str, Any]:
+        return {"done": done, "failed": {}, "alarms": {}, "tokens": {"mean": mean}, "updates": {"mean": 3.0}}
+
+    arms = {"a": of(1150.0), "b": of(930.0), "c": of(1049.0), "none": of(0.0, ())}
+    found = {"arms": arms, "budget": {"unit": "tokens", "amount": 1000.0}}
+    assert words(found) == ["not at the budget of 1,000 tokens: a +15 %, b -7 %"]
+    assert words({**found, "budget": {"unit": "updates", "amount": 3.0}}) == []
+    assert words({**found, "budget": {"unit": "seconds", "amount": 9.0}}) == [], "cells do not tell seconds"
+    assert words({**found, "budget": None}) == []
 
 
 def test_what_a_cell_says_is_escaped() -> None:

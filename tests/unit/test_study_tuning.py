@@ -12,7 +12,7 @@ import pytest
 from minillm.errors import ConfigError, DataError
 from minillm.generated import read_generated
 from minillm.ranks import Ranks
-from minillm.study import tuning
+from minillm.study import budget, tuning
 from minillm.study.config import StudyConfig, load_study
 from minillm.study.table import read_cells
 from minillm.study.tuning import tune, untuned
@@ -60,7 +60,7 @@ def test_tokens_are_those_of_responses_each_counted_once(place: Path) -> None:
 def test_seconds_leave_out_what_a_run_starts_with(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = study(place, "seconds", budget={"unit": "seconds", "amount": 10, "pilot": 3})
     lines = [{"kind": "train", "stage": "minillm", "seconds": s, "tokens": 1} for s in (50.0, 50.5, 51.0)]
-    monkeypatch.setattr(tuning, "_train_lines", lambda run: lines)
+    monkeypatch.setattr(budget, "train_lines", lambda run: lines)
     assert settle(chosen, "plain")["settings"]["stages.0.steps"] == 20
 
 
@@ -68,6 +68,54 @@ def test_a_budget_that_holds_no_step_is_told(place: Path) -> None:
     chosen = study(place, "small", budget={"unit": "tokens", "amount": 1, "pilot": 2})
     with pytest.raises(ConfigError, match=r"arm plain: a step costs .* tokens, and the budget has 1; give it more"):
         settle(chosen, "plain")
+
+
+REFINED = {"unit": "tokens", "amount": 300, "pilot": 2, "refined": True}
+
+
+def longer_later(run: Any) -> list[dict[str, Any]]:
+    """The log of a run whose responses grow: 20 tokens in the pilot, 30 on average in a run of 15 steps, 40 in one of
+    another seed."""
+    mean = 20.0 if "pilot" in run.name else 30.0 if run.stages[-1].steps == 15 else 40.0
+    return [{"kind": "train", "stage": "minillm", "tokens": mean} for _ in range(run.stages[-1].steps)]
+
+
+@pytest.mark.parametrize("search", [None, {"values": [1e-3, 2e-3], "metric": "rouge_l"}])
+def test_a_whole_run_corrects_what_the_pilot_told(place: Path, search: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def noted(run: Any, **options: Any) -> dict[str, Any]:
+        made.append(run.name.rpartition("/")[2])
+        better = {"rouge_l": float(run.stages[0].optimiser.lr == 2e-3)}
+        return {"state": "done", "reason": None, "temperatures": {"1.0": better}}
+
+    monkeypatch.setattr(tuning, "make", noted)
+    monkeypatch.setattr(budget, "make", noted)
+    for module in (tuning, budget):
+        monkeypatch.setattr(module, "train_lines", longer_later)
+    prompts = str(place / "prompts.jsonl")
+    settings = {"settings": {"data.validation": prompts, "stages.0.inner_epochs": 2}} if search else {}
+    chosen = study(place, f"refined-{search is None}", budget=REFINED, search=search, **settings)
+    found = settle(chosen, "plain")
+    assert found["pilot"] == {"steps": 2, "tokens_per_step": 20.0, "settings": {"stages.0.steps": 15}}
+    assert found["refined"] == {"steps": 15, "tokens_per_step": 30.0, "settings": {"stages.0.steps": 10}}
+    assert found["settings"]["stages.0.steps"] == 10
+    assert made == (["pilot", "try_0", "try_1"] if search else ["pilot", "whole"]), "a try is a whole run"
+    assert untuned(chosen, ["plain"]) == {}
+    coarse = chosen.model_copy(update={"budget": chosen.budget.model_copy(update={"refined": False})})  # type: ignore[union-attr]
+    assert untuned(coarse, ["plain"]) == {"plain": ["budget or search"]}
+    assert settle(coarse, "plain")["settings"]["stages.0.steps"] == 15, "the control: the pilot alone"
+
+
+def test_a_whole_run_that_fails_is_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = study(place, "breaks", budget=REFINED, settings={"stages.0.optimiser.lr": WILD})
+    with pytest.raises(ConfigError, match=r"arm plain: its (pilot|whole run) of \d+ steps failed: NonFinite"):
+        settle(chosen, "plain")
+
+
+def test_the_question_of_studies_without_it_stays(place: Path) -> None:
+    chosen = study(place, "older", budget={"unit": "updates", "amount": 7})
+    assert settle(chosen, "plain")["asked"]["budget"] == {"unit": "updates", "amount": 7.0, "pilot": 8}
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +204,10 @@ def test_if_every_value_fails_the_arm_is_named(place: Path) -> None:
         ({"search": {"values": [1e-3, 2e-3], "setting": "stages.0.lrr"}}, "stages.0.lrr: no setting of this name"),
         ({"search": {"values": [1e-3, 2e-3]}}, "has no data.validation; a search needs prompts to judge by"),
         ({"budget": {"unit": "epochs", "amount": 1}}, "budget.unit: got 'epochs'"),
+        (
+            {"budget": {"unit": "updates", "amount": 5, "refined": True}},
+            "refined: updates a step are known",
+        ),
         (
             {"budget": {"unit": "updates", "amount": 5, "pilot": 1}},
             "pilot: got 1, wanted a number of at least 2",
