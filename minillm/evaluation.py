@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from minillm.batches import prompt_batch
@@ -170,8 +171,8 @@ def _judge_batch(
                 )
             )
     drawn = _records(rows, judge, rollout, seeds=[seed for _, seed in cells], temperature=decoding.temperature)
-    for index, (record, (place, _)) in enumerate(zip(drawn, cells, strict=True)):
-        record["measures"] |= _divergences(scored, index) | _of_gold(gold[place])
+    for record, of_teacher, (place, _) in zip(drawn, _divergences(scored, rows=len(cells)), cells, strict=True):
+        record["measures"] |= of_teacher | _of_gold(gold[place])
     return drawn
 
 
@@ -180,9 +181,10 @@ def _records(
 ) -> list[Record]:
     """The responses as text, with what can be measured on it."""
     records = []
-    for index, row in enumerate(rows):
-        stop = rollout.stop_B[index]
-        ids = rollout.response_BT[index, : int(rollout.length_B[index]) - int(stop != "length")].tolist()
+    # As lists at once: a look into a tensor for each row costs as much as its text.
+    drawn = zip(rollout.response_BT.tolist(), rollout.length_B.tolist(), rollout.stop_B, strict=True)
+    for index, (row, (ids_T, length, stop)) in enumerate(zip(rows, drawn, strict=True)):
+        ids = ids_T[: length - int(stop != "length")]
         text = str(judge.tokenizer.decode(ids, skip_special_tokens=True)).strip()
         records.append(
             {
@@ -215,18 +217,18 @@ def world_check(prompt: str, response: str) -> Record:
     return {"validity": int(verdict.valid), "reason": verdict.reason}
 
 
-def _divergences(scored: Scored | None, index: int) -> dict[str, Any]:
-    """What the teacher says about one response, summed over its tokens, the end included; None for an infinity."""
+def _divergences(scored: Scored | None, *, rows: int) -> list[dict[str, Any]]:
+    """What the teacher says about each response, summed over its tokens, the end included; None for an infinity."""
     if scored is None:
-        return {}
-    own: dict[str, Any] = {
-        "reverse_kl": _finite(float(scored.reverse_kl_BT[index].double().sum())),
-        "kl_tokens": int(scored.rollout.length_B[index]),
-    }
+        return [{} for _ in range(rows)]
+    columns = {"reverse_kl": _sums(scored.reverse_kl_BT), "kl_tokens": scored.rollout.length_B.tolist()}
     if scored.forward_kl_BT is not None:
-        own["forward_kl"] = _finite(float(scored.forward_kl_BT[index].double().sum()))
-        own["teacher_nll"] = _finite(-float(scored.logp_BT[index].double().sum()))
-    return own
+        columns |= {"forward_kl": _sums(scored.forward_kl_BT), "teacher_nll": _sums(-scored.logp_BT)}
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _sums(value_BT: Tensor) -> list[float | None]:
+    return [_finite(value) for value in value_BT.double().sum(dim=1).tolist()]
 
 
 def _of_gold(gold: Gold | None) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def ratios_of(samples: Sequence[dict[str, Any]], *, names: Sequence[str] = NAMES
     grid = [[rows[uid] for uid in uids] for rows in by_seed.values()]
     found: dict[str, Ratio] = {}
     for name in names:
-        if any(_is_infinite(row, name) for line in grid for row in line):
+        if name in MAY_BE_INFINITE and any(_is_infinite(row, name) for line in grid for row in line):
             continue
         pairs = [_of_set(line, name) if name in OF_A_SET else [_pair(row, name) for row in line] for line in grid]
         value_SN2 = np.array(pairs, dtype=np.float64)
@@ -270,7 +270,7 @@ def _pair(row: dict[str, Any], name: str) -> tuple[float, float]:
 def _is_infinite(row: dict[str, Any], name: str) -> bool:
     """Whether a figure was computed and is infinite, which JSON cannot say: such a mean would be, too."""
     over, _ = QUOTIENTS.get(name, (name, None))
-    return name in MAY_BE_INFINITE and _field(row, "measures").get(over, 0.0) is None
+    return _field(row, "measures").get(over, 0.0) is None
 
 
 def _by_seed(samples: Sequence[dict[str, Any]]) -> dict[int, dict[str, dict[str, Any]]]:

@@ -23,8 +23,8 @@ from minillm.measures import (
 from minillm.text_measures import (
     distinct_contributions,
     exact_match,
-    ngram_counts,
     ngrams,
+    numbered,
     repeated,
     repetition_3,
     rouge_l,
@@ -101,7 +101,9 @@ def test_repeated_runs_are_those_that_stood_earlier() -> None:
 def test_ngrams_of_short_text_are_none() -> None:
     assert ngrams("a b", 3) == []
     assert ngrams("a b c d", 3) == [("a", "b", "c"), ("b", "c", "d")]
-    assert ngram_counts(["a b c", "b c", "c a"], 2) == {("a", "b"): 1, ("b", "c"): 2, ("c", "a"): 1}
+    *_, (runs, counts) = numbered(["a b c", "b c", "c", "c a"], 2)
+    assert counts.tolist() == [2, 1, 0, 1] and len(runs) == 4, "a b, b c; b c; nothing; c a"
+    assert runs[1] == runs[2] and len(set(runs.tolist())) == 3
 
 
 def test_repetition_is_a_run_of_three_words_that_returns() -> None:

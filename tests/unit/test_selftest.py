@@ -11,12 +11,12 @@ import dataclasses
 import json
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -273,8 +273,8 @@ CONTROLS: dict[str, tuple[str, Wrap]] = {
         lambda plain: lambda response, references: plain(response, references[:1]),
     ),
     "text: distinct-4 and repetition-3": (
-        "minillm.text_measures:ngram_counts",
-        lambda plain: lambda texts, n: Counter(set(plain(texts, n))),
+        "minillm.text_measures:numbered",
+        lambda plain: lambda texts, n: ((np.arange(len(runs)), counts) for runs, counts in plain(texts, n)),
     ),
     "text: other vocabularies are refused": (
         "minillm.vocabulary:agree",
