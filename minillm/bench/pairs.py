@@ -31,18 +31,19 @@ def in_turns(
     *,
     repeats: int,
     device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each variant, ``repeats`` times in turns, after one unmeasured turn of each."""
+    """Seconds by the clock of each variant, ``repeats`` times in turns, after one unmeasured turn of each."""
     assert repeats > 0 and variants, "nothing to measure"
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(repeats + 1):
         for name, run in variants.items():
             _finish(device)
-            began = time.perf_counter()
+            began = clock()
             run()
             _finish(device)
             if turn:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(clock() - began)
     return seconds
 
 

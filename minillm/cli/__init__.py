@@ -18,7 +18,12 @@ from typing import Annotated
 
 import typer
 
-from minillm.bench import commands, commands_rollout, commands_scale  # noqa: F401 (each adds its benchmarks)
+from minillm.bench import (  # noqa: F401 (each adds its benchmarks)
+    commands,
+    commands_evaluate,
+    commands_rollout,
+    commands_scale,
+)
 from minillm.bench.options import app as bench_app
 from minillm.cli import builtin, comparisons, runs
 from minillm.errors import MinillmError
