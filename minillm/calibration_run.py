@@ -6,7 +6,7 @@ Legend: B rows of a batch, L positions of prompt and response, N tokens, n some 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,8 @@ from minillm.models import ModelReader
 from minillm.prompts import encode
 from minillm.ranks import Ranks
 from minillm.records import shown
-from minillm.statistics import Array
 from minillm.types import Prompt
+from minillm.unfinished import Keeper, Key, Keyed, in_batches
 
 TOKENS_AT_ONCE = 256
 """Tokens whose logits are whole at a time: 150 MB for a vocabulary of 150,000."""
@@ -64,45 +64,39 @@ def _require_choices(prompt: Prompt) -> None:
         )
 
 
-def measure_calibration(reader: ModelReader, judge: Judge, *, resamples: int, ranks: Ranks) -> dict[str, Any]:
+def measure_calibration(
+    reader: ModelReader, judge: Judge, *, resamples: int, ranks: Ranks, keeper: Keeper | None = None
+) -> dict[str, Any]:
     """``{"references": …, "choices": …}``, each as ``calibration.calibration`` gives it, at temperature 1.
 
     ``references``: at each token of the reference responses (the end token included, after the reference's own tokens)
     the model says its likeliest id with that id's probability, and is right where the reference has it. ``choices``,
     where rows have them: each choice is weighed by its probability as the whole response, the end token included, and
     the model says the likeliest with its share among them. Neither batch size nor ranks change an answer, up to
-    rounding.
+    rounding. A ``keeper`` has what an earlier process read, which is not read again, and keeps what this one reads.
     """
-    found = {"references": _reference_answers(reader, judge, ranks=ranks)}
+    found = {"references": _reference_answers(reader, judge, ranks=ranks, keeper=keeper)}
     if any(prompt.choices for prompt in judge.prompts):
-        found["choices"] = _choice_answers(reader, judge, ranks=ranks)
+        found["choices"] = _choice_answers(reader, judge, ranks=ranks, keeper=keeper)
     return {
         name: calibration(answers, prompts=len(judge.prompts), resamples=resamples, seed=judge.seed, bins=BINS)
         for name, answers in found.items()
     }
 
 
-def _reference_answers(reader: ModelReader, judge: Judge, *, ranks: Ranks) -> Answers:
-    places = [place for place, prompt in enumerate(judge.prompts) if prompt.response_ids]
-    heard: list[tuple[int, Array, Array]] = []
-    for batch, batch_places in _batches(
-        [(place, judge.prompts[place]) for place in places], reader, judge, ranks=ranks
-    ):
-        sure_N, right_N = _likeliest(reader, batch)
-        ends = batch.target_BL.sum(dim=1).cumsum(dim=0).tolist()
-        rows = zip(batch_places, np.split(sure_N, ends[:-1]), np.split(right_N, ends[:-1]), strict=True)
-        heard += list(rows)
-    everything = sorted(ranks.gather_objects(heard), key=lambda one: one[0])
+def _reference_answers(reader: ModelReader, judge: Judge, *, ranks: Ranks, keeper: Keeper | None) -> Answers:
+    rows: dict[Key, Prompt] = {(place,): prompt for place, prompt in enumerate(judge.prompts) if prompt.response_ids}
+    heard = _read_on(rows, _likeliest, reader, judge, part="references", ranks=ranks, keeper=keeper)
     return Answers(
-        confidence_K=np.concatenate([sure for _, sure, _ in everything]),
-        correct_K=np.concatenate([right for _, _, right in everything]).astype(bool),
-        prompt_K=np.repeat([place for place, _, _ in everything], [len(sure) for _, sure, _ in everything]),
+        confidence_K=np.concatenate([sure_T for _, (sure_T, _) in heard]),
+        correct_K=np.concatenate([right_T for _, (_, right_T) in heard]).astype(bool),
+        prompt_K=np.repeat([place for (place,), _ in heard], [len(sure_T) for _, (sure_T, _) in heard]),
     )
 
 
 @torch.no_grad()
-def _likeliest(reader: ModelReader, batch: ExampleBatch) -> tuple[Array, Array]:
-    """(probability of the likeliest id, whether the reference has it) at each response token, both [N], row by row."""
+def _likeliest(reader: ModelReader, batch: ExampleBatch) -> list[tuple[list[float], list[int]]]:
+    """Of each row (probability of the likeliest id, 1 where the reference has that id) at each response token."""
     hidden_NH = reader.read(batch.ids_BL, batch.mask_BL)[:, :-1][batch.target_BL[:, 1:]]
     wanted_N = batch.ids_BL[batch.target_BL]
     sure, right = [], []
@@ -111,22 +105,21 @@ def _likeliest(reader: ModelReader, batch: ExampleBatch) -> tuple[Array, Array]:
         logits_nV = reader.logits(hidden_NH[here])
         best_n, id_n = logits_nV.max(dim=1)
         sure.append((best_n.double() - logits_nV.logsumexp(dim=1).double()).exp().clamp(max=1.0))
-        right.append((id_n == wanted_N[here]).double())
-    return torch.cat(sure).cpu().numpy(), torch.cat(right).cpu().numpy()
+        right.append((id_n == wanted_N[here]).long())
+    ends = batch.target_BL.sum(dim=1).cumsum(dim=0).tolist()[:-1]
+    rows = zip(torch.cat(sure).cpu().tensor_split(ends), torch.cat(right).cpu().tensor_split(ends), strict=True)
+    return [(sure_T.tolist(), right_T.tolist()) for sure_T, right_T in rows]
 
 
-def _choice_answers(reader: ModelReader, judge: Judge, *, ranks: Ranks) -> Answers:
+def _choice_answers(reader: ModelReader, judge: Judge, *, ranks: Ranks, keeper: Keeper | None) -> Answers:
     labelled = [place for place, prompt in enumerate(judge.prompts) if prompt.choices]
     sets = _choice_ids([judge.prompts[place] for place in labelled], judge.tokenizer)
-    rows = [
-        ((place, number), dataclasses.replace(judge.prompts[place], response_ids=(*ids, judge.ids.eos[0])))
+    rows: dict[Key, Prompt] = {
+        (place, number): dataclasses.replace(judge.prompts[place], response_ids=(*ids, judge.ids.eos[0]))
         for place, choices in zip(labelled, sets, strict=True)
         for number, ids in enumerate(choices)
-    ]
-    heard: list[tuple[tuple[int, int], float]] = []
-    for batch, names in _batches(rows, reader, judge, ranks=ranks):
-        heard += zip(names, _log_probabilities(reader, batch), strict=True)
-    logq = dict(ranks.gather_objects(heard))
+    }
+    logq = dict(_read_on(rows, _log_probabilities, reader, judge, part="choices", ranks=ranks, keeper=keeper))
     answers = []
     for place in labelled:
         prompt = judge.prompts[place]
@@ -151,15 +144,28 @@ def _log_probabilities(reader: ModelReader, batch: ExampleBatch) -> list[float]:
     return [float(value) for value in logq_BL.sum(dim=1)]
 
 
-def _batches(
-    rows: Sequence[tuple[Any, Prompt]], reader: ModelReader, judge: Judge, *, ranks: Ranks
-) -> Iterator[tuple[ExampleBatch, list[Any]]]:
-    """This rank's share of named rows in batches of like length, each with its names."""
-    lengths = [len(row.ids) + len(row.response_ids) for _, row in rows]
+def _read_on(
+    rows: Mapping[Key, Prompt],
+    hear: Callable[[ModelReader, ExampleBatch], Sequence[Any]],
+    reader: ModelReader,
+    judge: Judge,
+    *,
+    part: str,
+    ranks: Ranks,
+    keeper: Keeper | None,
+) -> list[Keyed]:
+    """What ``hear`` says of each named row, of all ranks: read in batches of like length, those that are left."""
+    names = list(rows)
+    lengths = [len(row.ids) + len(row.response_ids) for row in rows.values()]
     cuts = alike(lengths, limits=judge.limits, ranks=ranks.size)[ranks.rank]
-    for part in ([rows[index] for index in places] for places in cuts if places):
-        batch = example_batch([row for _, row in part], pad_id=judge.ids.pad, device=reader.device)
-        yield batch, [name for name, _ in part]
+
+    def work(_: int, keys: Sequence[Key]) -> Sequence[Any]:
+        if not keys:
+            return []
+        batch = example_batch([rows[key] for key in keys], pad_id=judge.ids.pad, device=reader.device)
+        return hear(reader, batch)
+
+    return in_batches([[names[row] for row in cut] for cut in cuts], work, part=part, ranks=ranks, keeper=keeper)
 
 
 def _choice_ids(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[int, ...]]]:

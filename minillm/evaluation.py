@@ -22,13 +22,12 @@ from minillm.gold import Gold, read_gold, reference_loss
 from minillm.measures import MEASURES, ratios_of
 from minillm.micro_batches import Limits, alike
 from minillm.models import ModelReader
-from minillm.progress import Progress
 from minillm.ranks import Ranks
 from minillm.scoring import score
 from minillm.statistics import mean_over_seeds
 from minillm.text_measures import exact_match, repetition_3, rouge_l
 from minillm.types import Decoding, DrawKey, Ids, Prompt, Purpose, Rollout, Scored
-from minillm.unfinished import Keeper, Keyed
+from minillm.unfinished import Keeper, Key, in_batches
 from minillm.world import check
 
 Record = dict[str, Any]
@@ -76,29 +75,20 @@ def sample_and_judge(
     there, so an evaluation that goes on has the figures of an unbroken one to the last bit.
     """
     batches = batches_of_rank(judge, numbers=seeds, ranks=ranks)
-    total = len(batches) * len(temperatures)
-    bar = Progress(title, total=total, unit="batches", shown=bool(title) and ranks.first)
+    there = 0 if keeper is None else len(keeper.kept("samples"))
     gold: list[Gold | None] = [None] * len(judge.prompts)
-    if judge.thorough:
+    if judge.thorough and there < len(judge.prompts) * len(seeds) * len(temperatures):
         gold = read_gold(reader, judge.prompts, pad_id=judge.ids.pad, limits=judge.limits, ranks=ranks)
-    rows: list[Keyed] = [] if keeper is None else [*keeper.rows]
-    done, fresh = {key for key, _ in rows}, list[Keyed]()
-    for turn, temperature in enumerate(temperatures):
-        decoding = dataclasses.replace(judge.decoding, temperature=temperature)
-        for piece, whole in enumerate(batches):
-            batch = [(place, seed) for place, seed in whole if (turn, seed, place) not in done]
-            if done and not ranks.anyone(bool(batch)):
-                continue
-            judged = _judge_batch(reader, judge, batch, gold=gold, decoding=decoding, ranks=ranks)
-            fresh += [((turn, seed, place), record) for (place, seed), record in zip(batch, judged, strict=True)]
-            bar.advance(turn * len(batches) + piece + 1, {})
-            if keeper is not None and keeper.due():
-                rows += ranks.gather_objects(fresh)
-                fresh = []
-                keeper.keep(rows)
-    bar.close()
-    rows += ranks.gather_objects(fresh)
-    return [record for _, record in sorted(rows, key=lambda keyed: keyed[0])]
+    decodings = [dataclasses.replace(judge.decoding, temperature=temperature) for temperature in temperatures]
+
+    def draw(piece: int, keys: Sequence[Key]) -> list[Record]:
+        decoding = decodings[piece // len(batches)]
+        cells = [(place, seed) for _, seed, place in keys]
+        return _judge_batch(reader, judge, cells, gold=gold, decoding=decoding, ranks=ranks)
+
+    pieces = [[(turn, seed, place) for place, seed in batch] for turn in range(len(temperatures)) for batch in batches]
+    rows = in_batches(pieces, draw, part="samples", ranks=ranks, keeper=keeper, title=title)
+    return [record for _, record in rows]
 
 
 def batches_of_rank(judge: Judge, *, numbers: Sequence[int], ranks: Ranks) -> list[list[tuple[int, int]]]:

@@ -6,7 +6,7 @@ Legend: B rows of a batch, T response positions, N tokens, H hidden width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,20 +19,13 @@ from minillm.errors import DataError
 from minillm.evaluation import Judge, batches_of_rank
 from minillm.exposure import LEAST_ALIVE, LEAST_PROMPTS, Texts, exposure_curve
 from minillm.models import ModelReader
-from minillm.progress import Progress
 from minillm.ranks import Ranks
 from minillm.scoring import TeacherView, spread
-from minillm.statistics import Array
 from minillm.types import Decoding, DrawKey, Prompt, PromptBatch, Purpose, Rollout
+from minillm.unfinished import Keeper, Key, in_batches
 
-
-class Heard(NamedTuple):
-    """One response: its prompt's place, which sample of it, by which model, and the KL before each of its tokens."""
-
-    place: int
-    sample: int
-    by_teacher: bool
-    kl_T: Array
+Heard = tuple[list[float], list[float]]
+"""The KL before each token of the student's response to a prompt, and of the teacher's: as it is kept, too."""
 
 
 def require_responses(prompts: Sequence[Prompt], *, samples: int) -> None:
@@ -59,25 +52,25 @@ def measure_exposure(
     resamples: int,
     ranks: Ranks,
     title: str = "",
+    keeper: Keeper | None = None,
 ) -> dict[str, Any]:
     """The curve of ``exposure.exposure_curve`` from ``samples`` continuations of each prompt by each of the two models.
 
     Both draw from their own distribution as it is (temperature 1, nothing truncated), as far as
     ``judge.decoding.max_new_tokens``, with the same random numbers: two equal models write the same text. Neither batch
-    size nor ranks change a token. With a ``title`` there is a progress bar.
+    size nor ranks change a token. With a ``title`` there is a progress bar. A ``keeper`` has what an earlier process
+    read, which is not read again, and keeps what this one reads.
     """
     batches = batches_of_rank(judge, numbers=range(samples), ranks=ranks)
-    bar = Progress(title, total=len(batches), unit="batches", shown=bool(title) and ranks.first)
-    heard: list[Heard] = []
-    for piece, batch in enumerate(batches):
-        heard += _hear(reader, judge, batch, teacher=teacher, ranks=ranks)
-        bar.advance(piece + 1, {})
-    bar.close()
+
+    def hear(_: int, cells: Sequence[Key]) -> list[Heard]:
+        return _hear(reader, judge, cells, teacher=teacher, ranks=ranks)
+
     # In one order, whatever the ranks: sums of floats depend on it.
-    everything = sorted(ranks.gather_objects(heard), key=lambda one: one[:3])
+    heard = in_batches(batches, hear, part="exposure", ranks=ranks, keeper=keeper, title=title)
     found = exposure_curve(
-        _texts([one for one in everything if not one.by_teacher]),
-        _texts([one for one in everything if one.by_teacher]),
+        _texts([(place, kl_T) for (place, _), (kl_T, _) in heard]),
+        _texts([(place, kl_T) for (place, _), (_, kl_T) in heard]),
         prompts=len(judge.prompts),
         resamples=resamples,
         seed=judge.seed,
@@ -85,12 +78,11 @@ def measure_exposure(
     return {"samples": samples, "temperature": 1.0, **found}
 
 
-def _hear(
-    reader: ModelReader, judge: Judge, cells: Sequence[tuple[int, int]], *, teacher: Teacher, ranks: Ranks
-) -> list[Heard]:
+def _hear(reader: ModelReader, judge: Judge, cells: Sequence[Key], *, teacher: Teacher, ranks: Ranks) -> list[Heard]:
+    """What each (place of a prompt, which sample of it) brings."""
     rows = [judge.prompts[place] for place, _ in cells]
     batch = prompt_batch(rows, [sample for _, sample in cells], pad_id=judge.ids.pad, device=reader.device)
-    heard = []
+    sides = []
     for by_teacher in (False, True):
         rollout = _draw(batch, reader, judge, teacher=teacher, by_teacher=by_teacher, ranks=ranks)
         # The rollout calls whoever drew the student.
@@ -98,9 +90,8 @@ def _hear(
         assert student_BTH is not None and teacher_BTH is not None
         if by_teacher:
             student_BTH, teacher_BTH = teacher_BTH, student_BTH
-        rows_T = _forward_kl(rollout, reader, teacher, student_BTH=student_BTH, teacher_BTH=teacher_BTH)
-        heard += [Heard(*cell, by_teacher, kl_T) for cell, kl_T in zip(cells, rows_T, strict=True)]
-    return heard
+        sides.append(_forward_kl(rollout, reader, teacher, student_BTH=student_BTH, teacher_BTH=teacher_BTH))
+    return list(zip(*sides, strict=True))
 
 
 def _draw(
@@ -126,7 +117,7 @@ def _draw(
 @torch.no_grad()
 def _forward_kl(
     rollout: Rollout, reader: ModelReader, teacher: Teacher, *, student_BTH: Tensor, teacher_BTH: Tensor
-) -> list[Array]:
+) -> list[list[float]]:
     """KL(teacher || student) at the state before each token of each row, without padding."""
     mask_BT = rollout.mask_BT
     with teacher.head() as head:
@@ -136,14 +127,14 @@ def _forward_kl(
             wanted=("forward_kl",),
             teacher=TeacherView(head=head, hidden_NH=teacher_BTH[mask_BT]),
         )["forward_kl"]
-    kl_BT = spread(kl_N.double(), mask_BT).cpu().numpy()
+    kl_BT = spread(kl_N.double(), mask_BT).tolist()
     return [row_T[:length] for row_T, length in zip(kl_BT, rollout.length_B.tolist(), strict=True)]
 
 
-def _texts(heard: Sequence[Heard]) -> Texts:
-    """Side by side, right-padded."""
-    width = max(len(one.kl_T) for one in heard)
+def _texts(heard: Sequence[tuple[int, Sequence[float]]]) -> Texts:
+    """Responses, each with the place of its prompt, side by side and right-padded."""
+    width = max(len(kl_T) for _, kl_T in heard)
     kl_BT, alive_BT = np.zeros((len(heard), width)), np.zeros((len(heard), width), dtype=bool)
-    for row, one in enumerate(heard):
-        kl_BT[row, : len(one.kl_T)], alive_BT[row, : len(one.kl_T)] = one.kl_T, True
-    return Texts(kl_BT=kl_BT, alive_BT=alive_BT, prompt_B=np.array([one.place for one in heard], dtype=np.int64))
+    for row, (_, kl_T) in enumerate(heard):
+        kl_BT[row, : len(kl_T)], alive_BT[row, : len(kl_T)] = kl_T, True
+    return Texts(kl_BT=kl_BT, alive_BT=alive_BT, prompt_B=np.array([place for place, _ in heard], dtype=np.int64))

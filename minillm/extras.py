@@ -14,6 +14,7 @@ from minillm.exposure_run import measure_exposure, require_responses
 from minillm.models import ModelReader
 from minillm.preflight import Pair, Split
 from minillm.ranks import Ranks
+from minillm.unfinished import Keeper
 
 EXTRAS = ("exposure", "calibration")
 """Settings of ``evaluation`` that add a key of the same name to results.json."""
@@ -30,9 +31,16 @@ def require_extras(config: RunConfig, pair: Pair, split: Split) -> None:
 
 
 def measure_extras(
-    config: RunConfig, reader: ModelReader, judge: Judge, *, teacher: Teacher | None, ranks: Ranks, shown: str
+    config: RunConfig,
+    reader: ModelReader,
+    judge: Judge,
+    *,
+    teacher: Teacher | None,
+    ranks: Ranks,
+    shown: str,
+    keeper: Keeper,
 ) -> dict[str, Any]:
-    """``exposure`` and ``calibration`` for results.json, those that were asked for."""
+    """``exposure`` and ``calibration`` for results.json, those that were asked for; ``keeper`` keeps what they read."""
     settings = config.evaluation
     found: dict[str, Any] = {}
     if settings.exposure is not None:
@@ -45,9 +53,12 @@ def measure_extras(
             resamples=settings.bootstrap,
             ranks=ranks,
             title=f"exposure {shown}",
+            keeper=keeper,
         )
     if settings.calibration:
-        found["calibration"] = measure_calibration(reader, judge, resamples=settings.bootstrap, ranks=ranks)
+        found["calibration"] = measure_calibration(
+            reader, judge, resamples=settings.bootstrap, ranks=ranks, keeper=keeper
+        )
     return found
 
 

@@ -106,7 +106,7 @@ def evaluate_into(
     measures, by_temperature = summarise(
         samples, temperatures=settings.temperatures, resamples=settings.bootstrap, seed=config.seed
     )
-    extras = measure_extras(config, reader, judge, teacher=teacher, ranks=ranks, shown=shown)
+    extras = measure_extras(config, reader, judge, teacher=teacher, ranks=ranks, shown=shown, keeper=keeper)
     results = {
         "schema": SCHEMA,
         "model": {

@@ -23,7 +23,7 @@ from minillm.stage_base import is_component
 from minillm.yaml_reader import read_yaml
 
 UNFINISHED = "samples.partial.jsonl"
-"""What an evaluation has of samples.jsonl before it is done."""
+"""What an evaluation has before it is done: of samples.jsonl, and of what exposure and calibration read."""
 RESULTS = ("run.json", "metrics.jsonl", "samples.jsonl", UNFINISHED, "results.json", "report.html")
 """Files that a run makes beside config.yaml and student/."""
 

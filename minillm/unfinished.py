@@ -1,19 +1,22 @@
-"""What an interrupted evaluation leaves behind so that it can go on: the rows drawn so far, and what was asked.
+"""What an interrupted evaluation leaves behind so that it can go on: what it drew and read so far, and what was asked.
 
-One file beside the results, ``samples.partial.jsonl``: a first line that says what was asked, then a line for each row.
-It is written whole or not at all, by the first rank, and goes when the results are written.
+One file beside the results, ``samples.partial.jsonl``: a first line that says what was asked, then a line for each row
+of samples.jsonl and for each piece of what exposure and calibration read. A piece is what a prompt (its sample, its
+choice) brought, before anything is summed, with numbers as JSON spells them, which is exact. The file is written whole
+or not at all, by the first rank, and goes when the results are written.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from minillm.cards import may_differ
 from minillm.errors import DataError
+from minillm.progress import Progress
 from minillm.ranks import Ranks
 from minillm.store import UNFINISHED, write_jsonl
 
@@ -22,22 +25,29 @@ EVERY_S = 20.0
 SHARE = 0.05
 """Most of the time that writing may take: very many rows are written less often."""
 
-Key = tuple[int, int, int]
-"""Which temperature of those asked for, the sampling seed, which prompt."""
-Keyed = tuple[Key, dict[str, Any]]
-"""A row of samples.jsonl and where it belongs."""
+PARTS = {
+    "samples": "responses",
+    "exposure": "pairs of continuations",
+    "references": "references",
+    "choices": "choices",
+}
+"""What is kept, in the order in which it is made, and the word for it."""
+Key = tuple[int, ...]
+"""Where something belongs: of a row of samples.jsonl which temperature of those asked for, the sampling seed, which
+prompt; of exposure which prompt and sample, of references which prompt, of choices which prompt and choice."""
+Keyed = tuple[Key, Any]
+"""A row of samples.jsonl, or the numbers that were read, and where it belongs."""
 
 
 class Keeper:
-    """Keeps the rows of an evaluation that is under way; every rank has one, and the first one writes."""
+    """Keeps what an evaluation that is under way has; every rank has one, and the first one writes."""
 
     def __init__(self, out: Path, *, asked: Mapping[str, Any], ranks: Ranks, say: Callable[[str], None]) -> None:
         self._file, self._asked, self._ranks = out / UNFINISHED, dict(asked), ranks
         # Only the first rank need see the disk.
         told = ranks.of_first(lambda: _kept(self._file, asked, say))
         self._before: float = 0.0 if told is None else told[0]
-        self.rows: list[Keyed] = [] if told is None else told[1]
-        """What an earlier process drew."""
+        self._parts: dict[str, list[Keyed]] = _nothing() if told is None else told[1]
         self._start = self._written = time.monotonic()
         self._wait = EVERY_S
 
@@ -46,16 +56,26 @@ class Keeper:
         """Since it was made, and what the rows that it found had taken."""
         return self._before + time.monotonic() - self._start
 
+    def kept(self, part: str) -> list[Keyed]:
+        """What there is of one of ``PARTS``: first what an earlier process made, then what was held last."""
+        return self._parts[part]
+
     def due(self) -> bool:
         """Whether it is time to write: the first rank looks at its clock, and all hear the same answer."""
         return self._ranks.anyone(self._ranks.first and time.monotonic() - self._written >= self._wait)
 
-    def keep(self, rows: list[Keyed]) -> None:
-        """Writes all rows that there are."""
+    def hold(self, part: str, rows: Sequence[Keyed]) -> None:
+        """Takes all that there is of a part, to be written when something is kept next."""
+        self._parts[part] = [*rows]
+
+    def keep(self, part: str, rows: Sequence[Keyed]) -> None:
+        """Takes all that there is of a part, and writes it with all other parts."""
+        self.hold(part, rows)
         if self._ranks.first:
             began = time.monotonic()
             head = {"asked": self._asked, "seconds": round(self.seconds, 2)}
-            write_jsonl(self._file, [head, *({"key": key, "row": row} for key, row in rows)])
+            held = ((part, *keyed) for part, found in self._parts.items() for keyed in found)
+            write_jsonl(self._file, [head, *({"part": part, "key": key, "row": row} for part, key, row in held)])
             self._written = time.monotonic()
             self._wait = max(EVERY_S, (self._written - began) / SHARE)
 
@@ -63,6 +83,43 @@ class Keeper:
         """The results are written: what was kept is no longer needed."""
         if self._ranks.first:
             self._file.unlink(missing_ok=True)
+
+
+def in_batches(
+    batches: Sequence[Sequence[Key]],
+    work: Callable[[int, Sequence[Key]], Sequence[Any]],
+    *,
+    part: str,
+    ranks: Ranks,
+    keeper: Keeper | None = None,
+    title: str = "",
+) -> list[Keyed]:
+    """Every key of all ranks with what ``work`` makes of it, in the order of the keys, on every rank.
+
+    ``work`` gets the number of a batch and the keys that are left of it. What ``keeper`` has of ``part`` is not made
+    again, and what is made is kept. All ranks have as many batches, and call ``work`` equally often: also with no keys,
+    while another has some. With a ``title`` there is a progress bar, which counts what was there.
+    """
+    rows: list[Keyed] = [] if keeper is None else [*keeper.kept(part)]
+    done, fresh = {key for key, _ in rows}, list[Keyed]()
+    left = [[key for key in batch if key not in done] for batch in batches]
+    if done and not ranks.anyone(any(left)):
+        return sorted(rows, key=lambda keyed: keyed[0])
+    bar = Progress(title, total=len(batches), unit="batches", shown=bool(title) and ranks.first)
+    for piece, keys in enumerate(left):
+        if done and not ranks.anyone(bool(keys)):
+            continue
+        fresh += zip(keys, work(piece, keys), strict=True)
+        bar.advance(piece + 1, {})
+        if keeper is not None and keeper.due():
+            rows += ranks.gather_objects(fresh)
+            fresh = []
+            keeper.keep(part, rows)
+    bar.close()
+    rows += ranks.gather_objects(fresh)
+    if keeper is not None:
+        keeper.hold(part, rows)
+    return sorted(rows, key=lambda keyed: keyed[0])
 
 
 def begin(out: Path, asked: Mapping[str, Any]) -> None:
@@ -78,21 +135,27 @@ def asked_before(out: Path) -> dict[str, Any] | None:
     return _read(file)[0]["asked"] if file.is_file() else None
 
 
-def _kept(file: Path, asked: Mapping[str, Any], say: Callable[[str], None]) -> tuple[float, list[Keyed]] | None:
-    """(Seconds that they took, rows) of an unfinished evaluation that was asked the same."""
+def _nothing() -> dict[str, list[Keyed]]:
+    return {part: [] for part in PARTS}
+
+
+def _kept(
+    file: Path, asked: Mapping[str, Any], say: Callable[[str], None]
+) -> tuple[float, dict[str, list[Keyed]]] | None:
+    """(Seconds that it took, what there is of each part) of an unfinished evaluation that was asked the same."""
     if not file.is_file():
         return None
     try:
-        head, rows = _read(file)
+        head, parts = _read(file)
     except DataError as error:
         say(f"note: starting over, since {str(error).splitlines()[0]}")
         return None
     if differs := ", ".join(differences(asked, head["asked"])):
         say(f"note: {file} is of another evaluation (they differ in: {differs}); starting over")
         return None
-    if rows:
-        say(f"{file}: going on with an unfinished evaluation, {len(rows):,} responses are there")
-    return head["seconds"], rows
+    if there := ", ".join(f"{len(found):,} {PARTS[part]}" for part, found in parts.items() if found):
+        say(f"{file}: going on with an unfinished evaluation, {there} are there")
+    return head["seconds"], parts
 
 
 def differences(asked: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
@@ -100,13 +163,17 @@ def differences(asked: Mapping[str, Any], before: Mapping[str, Any]) -> list[str
     return [name for name in {**asked, **before} if may_differ(asked.get(name), before.get(name))]
 
 
-def _read(file: Path) -> tuple[dict[str, Any], list[Keyed]]:
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, list[Keyed]]]:
     try:
         with file.open(encoding="utf-8") as text:
             head, *lines = [json.loads(line) for line in text]
-        rows = [((turn, seed, place), dict(line["row"])) for line in lines for turn, seed, place in [line["key"]]]
-        return {"asked": dict(head["asked"]), "seconds": float(head["seconds"])}, rows
-    except (ValueError, KeyError, TypeError) as error:
+        parts = _nothing()
+        for line in lines:
+            # Before there were other parts, lines did not name theirs.
+            part = line.get("part", "samples")
+            parts[part].append((tuple(line["key"]), dict(line["row"]) if part == "samples" else line["row"]))
+        return {"asked": dict(head["asked"]), "seconds": float(head["seconds"])}, parts
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{file} is not what an unfinished evaluation leaves ({type(error).__name__})\n"
             "  move it away, or give --fresh"

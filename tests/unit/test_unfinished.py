@@ -271,14 +271,14 @@ def test_several_sets_beside_an_unfinished_evaluation_on_one_source_are_refused(
 def test_within_a_run_what_is_of_another_question_is_left_with_a_line(tmp_path: Path) -> None:
     said: list[str] = []
     one = Keeper(tmp_path, asked={"model": "a"}, ranks=Ranks(), say=said.append)
-    one.keep([((0, 10, 0), {"uid": "u", "text": "line\u2028break"})])
+    one.keep("samples", [((0, 10, 0), {"uid": "u", "text": "line\u2028break"})])
     same = Keeper(tmp_path, asked={"model": "a"}, ranks=Ranks(), say=said.append)
-    assert same.rows == [((0, 10, 0), {"uid": "u", "text": "line\u2028break"})]
+    assert same.kept("samples") == [((0, 10, 0), {"uid": "u", "text": "line\u2028break"})]
     other = Keeper(tmp_path, asked={"model": "b"}, ranks=Ranks(), say=said.append)
-    assert other.rows == [] and "differ in: model" in said[-1] and "starting over" in said[-1]
+    assert other.kept("samples") == [] and "differ in: model" in said[-1] and "starting over" in said[-1]
     (tmp_path / UNFINISHED).write_text("{", encoding="utf-8")
     broken = Keeper(tmp_path, asked={"model": "a"}, ranks=Ranks(), say=said.append)
-    assert broken.rows == [] and "starting over" in said[-1]
+    assert broken.kept("samples") == [] and "starting over" in said[-1]
     assert UNFINISHED in RESULTS  # a run that starts over removes it
 
 
@@ -287,5 +287,5 @@ def test_rows_are_written_now_and_then_and_not_after_each_batch(tmp_path: Path) 
     assert not keeper.due()
     keeper._written -= unfinished.EVERY_S
     assert keeper.due()
-    keeper.keep([])
+    keeper.keep("samples", [])
     assert not keeper.due()
