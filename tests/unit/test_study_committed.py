@@ -29,7 +29,7 @@ def test_a_cell_of_the_world_study_comes_out_again(tmp_path: Path, monkeypatch: 
 
     plain = module.make
     monkeypatch.setattr(module, "make", kept)
-    study = load_study("docs/results/world.yaml")
+    study = load_study(Path("docs/results/world.yaml"))
     arm, seed = CHEAPEST
     assert reproduce(study, arm, seed)
     cells, _ = read_cells(study)
