@@ -235,7 +235,7 @@ def _validator(
         return None
     judge = judge_of(config, pair, split, teacher=teacher, purpose=Purpose.VALIDATION)
     has_references = any(prompt.response_ids for prompt in split.prompts)
-    return validator(judge, ranks=ranks, generate=stage.on_policy, loss=has_references)
+    return validator(judge, ranks=ranks, generate=stage.samples_to_validate, loss=has_references)
 
 
 def _write_run_report(config: RunConfig, folder: RunFolder, seconds: Mapping[str, float]) -> None:

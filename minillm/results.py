@@ -108,17 +108,7 @@ def evaluate_into(
     )
     extras = measure_extras(config, reader, judge, teacher=teacher, ranks=ranks, shown=shown, keeper=keeper)
     results = {
-        "schema": SCHEMA,
-        "model": {
-            "name": start.card.name,
-            "path": str(start.card.model),
-            "parameters": sum(p.numel() for p in root.parameters()),
-        },
-        "teacher": None if teacher is None else {"name": config.teacher, "parameters": teacher.parameters},
-        "data": {"source": split.source, "rows": len(split.prompts), "sha256": split.sha256},
-        "decoding": config.decoding.model_dump(),
-        "seeds": list(settings.seeds),
-        "bootstrap": settings.bootstrap,
+        **_about(config, split, start=start, parameters=sum(p.numel() for p in root.parameters()), teacher=teacher),
         "asked": asked,
         "measures": measures,
         "temperatures": by_temperature,
@@ -135,6 +125,21 @@ def evaluate_into(
     keeper.drop()
     ranks.barrier()
     return results
+
+
+def _about(
+    config: RunConfig, split: Split, *, start: Start, parameters: int, teacher: Teacher | None
+) -> dict[str, Any]:
+    """Which model was evaluated on what, and how it was sampled."""
+    return {
+        "schema": SCHEMA,
+        "model": {"name": start.card.name, "path": str(start.card.model), "parameters": parameters},
+        "teacher": None if teacher is None else {"name": config.teacher, "parameters": teacher.parameters},
+        "data": {"source": split.source, "rows": len(split.prompts), "sha256": split.sha256},
+        "decoding": config.decoding.model_dump(),
+        "seeds": list(config.evaluation.seeds),
+        "bootstrap": config.evaluation.bootstrap,
+    }
 
 
 def _checker(config: RunConfig, split: Split) -> str:

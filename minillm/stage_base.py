@@ -27,6 +27,8 @@ BETTER: dict[str, Literal["min", "max"] | None] = {
     "mean_length": None,
 }
 """Every validation measure and which way is better; ``None`` where neither is."""
+WITHOUT_TEACHER = tuple(name for name in BETTER if not name.startswith("reverse_kl"))
+"""Those that need no teacher."""
 _COMPONENT = re.compile(r"[A-Za-z0-9._-]+")
 
 
@@ -67,7 +69,8 @@ class KeepConfig(Settings):
     """Which validation decides on the weights that the stage hands on."""
 
     metric: Text = "loss"
-    """A validation measure: 'loss' on references; 'reverse_kl', 'rouge_l', … where a stage learns on its own text."""
+    """A validation measure: 'loss' on references, or 'rouge_l', 'validity', … of one sampled response a prompt;
+    'reverse_kl' where a stage learns on its own text."""
     mode: Literal["min", "max"] = "min"
     """Whether the smallest or the largest value is best."""
 
@@ -115,7 +118,7 @@ class BaseStage(Settings, ABC):
     headline: ClassVar[tuple[str, ...]]
     """Training figures beside the progress bar."""
     on_policy: ClassVar[bool]
-    """Whether the student learns on its own text: then validation generates too, and nothing is dropped out, since the
+    """Whether the student learns on its own text: then validation samples too, and nothing is dropped out, since the
     weights that drew a token must be those that learn from it."""
     wants_teacher: ClassVar[bool]
     """Whether the stage asks a teacher while it trains."""
@@ -151,6 +154,11 @@ class BaseStage(Settings, ABC):
         """
         by_default = type(self).model_fields["keep"].get_default()
         return {"validate_every 0": ["keep"]} if self.validate_every == 0 and self.keep != by_default else {}
+
+    @property
+    def samples_to_validate(self) -> bool:
+        """Whether validation draws a response to each prompt, and not only reads the references."""
+        return self.on_policy or self.keep.metric != "loss"
 
     @model_validator(mode="after")
     def _check_common(self) -> Self:

@@ -16,7 +16,7 @@ from pydantic import model_validator
 
 from minillm.errors import ConfigError, UnsupportedCombination
 from minillm.settings import Count, Positive, Share, ShareBelowOne, Text, Whole
-from minillm.stage_base import BETTER, BaseStage, KeepConfig, told_idle
+from minillm.stage_base import BETTER, WITHOUT_TEACHER, BaseStage, KeepConfig, told_idle
 
 
 class ReferenceStage(BaseStage):
@@ -32,7 +32,7 @@ class ReferenceStage(BaseStage):
     keep: KeepConfig = KeepConfig()
     """Which weights the stage hands on; lowest validation loss, as official."""
 
-    measures = ("loss",)
+    measures = WITHOUT_TEACHER
     headline = ("loss", "grad_norm")
     on_policy = False
 

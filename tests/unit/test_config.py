@@ -115,8 +115,8 @@ def stage(**changes: Any) -> MinillmStage:
         ("data.train=null", "data.train is missing"),
         ("stages.0.keep.metric=rouge", "no validation measure of this name; did you mean 'rouge_l'?"),
         (
-            "stages=[{kind: sft, steps: 1, batch: 1, optimiser: {lr: 1}, keep: {metric: rouge_l, mode: max}}]",
-            "does not measure 'rouge_l'; wanted loss",
+            "stages=[{kind: sft, steps: 1, batch: 1, optimiser: {lr: 1}, keep: {metric: reverse_kl}}]",
+            "does not measure 'reverse_kl'; wanted loss, rouge_l, validity,",
         ),
         ("stages.0.name=a/b", "name: got 'a/b'"),
     ],

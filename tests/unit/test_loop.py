@@ -254,6 +254,22 @@ def test_watching_does_not_change_the_training(kind: str, inputs: Path, tmp_path
     assert len(tiny.logged(tmp_path / "watched" / "run", "validation")) == 3
 
 
+def test_fine_tuning_keeps_by_sampled_responses_if_asked_to(inputs: Path, tmp_path: Path) -> None:
+    """And trains the same: random numbers of the sampling are its own."""
+    keep = {"metric": "mean_length", "mode": "min"}
+    plain = config(inputs, tmp_path / "loss", "sft", validate_every=1)
+    shortest = config(inputs, tmp_path / "shortest", "sft", validate_every=1, keep=keep)
+    assert train_lines(shortest) == train_lines(plain)
+    found = tiny.logged(tmp_path / "shortest" / "run", "validation")
+    assert all({"loss", "rouge_l", "mean_length"} <= line.keys() for line in found) and len(found) == 3
+    by_loss = tiny.logged(tmp_path / "loss" / "run", "validation")
+    assert [line["loss"] for line in by_loss] == [line["loss"] for line in found]
+    assert not any("rouge_l" in line for line in by_loss), "the control: nothing is sampled for the loss"
+    status = json.loads((tmp_path / "shortest" / "run" / "run.json").read_text(encoding="utf-8"))
+    best = min(found, key=lambda line: line["mean_length"])
+    assert status["stages"]["sft"]["best"] == best["mean_length"]
+
+
 def test_a_metric_that_the_validation_rows_cannot_give_is_refused_before_training(inputs: Path, tmp_path: Path) -> None:
     settings = config(
         inputs, tmp_path, "minillm", validation="bare.jsonl", validate_every=1,
