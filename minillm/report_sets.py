@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from minillm.errors import DataError
 from minillm.measures import MAIN, MEASURES
 from minillm.report_files import set_folders
-from minillm.report_html import estimate_cell, frame, head_row, scrolling, section
+from minillm.report_parts import estimate_cell, frame, head_row, scrolling, section
 from minillm.report_text import DASH, figure, plain, safe
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from minillm import plots
 from minillm.compare.tables import net_share, temperature
 from minillm.compare.words import describe, probability
 from minillm.measures import LENGTH_BUCKETS, MEASURES
-from minillm.report_html import frame, head_row, scrolling, section
+from minillm.report_parts import frame, head_row, scrolling, section
 from minillm.report_samples import answer, choice, text_block
 from minillm.report_text import DASH, MINUS, clean, figure, finite, interval, reading, safe
 

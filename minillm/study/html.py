@@ -13,7 +13,7 @@ from typing import Any
 from minillm import plots
 from minillm.compare.words import probability
 from minillm.measures import LENGTH_BUCKETS, MEASURES
-from minillm.report_html import frame, grid, head_row, legend, scrolling, section
+from minillm.report_parts import frame, grid, head_row, legend, scrolling, section
 from minillm.report_text import DASH, MINUS, clean, figure, interval, safe
 from minillm.study import diversity, yardsticks
 from minillm.study.config import StudyConfig

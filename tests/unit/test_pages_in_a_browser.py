@@ -23,7 +23,7 @@ from minillm import plots
 from minillm.compare.command import compare
 from minillm.compare.summary import Options
 from minillm.report import combine, write_report
-from minillm.report_html import frame
+from minillm.report_parts import frame
 from minillm.report_samples import text_block
 from tests.unit.test_report import evaluation, metrics
 from tests.unit.test_study_page import study_text
