@@ -32,6 +32,8 @@ LINES = ("-", "--", ":")
 SIZE_INCHES = (4.4, 3.0)
 ROW_INCHES = 0.24
 """What a row of bars or intervals needs at least, so that their names do not meet."""
+LONGEST_HEADING = 44
+"""Characters of a heading above a group of bars."""
 LARGE = 10_000
 """From here on an axis says 20k, or its numbers would meet."""
 POINTS_AT_MOST = 240
@@ -50,6 +52,10 @@ SETTINGS: dict[Any, Any] = {
     "grid.linewidth": 0.6,
     **{key: INK for key in ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")},
 }
+
+
+Bar = tuple[str, int, float, tuple[float, float] | None]
+"""Name, colour, value, interval or None."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,31 +121,51 @@ def lines(
     return _svg(draw, key=key, title=title)
 
 
-def bars(
-    rows: Sequence[tuple[str, int, float, tuple[float, float] | None]], *, key: str, title: str, digits: int
-) -> str:
-    """SVG of horizontal bars, first row on top: (name, colour, value, interval or None)."""
+def bars(rows: Sequence[Bar], *, key: str, title: str, digits: int) -> str:
+    """SVG of horizontal bars, first row on top."""
+    return bar_groups([("", rows)], key=key, title=title, digits=digits)
+
+
+def bar_groups(groups: Sequence[tuple[str, Sequence[Bar]]], *, key: str, title: str, digits: int) -> str:
+    """SVG of horizontal bars on one axis, in groups with a heading each ("" for none), the first on top."""
+    places: list[tuple[int, Bar]] = []
+    headings: list[tuple[int, str]] = []
+    below = 0
+    for heading, rows in groups:
+        if heading:
+            headings.append((below, _short(heading, LONGEST_HEADING)))
+            below += 1
+        places += [(below + number, row) for number, row in enumerate(rows)]
+        below += len(rows)
 
     def draw(axes: Axes) -> None:
-        places = list(range(len(rows)))
-        for place, (_, colour, value, ends) in zip(places, rows, strict=True):
-            # Pale in a full edge: an interval's ink is not lost on the bar, in dark pages above all.
-            axes.barh(place, value, color=STAND_IN[colour % COLOURS], height=0.62, alpha=0.45, linewidth=0)
-            axes.barh(place, value, fill=False, edgecolor=STAND_IN[colour % COLOURS], height=0.62, linewidth=1.2)
-            if ends is not None:
-                # An interval of a skewed bootstrap may lie beside its mean; a negative length is not drawable.
-                reach = [[max(value - ends[0], 0.0)], [max(ends[1] - value, 0.0)]]
-                axes.errorbar(value, place, xerr=reach, fmt="none", ecolor=INK, elinewidth=1.2, capsize=3)
-            edge = max([value, *(ends or ())])
+        for place, (_, colour, value, ends) in places:
+            _bar(axes, place, colour=colour, value=value, ends=ends, digits=digits)
+        for place, heading in headings:
             axes.annotate(
-                _rounded(value, digits), (max(edge, 0.0), place), (5, 0), textcoords="offset points", va="center"
-            )
-        axes.set_yticks(places, [_short(name) for name, *_ in rows])
+                heading, (0.0, place), (4, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points",
+                va="center", fontweight="bold",
+            )  # fmt: skip
+        axes.set_yticks([place for place, _ in places], [_short(row[0]) for _, row in places])
+        if headings:  # they are no data: without limits the axis would leave out one at an end
+            axes.set_ylim(-0.6, below - 0.4)
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.margins(x=0.22)
 
-    return _svg(draw, key=key, title=title, rows=len(rows))
+    return _svg(draw, key=key, title=title, rows=below)
+
+
+def _bar(axes: Axes, place: int, *, colour: int, value: float, ends: tuple[float, float] | None, digits: int) -> None:
+    # Pale in a full edge: an interval's ink is not lost on the bar, in dark pages above all.
+    axes.barh(place, value, color=STAND_IN[colour % COLOURS], height=0.62, alpha=0.45, linewidth=0)
+    axes.barh(place, value, fill=False, edgecolor=STAND_IN[colour % COLOURS], height=0.62, linewidth=1.2)
+    if ends is not None:
+        # An interval of a skewed bootstrap may lie beside its mean; a negative length is not drawable.
+        reach = [[max(value - ends[0], 0.0)], [max(ends[1] - value, 0.0)]]
+        axes.errorbar(value, place, xerr=reach, fmt="none", ecolor=INK, elinewidth=1.2, capsize=3)
+    edge = max([value, *(ends or ())])
+    axes.annotate(_rounded(value, digits), (max(edge, 0.0), place), (5, 0), textcoords="offset points", va="center")
 
 
 def differences(

@@ -48,8 +48,8 @@ def chapters(evaluations: Evaluations, colour: Mapping[str, int]) -> list[Chapte
 
 
 def without_curves(about: Mapping[str, Any]) -> dict[str, Any]:
-    """What an evaluation says of itself, less what has a chapter of its own."""
-    return {name: value for name, value in about.items() if name not in ("exposure", "calibration")}
+    """What an evaluation says of itself, less what has a chapter or a section of its own."""
+    return {name: value for name, value in about.items() if name not in ("exposure", "calibration", "by_length")}
 
 
 def _exposure(exposed: Mapping[str, Labelled], evaluations: Evaluations, colour: Mapping[str, int]) -> Chapter:

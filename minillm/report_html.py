@@ -14,6 +14,7 @@ from minillm import plots
 from minillm.measures import MEASURES, QUALITIES, shown
 from minillm.report_extras import chapters, without_curves
 from minillm.report_files import Course
+from minillm.report_lengths import HEADING, lengths
 from minillm.report_parts import estimate_cell, frame, grid, head_row, legend, scrolling, section
 from minillm.report_samples import samples_shown
 from minillm.report_text import (
@@ -63,6 +64,7 @@ def body(
         for part in (
             _figures(combined, colour),
             _temperatures(combined, colour),
+            section(HEADING, lengths({"": combined}, colour)),
             _extras(combined, colour),
             _training(courses, colour),
             section("Samples", cards),

@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 from minillm.errors import DataError
 from minillm.measures import MAIN, MEASURES
 from minillm.report_files import set_folders
+from minillm.report_lengths import HEADING, lengths
 from minillm.report_parts import estimate_cell, frame, head_row, scrolling, section
 from minillm.report_text import DASH, figure, plain, safe
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-BUCKETED = ("rouge_l", "exact_match", "reverse_kl")
-"""The measures of the table by the length of the reference."""
 PAGE = "report.html"
 
 
@@ -54,15 +53,17 @@ def chosen_pairs(
 
 
 def overview(reports: Mapping[str, Mapping[str, Any]], *, title: str, more: str = "") -> str:
-    """One page with a row for each set and model, and one for each length of the reference, linked to each report."""
+    """One page with a row for each set and model, linked to each report, and the measures by length."""
     content = scrolling("".join([head_row(["set", "model", *_labels(reports)]), *_rows(reports)]))
     note = (
         "<p class='note'>At the headline temperature, with 95 % intervals over the prompts of the set. Sets are not "
         "averaged: they have other prompts, other lengths and other numbers of rows.</p>"
     )
+    models = dict.fromkeys(model for found in reports.values() for model in found["models"])
+    colour = {model: number for number, model in enumerate(models)}
     parts = [
         section("All sets", content + note),
-        section("By the length of the reference", _lengths(reports)),
+        section(HEADING, lengths(reports, colour)),
         more,
     ]
     return frame(title, "\n".join(part for part in parts if part))
@@ -105,21 +106,3 @@ def _rows(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
             )
             rows.append(f"<tr>{head}<td>{safe(model)}</td>{cells}</tr>")
     return rows
-
-
-def _lengths(reports: Mapping[str, Mapping[str, Any]]) -> str:
-    rows, unit = [], ""
-    for name, found in reports.items():
-        for model, about in found["evaluations"].items():
-            split = about.get("by_length") or {}
-            unit = split.get("unit", unit)
-            for length, of in (split.get("buckets") or {}).items():
-                cells = "".join(estimate_cell(of["measures"].get(each), each) for each in BUCKETED)
-                rows.append(
-                    f'<tr><th scope="row">{safe(name)}</th><td>{safe(length)}</td><td>{safe(model)}</td>'
-                    f"<td>{safe(of['prompts'])}</td>{cells}</tr>"
-                )
-    if not rows:
-        return ""
-    head = head_row(["set", "length", "model", "prompts", *(MEASURES[name].label for name in BUCKETED)])
-    return scrolling("".join([head, *rows])) + f"<p class='note'>Length: {safe(unit)}.</p>"

@@ -397,7 +397,7 @@ def test_model_text_is_escaped_and_its_control_characters_are_gone(tmp_path: Pat
 def test_without_escaping_the_page_would_hold_the_script(
     tmp_path: Path, folders: dict[str, Path], whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minillm.report_html.safe", str)
+    monkeypatch.setattr("minillm.report_parts.safe", str)
     assert "script" in Tags(written(tmp_path, whole, title="<script>title</script>")).tags
 
 
