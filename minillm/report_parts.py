@@ -70,13 +70,18 @@ def scrolling(rows: str) -> str:
     return f'<div class="wide" tabindex="0"><table>{rows}</table></div>'
 
 
+MANY = 9
+"""A table of more columns is set smaller on paper, which does not scroll."""
+
+
 def head_row(cells: Sequence[str], *, words: int | None = None) -> str:
     """The head of a table; ``words`` is the number of a column that holds words, none by default."""
     heads = (
         f'<th scope="col"{" class=text" if number == words else ""}><span>{safe(cell)}</span></th>'
         for number, cell in enumerate(cells)
     )
-    return f"<thead><tr>{''.join(heads)}</tr></thead>"
+    kind = ' class="many"' if len(cells) > MANY else ""
+    return f"<thead{kind}><tr>{''.join(heads)}</tr></thead>"
 
 
 def estimate_cell(estimate: Mapping[str, Any] | None, name: str) -> str:

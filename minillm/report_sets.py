@@ -54,7 +54,7 @@ def chosen_pairs(
 
 def overview(reports: Mapping[str, Mapping[str, Any]], *, title: str, more: str = "") -> str:
     """One page with a row for each set and model, linked to each report, and the measures by length."""
-    content = scrolling("".join([head_row(["set", "model", *_labels(reports)]), *_rows(reports)]))
+    content = scrolling("".join([head_row(["set", "model", *_labels(reports)], words=1), *_rows(reports)]))
     note = (
         "<p class='note'>At the headline temperature, with 95 % intervals over the prompts of the set. Sets are not "
         "averaged: they have other prompts, other lengths and other numbers of rows.</p>"
@@ -104,5 +104,5 @@ def _rows(reports: Mapping[str, Mapping[str, Any]]) -> list[str]:
             head = (
                 f'<th scope="row"><a href="{safe(name)}/{PAGE}">{safe(name)}</a><small>{safe(size)} rows</small></th>'
             )
-            rows.append(f"<tr>{head}<td>{safe(model)}</td>{cells}</tr>")
+            rows.append(f'<tr>{head}<td class="text">{safe(model)}</td>{cells}</tr>')
     return rows

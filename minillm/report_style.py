@@ -85,14 +85,25 @@ pre { background: var(--card); padding: .8rem; border-radius: .5rem; overflow-x:
 .filters > input:checked + label { border-color: var(--ink); font-weight: 600; }
 .filters > input:focus-visible + label { outline: 2px solid var(--c2); }
 .filters > .none { display: none; font-style: italic; }
-@media (max-width: 40rem) { th, td { padding: .3rem .45rem; } th[scope=row] { min-width: 6rem; }
+thead th:first-child { text-align: left; }
+@media (max-width: 40rem) { th, td { padding: .3rem .45rem; }
+  /* It stays where a table scrolls: a long name must leave room for the figures. */
+  th[scope=row] { min-width: 6rem; overflow-wrap: anywhere; }
   tr.told th small { display: none; } dl.meanings { display: block; } .filters > span { display: block; } }
-@media print { :root { color-scheme: light; } html { font-size: 12px; } body { font-size: 1rem; } main { padding: 0; }
-  article, figure, tr { break-inside: avoid; } h2, h3, thead, .legend { break-after: avoid; }
+@media print { :root { color-scheme: light; } html { font-size: 12px; } body { font-size: 1rem; } 
+  /* Not 0: what stands at the very edge of the paper loses its last line. */
+  main { padding: 0 2px; }
+  article, figure, tr, .legend { break-inside: avoid; } h2, h3, thead, .legend, tr.part { break-after: avoid; }
+  h2 + .note, h3 + .note { break-after: avoid; } .filters > article:first-of-type { break-before: avoid; }
   article { border: 1px solid var(--grid); }
-  nav, .filters > label, .filters > span { display: none; } .plots { grid-template-columns: 1fr 1fr; }
+  nav, .filters > label, .filters > span, .filters > br { display: none; } .filters { break-before: avoid; }
+  .plots { grid-template-columns: 1fr 1fr; } .answers { grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); }
   .wide { overflow: visible; background: none; } th, td { padding: .25rem .4rem; white-space: normal; }
-  th[scope=row] { min-width: 5rem; position: static; }
+  /* Paper does not scroll: names break anywhere, figures at their spaces. */
+  th[scope=row] { min-width: 4rem; position: static; overflow-wrap: anywhere; }
+  thead th span { overflow-wrap: anywhere; min-width: 4.4em; } thead th:first-child span { overflow-wrap: normal; }
+  .many th, .many ~ tbody > tr > * { font-size: .75rem; padding: .25rem .2rem; }
+  .many th span { min-width: 0; } .many ~ tbody small { font-size: .65rem; }
   tr.told th small { display: none; } dl.meanings { display: block; }
   .said .long, .prompt .long { max-height: none; } }
 """

@@ -32,6 +32,7 @@ td.under svg { width: 8.5rem; margin-top: .2rem; } td.under { min-width: 9.5rem;
 .show-other:checked ~ article.ahead-base, .show-base:checked ~ article.ahead-other { display: none; }
 .show-l0:checked ~ article:not(.l0), .show-l1:checked ~ article:not(.l1), .show-l2:checked ~ article:not(.l2)
   { display: none; }
+@media print { td.bar, td.under { min-width: 0; } td svg { width: 8rem; } td.under svg { width: 5rem; } }
 """
 
 

@@ -23,7 +23,7 @@ from minillm import plots
 from minillm.compare.command import compare
 from minillm.compare.summary import Options
 from minillm.report import combine, write_report
-from minillm.report_parts import frame
+from minillm.report_parts import frame, head_row, scrolling
 from minillm.report_samples import text_block
 from tests.unit.test_report import evaluation, metrics
 from tests.unit.test_study_page import study_text
@@ -289,3 +289,60 @@ def test_a_long_answer_has_a_box_of_its_own_and_stays_text() -> None:
     assert 'class="long" tabindex="0"' in text_block("word " * 400)
     assert "long" not in text_block("word " * 20)
     assert "&lt;b&gt;" in text_block("<b>" * 400) and "<b>" not in text_block("<b>" * 400)
+
+
+PAPER = 718
+"""Width of an A4 page between the margins of a browser."""
+PALE = """
+[...document.querySelectorAll('body *')].filter(e => e.getClientRects().length && !e.closest('svg') &&
+  [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim())).filter(e => {
+  const [r, g, b] = getComputedStyle(e).color.match(/[0-9.]+/g).map(Number);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 150; }).map(e => e.outerHTML.slice(0, 80))
+"""
+
+
+@pytest.fixture
+def printing(browser: Browser) -> Iterator[Browser]:
+    """The browser as a reader's with a dark system prints."""
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    browser.send("Emulation.setEmulatedMedia", media="print", features=dark)
+    yield browser
+    browser.send("Emulation.setEmulatedMedia", media="", features=[])
+
+
+@pytest.mark.parametrize("name", ["report", "compare", "study"])
+def test_a_page_is_printed_whole_and_dark_on_white(printing: Browser, pages: Mapping[str, Path], name: str) -> None:
+    printing.show(pages[name], width=PAPER)
+    assert [one for one in wrong(printing) if "wide in" in one] == []
+    assert printing.value(PALE) == []
+    assert printing.value("getComputedStyle(document.documentElement).colorScheme") == "light"
+    breaks = "[...document.querySelectorAll('{}')].every(e => getComputedStyle(e).{} === 'avoid')"
+    for what, where in (("figure, article, .legend", "breakInside"), ("h2, h3, tr.part, .legend", "breakAfter")):
+        assert printing.value(breaks.format(what, where)), what
+
+
+def test_control_a_page_that_prints_as_the_screen_has_it_is_found_out(
+    printing: Browser, pages: Mapping[str, Path], tmp_path: Path
+) -> None:
+    page, text = tmp_path / "screen.html", pages["study"].read_text(encoding="utf-8")
+    for before, after in (("@media screen and (prefers", "@media (prefers"), ("@media print", "@media speech")):
+        assert before in text
+        text = text.replace(before, after)
+    page.write_text(text, encoding="utf-8")
+    printing.show(page, width=PAPER)
+    assert printing.value(PALE) != []
+    assert printing.value("getComputedStyle(document.querySelector('figure')).breakInside") == "auto"
+
+
+@pytest.mark.parametrize("breaks", [True, False])
+def test_a_table_of_many_models_is_not_cut_by_the_paper(printing: Browser, tmp_path: Path, breaks: bool) -> None:
+    """Eight models and seven differences. The control: names that do not break."""
+    names = [f"model_{n}_with_a_long_name" for n in range(8)]
+    cells = "".join("<td>0.817<small>0.725 to 0.883</small></td>" for _ in (*names, *names[1:]))
+    heads = head_row(["", *names, *(f"{name} less {names[0]}, paired" for name in names[1:])])
+    row = f'<tr class="told"><th scope="row">{names[0]}</th>{cells}</tr>'
+    page = tmp_path / "wide.html"
+    text = frame("wide", scrolling(heads + row))
+    page.write_text(text if breaks else text.replace("overflow-wrap: anywhere", ""), encoding="utf-8")
+    printing.show(page, width=PAPER)
+    assert (printing.value("document.documentElement.scrollWidth") <= PAPER) is breaks

@@ -64,7 +64,7 @@ def figures(text: str) -> dict[str, dict[str, list[str]]]:
     """{bucket: {model: its cells}} of the section's table, tags taken out."""
     found: dict[str, dict[str, list[str]]] = {}
     bucket = ""
-    for row in re.findall(r"<tr.*?</tr>", re.sub(r"<thead>.*?</thead>", "", part(text)), flags=re.DOTALL):
+    for row in re.findall(r"<tr.*?</tr>", re.sub(r"<thead.*?</thead>", "", part(text)), flags=re.DOTALL):
         cells = [re.sub("<[^>]+>", " ", cell).strip() for cell in re.findall(r"<t[hd].*?</t[hd]>", row)]
         if len(cells) == 1:
             bucket = cells[0]
