@@ -82,13 +82,18 @@ class Series:
 
 def require_outputs(*, json_file: Path | None, plot: Path | None) -> None:
     """Raise ``ConfigError`` or ``DataError`` where what a command is to write into these files could not be written."""
-    if plot is not None and plot.suffix not in FILE_ENDINGS:
-        raise ConfigError(f"--plot {plot}: wanted a file ending in {', '.join(FILE_ENDINGS)}")
+    require_kind(plot)
     if plot is not None and plot == json_file:
         raise ConfigError(f"--json and --plot are both {plot}; name two files")
     for file in (json_file, plot):
         if file is not None:
             require_writable(file)
+
+
+def require_kind(plot: Path | None, *, option: str = "--plot") -> None:
+    """Raise ``ConfigError`` for a file of which no drawing can be made."""
+    if plot is not None and plot.suffix not in FILE_ENDINGS:
+        raise ConfigError(f"{option} {plot}: wanted a file ending in {', '.join(FILE_ENDINGS)}")
 
 
 def lines(

@@ -11,20 +11,22 @@ from itertools import count
 from typing import Any
 
 from minillm import plots
+from minillm.own_files import generator
 from minillm.report_style import STYLE
 from minillm.report_text import DASH, figure, interval, safe
 
 
-def frame(title: str, content: str, *, style: str = "") -> str:
+def frame(title: str, content: str, *, style: str = "", made_by: str = "") -> str:
     """A whole page around content that is safe already: heading, links to its sections, the content; ``style`` is added
-    to the report's."""
+    to the report's, and ``made_by`` says which command wrote it, which is how that knows it again."""
     # No default-src exception for scripts or images: a tag that slipped through would still do nothing.
+    told = f"{generator(made_by)}\n" if made_by else ""
     policy = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta name="color-scheme" content="light dark">\n<title>{safe(title)}</title>\n'
+        f'<meta name="color-scheme" content="light dark">\n{told}<title>{safe(title)}</title>\n'
         f"<style>{STYLE}{style}</style>\n</head>\n<body>\n<main>\n"
         f"<header><h1>{safe(title)}</h1>{_contents(content)}</header>\n"
         f"{_numbered(content)}\n</main>\n</body>\n</html>\n"

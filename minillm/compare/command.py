@@ -12,10 +12,24 @@ from minillm.compare.html import page
 from minillm.compare.summary import SCHEMA, Options, summary
 from minillm.compare.tables import print_comparison
 from minillm.errors import ConfigError, DataError
+from minillm.own_files import OwnFile
+from minillm.own_files import json_file as own_file
 from minillm.report_sets import by_set
-from minillm.store import make_folder, require_writable, write_text
+from minillm.store import make_folder, write_text
 
 PAGE = "compare.html"
+FIELDS = {"schema", "names", "options", "comparisons", "corrected", "evaluations"}
+"""What every record of a comparison has."""
+
+
+def own_json(file: Path) -> OwnFile:
+    """The file that --json names."""
+
+    def fits(found: Mapping[str, Any]) -> bool:
+        of_sets = {"schema", "sets", "notes"} <= found.keys()
+        return found.keys() >= FIELDS or (of_sets and all("comparisons" in each for each in found["sets"].values()))
+
+    return own_file(file, what="the figures of a comparison", fits=fits)
 
 
 def compare(
@@ -36,7 +50,7 @@ def compare(
     other prompts, references or decoding settings, and a file that cannot be written.
     """
     if json_file is not None and not (out is not None and json_file.parent == out and not out.exists()):
-        require_writable(json_file)
+        own_json(json_file).require()
     if out is not None and json_file == out / PAGE:
         raise ConfigError(f"--json {json_file} is the page that --out writes; name another file")
     sets, notes = _shared_sets(by_set({name: Path(folder) for name, folder in evaluations.items()}), list(evaluations))
@@ -48,7 +62,7 @@ def compare(
         make_folder(file.parent, setting="--out")
         write_text(file, text)
     if json_file is not None:
-        write_text(json_file, json.dumps(record, indent=2, allow_nan=False) + "\n")
+        own_json(json_file).write((json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
     if not quiet:
         from rich.console import Console
 

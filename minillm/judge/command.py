@@ -8,14 +8,25 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from minillm.errors import DataError
 from minillm.judge.run import default_out, judge
 from minillm.judge.settings import JudgeSettings
+from minillm.own_files import OwnFile
+from minillm.own_files import json_file as own_file
 from minillm.report_text import DASH, MINUS, plain
-from minillm.store import require_writable, write_text
 from minillm.terminal import print_table
 
+FIELDS = {"schema", "mode", "asked", "endpoint", "cost", "unanswered"}
+"""What every record of a judging has."""
 WIDTH = 80
 """Columns of a line of words, as in a plain terminal."""
+
+
+def own_json(file: Path) -> OwnFile:
+    """The file that --json names. ``DataError`` for what a judging keeps for itself, which --out is for."""
+    if file.name == "judge.json" and (file.parent / "judgements.jsonl").exists():
+        raise DataError(f"{file} is what a judging keeps for itself, beside its judgements\n  name another file")
+    return own_file(file, what="the figures of a judging", fits=lambda found: found.keys() >= FIELDS)
 
 
 def run(
@@ -34,19 +45,19 @@ def run(
     """Prints the figures and where they are kept."""
     chosen = JudgeSettings(**settings)
     if json_file is not None:
-        require_writable(json_file)
+        own_json(json_file).require()
     out = default_out(*folders, single=single) if out is None else out
     record = judge(
         *folders, settings=chosen, single=single, seed=seed, temperature=temperature, limit=limit, template=template,
         out=out, fresh=fresh, say=lambda line: print(line, flush=True),
     )  # fmt: skip
-    if json_file is not None:
-        write_text(json_file, json.dumps(record, indent=2) + "\n")
     names = ", ".join(record["endpoint"]["returned"]) or record["endpoint"]["model"]
     print_table(plain(f"{record['prompts']} prompts, judged by {names}"), COLUMNS, table(record))
     for line in words(record):
         print(textwrap.fill(plain(line), width=WIDTH, subsequent_indent="  "))
     print(f"{out / 'judge.json'}")
+    if json_file is not None:  # last: what is in the way by now costs no line of the above
+        own_json(json_file).write((json.dumps(record, indent=2) + "\n").encode())
     return record
 
 

@@ -9,12 +9,14 @@ from typing import Any, TypeVar
 
 from minillm.errors import ConfigError, did_you_mean
 from minillm.measures import MAIN_TEMPERATURE, temperature_key
-from minillm.plots import require_outputs
+from minillm.own_files import OwnFile, drawing_file, drawn, page_file
+from minillm.own_files import json_file as own_file
+from minillm.plots import require_kind
 from minillm.ranks import Ranks
-from minillm.store import require_writable, write_text
 from minillm.study.config import StudyConfig, load_study
 from minillm.study.curves import LABELS_AGAINST, draw_curves
 from minillm.study.diversity import DIVERSITIES, at_equal_diversity, heading, left_out, require_diversity
+from minillm.study.html import MADE_BY as PAGE
 from minillm.study.html import page
 from minillm.study.jobs import run_by_jobs
 from minillm.study.reproduce import reproduce
@@ -34,6 +36,7 @@ from minillm.study.verdict import correct, sentences, standings
 from minillm.study.yardsticks import make_yardsticks, read_yardsticks, told
 from minillm.terminal import print_table
 
+PLOT, CURVES = "minillm study --plot", "minillm study --curves"
 T = TypeVar("T", str, int)
 MEASURES = ("validity", "coverage", "rouge_l", "reverse_kl", "mean_length", "repetition_3")
 DIFFERENCES = ("validity", "coverage", "rouge_l", "reverse_kl")
@@ -60,9 +63,7 @@ def run(
 ) -> None:
     """``arms`` and ``seeds`` None are all of the study's; with ``show`` nothing is made. ``compare_with`` None is the
     study's own."""
-    require_outputs(json_file=json_file, plot=plot)
-    require_outputs(json_file=None, plot=curves)
-    _require_page(html, others=(json_file, plot, curves))
+    _require_outputs({"--json": json_file, "--plot": plot, "--curves": curves, "--html": html})
     if against not in LABELS_AGAINST:
         near = did_you_mean(against, LABELS_AGAINST)
         raise ConfigError(f"--against: got {against!r}, wanted one of {', '.join(LABELS_AGAINST)}{near}")
@@ -87,13 +88,14 @@ def run(
         found = gather(study, cells, diversity=diversity, yardsticks=measured)
         _tell(study, found, notes=[*notes, *more])
         if json_file is not None:
-            write_text(json_file, json.dumps(found, indent=2) + "\n")
+            _own("--json", json_file).write((json.dumps(found, indent=2) + "\n").encode())
         if plot is not None:
             _draw_plot(found, plot)
         if curves is not None:
             _draw_curves(study, cells, curves, against=against)
         if html is not None:
-            write_text(html, study_page(study, found, cells, against=against, notes=[*notes, *more]))
+            text = study_page(study, found, cells, against=against, notes=[*notes, *more])
+            _own("--html", html).write(text.encode())
             print(f"written: {html}")
 
 
@@ -105,15 +107,36 @@ def study_page(
     return page(found, study, cells, shown=shown, against=against, notes=notes)
 
 
-def _require_page(html: Path | None, *, others: Sequence[Path | None]) -> None:
-    """Raise ``ConfigError`` or ``DataError`` where the page could not be written."""
-    if html is None:
-        return
-    if html.suffix != ".html":
+def own_json(file: Path) -> OwnFile:
+    """The file that --json names."""
+
+    def fits(found: Mapping[str, Any]) -> bool:
+        arms = found["arms"].values()
+        return {"study", "compare_with"} <= found.keys() and all({"done", "temperatures"} <= of.keys() for of in arms)
+
+    return own_file(file, what="the figures of a study", fits=fits)
+
+
+def _require_outputs(files: Mapping[str, Path | None]) -> None:
+    """Raise ``ConfigError`` or ``DataError`` where a file that an option names could not be written."""
+    for option in ("--plot", "--curves"):
+        require_kind(files[option], option=option)
+    if (html := files["--html"]) is not None and html.suffix != ".html":
         raise ConfigError(f"--html {html}: wanted a file ending in .html")
-    if html in others:
-        raise ConfigError(f"--html and another option name {html}; name two files")
-    require_writable(html)
+    given = {option: file for option, file in files.items() if file is not None}
+    taken: dict[Path, str] = {}
+    for option, file in given.items():
+        if (other := taken.setdefault(file.absolute(), option)) != option:
+            raise ConfigError(f"{other} and {option} are both {file}; name two files")
+    for option, file in given.items():
+        _own(option, file).require()
+
+
+def _own(option: str, file: Path) -> OwnFile:
+    makers = {"--plot": PLOT, "--curves": CURVES}
+    if option == "--json":
+        return own_json(file)
+    return page_file(file, made_by=PAGE) if option == "--html" else drawing_file(file, made_by=makers[option])
 
 
 def run_again(config: Path, cell: str, *, quick: bool = False) -> bool:
@@ -176,7 +199,8 @@ def _tell(study: StudyConfig, found: Mapping[str, Any], *, notes: Sequence[str])
 
 def _draw_plot(found: Mapping[str, Any], plot: Path) -> None:
     if (at := found["temperature"]) is not None:
-        draw_plot(found, plot, measures=_have(found, at, DIFFERENCES), temperature=at)
+        figure = draw_plot(found, measures=_have(found, at, DIFFERENCES), temperature=at)
+        _own("--plot", plot).write(drawn(figure, plot.suffix, made_by=PLOT))
     else:
         print(f"{plot}: not written, there is nothing to draw")
 
@@ -186,11 +210,13 @@ def _temperatures(found: Mapping[str, Any]) -> list[str]:
 
 
 def _draw_curves(study: StudyConfig, cells: Cells, curves: Path, *, against: str) -> None:
-    drawn = draw_curves(cells, curves, measures=DIFFERENCES, against=against)
-    missing = [arm for arm in study.arms if arm not in drawn]
-    if not drawn:
+    figure, there = draw_curves(cells, measures=DIFFERENCES, against=against)
+    missing = [arm for arm in study.arms if arm not in there]
+    if there:
+        _own("--curves", curves).write(drawn(figure, curves.suffix, made_by=CURVES))
+    else:
         print(f"{curves}: not written, no cell says how its validations stand against {against}")
-    elif missing:
+    if there and missing:
         print(f"{curves}: without {', '.join(missing)}, whose validations have none of these measures")
 
 

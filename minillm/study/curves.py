@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minillm.measures import MEASURES
 from minillm.study.table import Cells
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LABELS_AGAINST = {
     "tokens": "response tokens learnt from",
@@ -20,7 +22,7 @@ COLOURS = 10
 """That matplotlib has before it begins again."""
 
 
-def draw_curves(cells: Cells, path: Path, *, measures: Sequence[str], against: str) -> list[str]:
+def draw_curves(cells: Cells, *, measures: Sequence[str], against: str) -> tuple[Figure, list[str]]:
     """Validation measures while training: of each arm the mean over its seeds, and the seeds behind it. The arms drawn.
 
     ``against`` is ``tokens``, ``update`` or ``seconds``: what training had taken by then. Cells that do not say (they
@@ -45,8 +47,7 @@ def draw_curves(cells: Cells, path: Path, *, measures: Sequence[str], against: s
         axes.grid(linewidth=0.4)
     if drawn:
         panels[0].legend(fontsize=8)
-        figure.savefig(path, dpi=150)
-    return list(drawn)
+    return figure, list(drawn)
 
 
 def courses_of(of_arm: Mapping[int, Mapping[str, Any]], measure: str, against: str) -> list[list[tuple[float, float]]]:

@@ -29,6 +29,7 @@ STYLE = """
 td.picked { font-weight: 700; text-decoration: underline; text-underline-offset: .2em; }
 tr.below th, tr.below td { color: var(--soft); } tr.below:first-of-type th { border-top: 2px solid var(--grid); }
 """
+MADE_BY = "minillm study --html"
 OVER_SEEDS = (
     "Below each difference: its 95 % interval over training seeds, by Student's t. * excludes zero; ** does so after "
     "Holm's correction over all arms and main measures, too."
@@ -56,7 +57,8 @@ def page(
         _tuning(found),
         _made(study, cells),
     ]
-    return frame(f"Study {study.name}", "\n".join(part for part in parts if part), style=STYLE)
+    content = "\n".join(part for part in parts if part)
+    return frame(f"Study {study.name}", content, style=STYLE, made_by=MADE_BY)
 
 
 def _said(lines: Sequence[str]) -> str:

@@ -7,8 +7,7 @@ when the same run is made again with other random numbers. With few seeds they a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minillm.measures import MEASURES
 from minillm.study.cells import sort_out
@@ -16,6 +15,9 @@ from minillm.study.config import StudyConfig
 from minillm.study.paired import paired, spread, stars
 from minillm.study.tuning import untuned
 from minillm.study.yardsticks import LABELS, at_temperature
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Cells = Mapping[str, Mapping[int, dict[str, Any]]]
 """Arm -> seed -> finished cell."""
@@ -124,7 +126,7 @@ def diversity_rows(found: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def draw_plot(found: Mapping[str, Any], path: Path, *, measures: Sequence[str], temperature: str) -> None:
+def draw_plot(found: Mapping[str, Any], *, measures: Sequence[str], temperature: str) -> Figure:
     """Each arm's seeds as points with their mean, one panel a measure."""
     from matplotlib.figure import Figure
 
@@ -142,7 +144,7 @@ def draw_plot(found: Mapping[str, Any], path: Path, *, measures: Sequence[str], 
         axes.set_yticks(range(len(arms)), arms, fontsize=8)
         axes.grid(axis="x", linewidth=0.4)
     panels[0].invert_yaxis()
-    figure.savefig(path, dpi=150)
+    return figure
 
 
 def _done(of_arm: Mapping[int, dict[str, Any]]) -> list[int]:

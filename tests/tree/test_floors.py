@@ -53,6 +53,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "muon",
         "optimisers",
         "store",
+        "own_files",
         "publish",
         "model_card",
         "generated",

@@ -330,7 +330,8 @@ def test_the_command_prints_the_table(
         told = capsys.readouterr()
         return code, told.out, told.err
 
-    code, out, _ = run("--show", "--json", str(place / "found.json"), "--plot", str(place / "found.png"))
+    for _ in range(2):  # the second time over the files of the first
+        code, out, _ = run("--show", "--json", str(place / "found.json"), "--plot", str(place / "found.png"))
     assert code == 0 and "…" not in out and "rev. KL less that of short" in out, out
     assert json.loads((place / "found.json").read_text(encoding="utf-8"))["arms"]["plain"]["done"] == [1, 2]
     assert (place / "found.png").stat().st_size > 1000
@@ -344,7 +345,7 @@ def test_the_command_prints_the_table(
     assert code == 2 and "leave one out" in err
     code, _, err = run("--plot", str(place / "found.txt"))
     assert code == 2 and "--plot" in err
-    code, _, err = run("--curves", str(place / "found.png"), "--against", "token")
+    code, _, err = run("--curves", str(place / "curves.png"), "--against", "token")
     assert code == 2 and "--against: got 'token', wanted one of tokens, update, seconds; did you mean 'tokens'?" in err
     code, out, _ = run("--show", "--compare-with", "plain")
     assert code == 0 and "rev. KL less that of plain" in out and "against plain:" in out
@@ -352,7 +353,7 @@ def test_the_command_prints_the_table(
     assert code == 2 and "--compare-with: 'plian' is none of the study's (plain, short); did you mean 'plain'" in err
     code, _, err = run("--show", "--diversity", "distinct4")
     assert code == 2 and "did you mean 'distinct_4'" in err
-    code, out, _ = run("--show", "--curves", str(place / "found.png"))
+    code, out, _ = run("--show", "--curves", str(place / "curves.png"))
     assert code == 0 and "not written, no cell says how its validations stand against tokens" in out
 
 
@@ -368,11 +369,11 @@ def test_curves_are_the_validations_and_arms_without_any_are_named(tmp_path: Pat
         "mute": {1: {"state": "done", "training": {"validations": [{"step": 1, "tokens": 5, "loss": 0.4}]}}},
         "failed": {1: course((1, 1.0), state="failed")},
     }
-    drawn = draw_curves(cells, tmp_path / "curves.svg", measures=("validity",), against="tokens")
+    figure, drawn = draw_curves(cells, measures=("validity",), against="tokens")
+    figure.savefig(tmp_path / "curves.svg")
     assert drawn == ["learns"]
     assert (tmp_path / "curves.svg").read_text(encoding="utf-8").count("<path") > 5
-    assert draw_curves(cells, tmp_path / "none.svg", measures=("validity",), against="seconds") == []
-    assert not (tmp_path / "none.svg").exists()
+    assert draw_curves(cells, measures=("validity",), against="seconds")[1] == []
 
 
 def test_validations_say_what_training_had_taken(place: Path) -> None:
