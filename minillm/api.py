@@ -233,7 +233,8 @@ def _validator(
 ) -> Any:
     if split is None or not stage.validate_every:
         return None
-    judge = judge_of(config, pair, split, teacher=teacher, purpose=Purpose.VALIDATION)
+    # Where nothing is kept by the teacher's word, validation does not ask it, though it may be there for the test set.
+    judge = judge_of(config, pair, split, teacher=teacher if stage.on_policy else None, purpose=Purpose.VALIDATION)
     has_references = any(prompt.response_ids for prompt in split.prompts)
     return validator(judge, ranks=ranks, generate=stage.samples_to_validate, loss=has_references)
 

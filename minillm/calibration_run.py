@@ -22,8 +22,9 @@ from minillm.models import ModelReader
 from minillm.prompts import encode
 from minillm.ranks import Ranks
 from minillm.records import shown
+from minillm.sweep import in_batches
 from minillm.types import Prompt
-from minillm.unfinished import Keeper, Key, Keyed, in_batches
+from minillm.unfinished import Keeper, Key, Keyed
 
 TOKENS_AT_ONCE = 256
 """Tokens whose logits are whole at a time: 150 MB for a vocabulary of 150,000."""

@@ -205,7 +205,8 @@ class RunConfig(Settings):
             if isinstance(stage, MinillmStage):
                 _check_repetition(stage, self.decoding, at=at)
             if reason := self.data.unjudged(stage.keep.metric):
-                raise UnsupportedCombination(f"{at} keeps by {reason}, or keep.metric: rouge_l or reverse_kl")
+                anyones = " or ".join(name for name in ("rouge_l", "reverse_kl") if name in stage.measures)
+                raise UnsupportedCombination(f"{at} keeps by {reason}, or keep.metric: {anyones}")
         return self
 
 

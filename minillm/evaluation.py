@@ -25,9 +25,10 @@ from minillm.models import ModelReader
 from minillm.ranks import Ranks
 from minillm.scoring import score
 from minillm.statistics import mean_over_seeds
+from minillm.sweep import in_batches
 from minillm.text_measures import exact_match, repetition_3, rouge_l
 from minillm.types import Decoding, DrawKey, Ids, Prompt, Purpose, Rollout, Scored
-from minillm.unfinished import Keeper, Key, in_batches
+from minillm.unfinished import Keeper, Key
 from minillm.world import check
 
 Record = dict[str, Any]

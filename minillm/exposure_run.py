@@ -21,8 +21,9 @@ from minillm.exposure import LEAST_ALIVE, LEAST_PROMPTS, Texts, exposure_curve
 from minillm.models import ModelReader
 from minillm.ranks import Ranks
 from minillm.scoring import TeacherView, spread
+from minillm.sweep import in_batches
 from minillm.types import Decoding, DrawKey, Prompt, PromptBatch, Purpose, Rollout
-from minillm.unfinished import Keeper, Key, in_batches
+from minillm.unfinished import Keeper, Key
 
 Heard = tuple[list[float], list[float]]
 """The KL before each token of the student's response to a prompt, and of the teacher's: as it is kept, too."""

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minillm.errors import DataError
 from minillm.store import require_writable, write_bytes
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-DOTS_PER_INCH = 150
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,11 +59,6 @@ def json_file(file: Path, *, what: str, fits: Callable[[Mapping[str, Any]], bool
     return OwnFile(file=file, what=what, known=known)
 
 
-def drawing_file(file: Path, *, made_by: str) -> OwnFile:
-    """A .png, .svg or .pdf from ``drawn``, told from other drawings by who it says made it."""
-    return OwnFile(file=file, what=f"a drawing by `{made_by}`", known=lambda content: _made_by(content, made_by))
-
-
 def page_file(file: Path, *, made_by: str) -> OwnFile:
     """A page whose head names ``made_by`` as its generator, as ``report_parts.frame`` writes it."""
     mark = generator(made_by).encode()
@@ -84,23 +71,3 @@ def page_file(file: Path, *, made_by: str) -> OwnFile:
 def generator(made_by: str) -> str:
     """The line of a page's head that says who made it."""
     return f'<meta name="generator" content="{made_by}">'
-
-
-def drawn(figure: Figure, kind: str, *, made_by: str) -> bytes:
-    """A figure as the content of a file whose ending is ``kind`` (".png"), which says who made it."""
-    out = io.BytesIO()
-    field = "Software" if kind == ".png" else "Creator"
-    figure.savefig(out, format=kind.removeprefix("."), dpi=DOTS_PER_INCH, metadata={field: made_by})
-    return out.getvalue()
-
-
-def _made_by(content: bytes, made_by: str) -> bool:
-    mark = made_by.encode()
-    if content.startswith(PNG):
-        text = b"Software\0" + mark
-        return struct.pack(">I", len(text)) + b"tEXt" + text in content
-    if content.startswith(b"%PDF"):
-        return b"/Creator (" + mark + b")" in content
-    # matplotlib's own place for it, at the head and before anything that is drawn.
-    head = content.partition(b"</metadata>")[0]
-    return b"<svg" in head and b"<dc:creator>" in head and b"<dc:title>" + mark + b"</dc:title>" in head

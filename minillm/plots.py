@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+import struct
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,14 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minillm.errors import ConfigError
+from minillm.own_files import OwnFile
 from minillm.store import require_writable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOURS = 8
 FILE_ENDINGS = (".png", ".svg", ".pdf")
 """What a plot can be written as, where a file is asked for."""
+DOTS_PER_INCH = 150
+PNG = b"\x89PNG\r\n\x1a\n"
 INK, GRID = "#010a0b", "#010a0c"
 STAND_IN = tuple(f"#010b0{n}" for n in range(COLOURS))
 MARKERS = "os^Dv<P*"
@@ -94,6 +99,31 @@ def require_kind(plot: Path | None, *, option: str = "--plot") -> None:
     """Raise ``ConfigError`` for a file of which no drawing can be made."""
     if plot is not None and plot.suffix not in FILE_ENDINGS:
         raise ConfigError(f"{option} {plot}: wanted a file ending in {', '.join(FILE_ENDINGS)}")
+
+
+def drawing_file(file: Path, *, made_by: str) -> OwnFile:
+    """A .png, .svg or .pdf from ``drawn``, told from other drawings by who it says made it."""
+    return OwnFile(file=file, what=f"a drawing by `{made_by}`", known=lambda content: _made_by(content, made_by))
+
+
+def drawn(figure: Figure, kind: str, *, made_by: str) -> bytes:
+    """A figure as the content of a file whose ending is ``kind`` (".png"), which says who made it."""
+    out = io.BytesIO()
+    field = "Software" if kind == ".png" else "Creator"
+    figure.savefig(out, format=kind.removeprefix("."), dpi=DOTS_PER_INCH, metadata={field: made_by})
+    return out.getvalue()
+
+
+def _made_by(content: bytes, made_by: str) -> bool:
+    mark = made_by.encode()
+    if content.startswith(PNG):
+        text = b"Software\0" + mark
+        return struct.pack(">I", len(text)) + b"tEXt" + text in content
+    if content.startswith(b"%PDF"):
+        return b"/Creator (" + mark + b")" in content
+    # matplotlib's own place for it, at the head and before anything that is drawn.
+    head = content.partition(b"</metadata>")[0]
+    return b"<svg" in head and b"<dc:creator>" in head and b"<dc:title>" + mark + b"</dc:title>" in head
 
 
 def lines(

@@ -114,7 +114,7 @@ class BaseStage(Settings, ABC):
     """Validations without improvement before an early stop; 0 never stops early."""
 
     measures: ClassVar[tuple[str, ...]]
-    """What validation measures, and so what ``keep.metric`` may name."""
+    """What validation can measure, and so what ``keep.metric`` may name."""
     headline: ClassVar[tuple[str, ...]]
     """Training figures beside the progress bar."""
     on_policy: ClassVar[bool]

@@ -16,7 +16,6 @@ from typing import Any
 
 from minillm.cards import may_differ
 from minillm.errors import DataError
-from minillm.progress import Progress
 from minillm.ranks import Ranks
 from minillm.store import UNFINISHED, write_jsonl
 
@@ -32,6 +31,8 @@ PARTS = {
     "choices": "choices",
 }
 """What is kept, in the order in which it is made, and the word for it."""
+KEYS = {"samples": 3, "exposure": 2, "references": 1, "choices": 2}
+"""Numbers in a key of each."""
 Key = tuple[int, ...]
 """Where something belongs: of a row of samples.jsonl which temperature of those asked for, the sampling seed, which
 prompt; of exposure which prompt and sample, of references which prompt, of choices which prompt and choice."""
@@ -85,43 +86,6 @@ class Keeper:
             self._file.unlink(missing_ok=True)
 
 
-def in_batches(
-    batches: Sequence[Sequence[Key]],
-    work: Callable[[int, Sequence[Key]], Sequence[Any]],
-    *,
-    part: str,
-    ranks: Ranks,
-    keeper: Keeper | None = None,
-    title: str = "",
-) -> list[Keyed]:
-    """Every key of all ranks with what ``work`` makes of it, in the order of the keys, on every rank.
-
-    ``work`` gets the number of a batch and the keys that are left of it. What ``keeper`` has of ``part`` is not made
-    again, and what is made is kept. All ranks have as many batches, and call ``work`` equally often: also with no keys,
-    while another has some. With a ``title`` there is a progress bar, which counts what was there.
-    """
-    rows: list[Keyed] = [] if keeper is None else [*keeper.kept(part)]
-    done, fresh = {key for key, _ in rows}, list[Keyed]()
-    left = [[key for key in batch if key not in done] for batch in batches]
-    if done and not ranks.anyone(any(left)):
-        return sorted(rows, key=lambda keyed: keyed[0])
-    bar = Progress(title, total=len(batches), unit="batches", shown=bool(title) and ranks.first)
-    for piece, keys in enumerate(left):
-        if done and not ranks.anyone(bool(keys)):
-            continue
-        fresh += zip(keys, work(piece, keys), strict=True)
-        bar.advance(piece + 1, {})
-        if keeper is not None and keeper.due():
-            rows += ranks.gather_objects(fresh)
-            fresh = []
-            keeper.keep(part, rows)
-    bar.close()
-    rows += ranks.gather_objects(fresh)
-    if keeper is not None:
-        keeper.hold(part, rows)
-    return sorted(rows, key=lambda keyed: keyed[0])
-
-
 def begin(out: Path, asked: Mapping[str, Any]) -> None:
     """Says beside results that are about to be replaced what by, before any row is drawn."""
     if (out / "results.json").is_file() and not (out / UNFINISHED).is_file():
@@ -163,6 +127,13 @@ def differences(asked: Mapping[str, Any], before: Mapping[str, Any]) -> list[str
     return [name for name in {**asked, **before} if may_differ(asked.get(name), before.get(name))]
 
 
+def _key(found: Any, part: str) -> Key:
+    """Raises ``ValueError`` where it is no key of this part."""
+    if len(found) != KEYS[part] or not all(type(number) is int for number in found):
+        raise ValueError(found)
+    return tuple(found)
+
+
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, list[Keyed]]]:
     try:
         with file.open(encoding="utf-8") as text:
@@ -171,7 +142,7 @@ def _read(file: Path) -> tuple[dict[str, Any], dict[str, list[Keyed]]]:
         for line in lines:
             # Before there were other parts, lines did not name theirs.
             part = line.get("part", "samples")
-            parts[part].append((tuple(line["key"]), dict(line["row"]) if part == "samples" else line["row"]))
+            parts[part].append((_key(line["key"], part), dict(line["row"]) if part == "samples" else line["row"]))
         return {"asked": dict(head["asked"]), "seconds": float(head["seconds"])}, parts
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(

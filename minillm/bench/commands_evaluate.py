@@ -23,6 +23,9 @@ ROWS = {
 }
 
 
+SHORT = {"decode": "decode", "teacher": "teacher", "rouge_score": "rouge"}
+
+
 @options.app.command()
 def evaluate(  # noqa: PLR0917 (typer reads options from parameters)
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a student card or a hub name.")],
@@ -62,11 +65,13 @@ def evaluate(  # noqa: PLR0917 (typer reads options from parameters)
 
 
 def _print_evaluate(figures: EvaluateFigures) -> None:
+    from minillm.bench.evaluate import PARTS
     from minillm.terminal import print_table
 
+    parts = " + ".join(SHORT[name] for name in PARTS if name in figures.seconds)
     ratios = {
         "generation / decode": figures.generation_over_decode,
-        "whole / (decode + teacher + rouge)": figures.whole_over_parts,
+        f"whole / ({parts})": figures.whole_over_parts,
     }
     seconds = {ROWS[name]: of for name, of in figures.seconds.items()}
     print_table(

@@ -22,10 +22,16 @@ WIDTH = 80
 """Columns of a line of words, as in a plain terminal."""
 
 
-def own_json(file: Path) -> OwnFile:
-    """The file that --json names. ``DataError`` for what a judging keeps for itself, which --out is for."""
-    if file.name == "judge.json" and (file.parent / "judgements.jsonl").exists():
-        raise DataError(f"{file} is what a judging keeps for itself, beside its judgements\n  name another file")
+OWN = {"judge.json", "judgements.jsonl", "cache.jsonl"}
+"""What a judging keeps in its folder."""
+
+
+def own_json(file: Path, *, out: Path) -> OwnFile:
+    """The file that --json names. ``DataError`` for what a judging keeps for itself, in ``out`` or where another one
+    was."""
+    anothers = file.name == "judge.json" and (file.parent / "judgements.jsonl").exists()
+    if anothers or (file.name in OWN and file.parent.resolve() == out.resolve()):
+        raise DataError(f"{file} is what a judging keeps for itself\n  name another file")
     return own_file(file, what="the figures of a judging", fits=lambda found: found.keys() >= FIELDS)
 
 
@@ -44,9 +50,9 @@ def run(
 ) -> dict[str, Any]:
     """Prints the figures and where they are kept."""
     chosen = JudgeSettings(**settings)
-    if json_file is not None:
-        own_json(json_file).require()
     out = default_out(*folders, single=single) if out is None else out
+    if json_file is not None:
+        own_json(json_file, out=out).require()
     record = judge(
         *folders, settings=chosen, single=single, seed=seed, temperature=temperature, limit=limit, template=template,
         out=out, fresh=fresh, say=lambda line: print(line, flush=True),
@@ -57,7 +63,7 @@ def run(
         print(textwrap.fill(plain(line), width=WIDTH, subsequent_indent="  "))
     print(f"{out / 'judge.json'}")
     if json_file is not None:  # last: what is in the way by now costs no line of the above
-        own_json(json_file).write((json.dumps(record, indent=2) + "\n").encode())
+        own_json(json_file, out=out).write((json.dumps(record, indent=2) + "\n").encode())
     return record
 
 

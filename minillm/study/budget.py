@@ -7,7 +7,9 @@ what a step costs: a budget that is ``refined`` looks at a whole run as well.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,14 @@ def pilot(study: StudyConfig, arm: str, budget: BudgetConfig, *, ranks: Ranks) -
     short = {f"{at}.steps": budget.pilot, f"{at}.optimiser.warmup_steps": 0}
     if stage.validate_every > 0:  # once, at the end: a stage may need that it validates
         short[f"{at}.validate_every"] = budget.pilot
-    lines = _made(study, arm, plain.name, short, steps=budget.pilot, told="pilot", ranks=ranks)
-    return {"steps": budget.pilot, **_steps(arm, cost_a_step(lines, stage, budget), budget, at=at)}
+    run, reason = _trained(study, arm, plain.name, short, ranks=ranks)
+    course = course_of(run)
+    made = sum(line["kind"] == "train" for line in course)
+    cost = None if reason or made < budget.pilot else cost_a_step(course, stage, budget)
+    if cost is None:
+        why = reason or f"{made} steps were made; see {run.out}/{run.name}"
+        raise ConfigError(f"arm {arm}: its pilot of {budget.pilot} steps failed: {why}")
+    return {"steps": budget.pilot, **_steps(arm, cost, budget, at=at)}
 
 
 def refined(
@@ -40,47 +48,54 @@ def refined(
 ) -> dict[str, Any]:  # fmt: skip
     """The same from a whole run with what is settled: the try whose value was taken, or else one made for this.
 
-    Raises ``ConfigError`` as ``pilot`` does.
+    What the pilot said stays where such a run cannot tell (see ``cost_a_step``).
+
+    Raises ``ConfigError`` where the run fails, or a step costs more than there is.
     """
     name = study.run_name("tuning", arm, "whole")
     run = study.arm_config(arm, study.tuning_seed, name=name, changes=settings)
     at, stage = f"stages.{len(run.stages) - 1}", run.stages[-1]
     if study.search is not None:
         taken = settings[study.search.setting]
-        cost = next(float(each["cost"]) for each in tries if each["value"] == taken)
+        cost = next(each["cost"] for each in tries if each["value"] == taken)
     else:
-        lines = _made(study, arm, name, settings, steps=stage.steps, told="whole run", ranks=ranks)
-        cost = cost_a_step(lines, stage, budget)
+        run, reason = _trained(study, arm, name, settings, ranks=ranks)
+        if reason:
+            raise ConfigError(f"arm {arm}: its whole run of {stage.steps} steps failed: {reason}")
+        cost = cost_a_step(course_of(run), stage, budget)
+    if cost is None:
+        return {"steps": stage.steps, f"{budget.unit}_per_step": None, "settings": {}}
     return {"steps": stage.steps, **_steps(arm, cost, budget, at=at)}
 
 
-def cost_a_step(lines: Sequence[Mapping[str, Any]], stage: BaseStage, budget: BudgetConfig) -> float:
-    """Updates, tokens or seconds that a step cost, by the log of a run's last stage."""
+def cost_a_step(course: Sequence[Mapping[str, Any]], stage: BaseStage, budget: BudgetConfig) -> float | None:
+    """Updates, tokens or seconds that a step cost, by the log of a run's last stage.
+
+    Seconds are those from one step's end to the next one's: so without the first step, which loads and warms up what
+    the others find ready, and without steps that a validation comes before. ``None`` where no step is left.
+    """
+    lines = [line for line in course if line["kind"] == "train"]
     if budget.unit == "updates":
-        return stage.updates_per_step
+        return float(stage.updates_per_step)
     if budget.unit == "tokens":
-        return sum(float(line.get("response_tokens", line["tokens"])) for line in lines) / len(lines)
-    # From the first step's end on: it loads and warms up what the others find ready.
-    return float(lines[-1]["seconds"] - lines[0]["seconds"]) / (len(lines) - 1)
+        return statistics.fmean(float(line.get("response_tokens", line["tokens"])) for line in lines)
+    validated = {line["step"] for line in course if line["kind"] == "validation"}
+    steps = [now["seconds"] - last["seconds"] for last, now in pairwise(lines) if last["step"] not in validated]
+    return statistics.fmean(steps) if steps else None
 
 
-def train_lines(run: RunConfig) -> list[dict[str, Any]]:
-    """What the log of a run says of the updates of its last stage."""
+def course_of(run: RunConfig) -> list[dict[str, Any]]:
+    """What the log of a run says of its last stage: train lines and validations, in the order of steps."""
     rows = read_course(Path(run.out) / run.name / "metrics.jsonl").rows
-    return [line for line in rows if line["kind"] == "train" and line["stage"] == run.stages[-1].name]
+    return [line for line in rows if line["stage"] == run.stages[-1].name]
 
 
-def _made(
-    study: StudyConfig, arm: str, name: str, changes: Mapping[str, Any], *, steps: int, told: str, ranks: Ranks
-) -> list[dict[str, Any]]:
-    """The log of a run that is trained and not judged."""
+def _trained(
+    study: StudyConfig, arm: str, name: str, changes: Mapping[str, Any], *, ranks: Ranks
+) -> tuple[RunConfig, str | None]:
+    """A run that is trained and not judged, and why that failed."""
     run = study.arm_config(arm, study.tuning_seed, name=name, changes=changes)
-    made = make(run, ranks=ranks, evaluated=False)
-    lines = train_lines(run)
-    if made["state"] != "done" or len(lines) < steps:
-        why = made["reason"] or f"{len(lines)} steps were made; see {run.out}/{run.name}"
-        raise ConfigError(f"arm {arm}: its {told} of {steps} steps failed: {why}")
-    return lines
+    return run, make(run, ranks=ranks, evaluated=False)["reason"]
 
 
 def _steps(arm: str, cost: float, budget: BudgetConfig, *, at: str) -> dict[str, Any]:

@@ -55,7 +55,8 @@ NO_RESULT = (
         "study/yardsticks.py",
     ),
     *("report.py", "report_html.py", "report_lengths.py", "report_parts.py", "report_style.py", "report_text.py"),
-    *("report_words.py", "own_files.py", "plots.py"),
+    *("report_extras.py", "report_samples.py", "report_sets.py", "report_words.py", "own_files.py", "plots.py"),
+    *("compare/", "judge/"),
     *("progress.py", "terminal.py", "model_card.py", "trackers.py"),
     *("generated.py", "generation.py", "generation_parts.py"),
 )

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 from minillm.errors import ConfigError, did_you_mean
 from minillm.measures import MAIN_TEMPERATURE, temperature_key
-from minillm.own_files import OwnFile, drawing_file, drawn, page_file
+from minillm.own_files import OwnFile, page_file
 from minillm.own_files import json_file as own_file
-from minillm.plots import require_kind
+from minillm.plots import drawing_file, drawn, require_kind
 from minillm.ranks import Ranks
 from minillm.study.config import StudyConfig, load_study
 from minillm.study.curves import LABELS_AGAINST, draw_curves
@@ -166,7 +166,7 @@ def gather(
 ) -> dict[str, Any]:
     """All figures of a study, ready for JSON; ``temperature`` is that of the headline, None where no cell is done."""
     tuned = {arm: stored_tuning(study.tuning_file(arm)) for arm in study.arms} if study.tunes else {}
-    kept = ("settings", "pilot", "tries", "asked")
+    kept = ("settings", "pilot", "tries", "refined", "asked")
     found = {
         **summary(study, cells),
         "yardsticks": yardsticks,

@@ -296,7 +296,7 @@ def _curves(cells: Cells, main: Sequence[str], colour: Mapping[str, int], agains
 
 def _failures(found: Found) -> str:
     lines = words(found) or ["No cell failed, and no alarm rang."]
-    return section("Failed cells and alarms", _said(lines))
+    return section("Budgets, failed cells, alarms", _said(lines))
 
 
 def _tuning(found: Found) -> str:
@@ -325,6 +325,8 @@ def _tuning(found: Found) -> str:
         label = MEASURES[metric].label
         said += f" What was tried: {label} on the validation prompts, of one run each; underlined: taken."
         said += " Beyond the edge of what was tried there may be a better one."
+    if any("refined" in of for of in tuning.values()):
+        said += " Steps are those by which the taken try's cost meets the budget; tries had those of a pilot."
     return section("What tuning found", scrolling("".join(rows)) + _note(said))
 
 

@@ -66,7 +66,7 @@ def make(config: RunConfig, *, ranks: Ranks, evaluated: bool = True) -> dict[str
     cpu_seconds = round(float(ranks.sum([spent])[0]), 1)
     found: dict[str, Any] = {
         "state": "done" if reason is None else "failed", "reason": reason, "date": time.strftime("%Y-%m-%d"),
-        "training": {"cpu_seconds": cpu_seconds, "ranks": ranks.size, **_course(folder.path / "metrics.jsonl")},
+        "training": {"cpu_seconds": cpu_seconds, "ranks": ranks.size, **_course(config, folder.path / "metrics.jsonl")},
         "versions": versions(),
     }  # fmt: skip
     if reason is None and evaluated:
@@ -74,21 +74,29 @@ def make(config: RunConfig, *, ranks: Ranks, evaluated: bool = True) -> dict[str
     return found
 
 
-def _course(metrics: Path) -> dict[str, Any]:
+def _course(config: RunConfig, metrics: Path) -> dict[str, Any]:
     """What a cell's log says of its training: how much, the validations, which alarms first rang when."""
+    rows = read_course(metrics).rows if metrics.is_file() else ()  # none where the first step failed
+    by_stage = [[line for line in rows if line["stage"] == stage.name] for stage in config.stages]
     kinds: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "alarm": []}
-    tokens = 0.0
-    for line in read_course(metrics).rows if metrics.is_file() else ():  # none where the first step failed
-        tokens += line.get("response_tokens", line["tokens"]) if line["kind"] == "train" else 0.0
-        kinds[line["kind"]].append({**line, "tokens": tokens} if line["kind"] == "validation" else line)
+    took, tokens = [], 0.0
+    for lines in by_stage:
+        before = tokens
+        for line in lines:
+            tokens += line.get("response_tokens", line["tokens"]) if line["kind"] == "train" else 0.0
+            kinds[line["kind"]].append({**line, "tokens": tokens} if line["kind"] == "validation" else line)
+        updates = [line["update"] for line in lines if line["kind"] == "train"]
+        took.append({"updates": updates[-1] if updates else 0, "tokens": round(tokens - before)})
     alarms: dict[str, int] = {}
     for line in kinds["alarm"]:
         alarms.setdefault(line["name"], line["step"])
-    train, dropped = kinds["train"], {"kind", "stage"}
+    dropped = {"kind", "stage"}
     return {
-        "steps": len(train),
-        "updates": train[-1]["update"] if train else 0,
+        "steps": len(kinds["train"]),
+        "updates": sum(of["updates"] for of in took),
         "tokens": round(tokens),
+        # A budget is that of the last stage.
+        **({"last_stage": took[-1]} if len(took) > 1 else {}),
         "alarms": alarms,
         "validations": [
             {name: _short(value) for name, value in line.items() if name not in dropped and value is not None}

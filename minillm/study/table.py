@@ -6,6 +6,7 @@ when the same run is made again with other random numbers. With few seeds they a
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,7 @@ def summary(study: StudyConfig, cells: Cells) -> dict[str, Any]:
                 "failed": {seed: cell["reason"] for seed, cell in cells[arm].items() if cell["state"] == "failed"},
                 "cpu_seconds": spread([cells[arm][seed]["training"]["cpu_seconds"] for seed in done]),
                 "tokens": spread([cells[arm][seed]["training"]["tokens"] for seed in done]),
-                "updates": spread([cells[arm][seed]["training"]["updates"] for seed in done]),
+                "took": _took(study, [cells[arm][seed]["training"] for seed in done]),
                 "alarms": _alarms(cells[arm]),
                 "temperatures": _temperatures(cells[arm], cells[study.compare_with]),
             }
@@ -94,13 +95,19 @@ def words(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _took(study: StudyConfig, trainings: Sequence[Mapping[str, Any]]) -> float | None:
+    """What the last stage took of the budget, in the mean; None where there is none, or cells do not tell (seconds)."""
+    if study.budget is None or study.budget.unit == "seconds" or not trainings:
+        return None
+    return statistics.fmean(each.get("last_stage", each)[study.budget.unit] for each in trainings)
+
+
 def _unequal(found: Mapping[str, Any]) -> list[str]:
-    """The arms that took clearly more or less than the budget has; of seconds the cells do not tell."""
+    """The arms that took clearly more or less than the budget has."""
     budget = found["budget"]
-    if budget is None or budget["unit"] == "seconds":
+    if budget is None:
         return []
-    took = {arm: of[budget["unit"]]["mean"] for arm, of in found["arms"].items() if of["done"]}
-    off = {arm: mean / budget["amount"] - 1 for arm, mean in took.items()}
+    off = {arm: of["took"] / budget["amount"] - 1 for arm, of in found["arms"].items() if of["took"] is not None}
     told = [f"{arm} {100 * share:+.0f} %" for arm, share in off.items() if abs(share) > UNEQUAL]
     return [f"not at the budget of {budget['amount']:,g} {budget['unit']}: {', '.join(told)}"] if told else []
 

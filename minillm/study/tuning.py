@@ -15,7 +15,7 @@ from minillm.measures import temperature_key
 from minillm.ranks import Ranks
 from minillm.stage_base import BETTER
 from minillm.store import make_folder, record_text, write_text
-from minillm.study.budget import cost_a_step, pilot, refined, train_lines
+from minillm.study.budget import cost_a_step, course_of, pilot, refined
 from minillm.study.cells import SCHEMA, Asked, code_digest, differs, made_from, taught_digest
 from minillm.study.config import SearchConfig, StudyConfig
 from minillm.study.make import log_into, make, make_model, make_text
@@ -158,7 +158,7 @@ def _tries(
                 raise ConfigError(f"search.metric {search.metric!r}: arm {arm} has no such measure")
         tried = {"value": value, search.metric: measured, "reason": made["reason"]}
         if study.budget is not None and study.budget.refined and measured is not None:
-            tried["cost"] = cost_a_step(train_lines(run), run.stages[-1], study.budget)
+            tried["cost"] = cost_a_step(course_of(run), run.stages[-1], study.budget)
         found.append(tried)
     return found
 

@@ -80,7 +80,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         *("exposure_run", "calibration_run", "extras", "report", "report_files", "report_html"),
         *("report_style", "report_text", "report_words", "report_extras", "report_sets", "compare"),
         *("report_parts", "report_lengths"),
-        *("gold", "unfinished", "evaluation_sets", "length_buckets", "report_samples", "run_splits"),
+        *("gold", "unfinished", "sweep", "evaluation_sets", "length_buckets", "report_samples", "run_splits"),
     ),
     8: ("bench", "selftest", "study", "cli", "api", "__main__", "__init__"),
 }

@@ -15,8 +15,8 @@ from minillm import cli
 from minillm.compare.command import own_json as compare_json
 from minillm.errors import DataError
 from minillm.judge.command import own_json as judge_json
-from minillm.own_files import OwnFile, drawing_file, drawn, generator, json_file, page_file
-from minillm.plots import FILE_ENDINGS
+from minillm.own_files import OwnFile, generator, json_file, page_file
+from minillm.plots import FILE_ENDINGS, drawing_file, drawn
 from minillm.report_parts import frame
 from minillm.study.command import CURVES, PAGE, PLOT
 from minillm.study.command import own_json as study_json
@@ -34,7 +34,7 @@ RECORDS: dict[str, tuple[Callable[[Path], OwnFile], list[dict[str, Any]]]] = {
         ],
     ),
     "judge": (
-        judge_json,
+        lambda file: judge_json(file, out=file.parent / "judged"),
         [{"schema": 1, "mode": "single", "asked": {}, "endpoint": {}, "cost": {}, "unanswered": {}}],
     ),
     "study": (study_json, [{"study": "s", "compare_with": "a", "arms": {"a": {"done": [], "temperatures": {}}}}]),
@@ -161,13 +161,16 @@ def test_compare_refuses_before_it_compares_and_runs_twice(
 
 
 def test_a_judging_s_own_results_are_not_its_copy(tmp_path: Path) -> None:
-    """judge.json beside its judgements is what --out and --fresh are about."""
-    file = tmp_path / "judge.json"
+    """judge.json beside its judgements is what --out and --fresh are about; so is all that will be written there."""
+    file, out = tmp_path / "judge.json", tmp_path / "judged"
     file.write_text(json.dumps(RECORDS["judge"][1][0]), encoding="utf-8")
-    judge_json(file).require()
+    judge_json(file, out=out).require()
     (tmp_path / "judgements.jsonl").write_text("", encoding="utf-8")
-    with pytest.raises(DataError, match="is what a judging keeps for itself"):
-        judge_json(file)
+    out.mkdir()
+    for name in (file, out / "judge.json", out / "judgements.jsonl", out / "cache.jsonl"):
+        with pytest.raises(DataError, match="is what a judging keeps for itself"):
+            judge_json(name, out=out)
+    judge_json(out / "copy.json", out=out).require()
 
 
 def test_a_study_refuses_before_it_begins_and_runs_twice(

@@ -12,8 +12,8 @@ import pytest
 from minillm import cli
 from minillm.errors import ConfigError
 from minillm.study.command import gather, run, study_page
-from minillm.study.config import StudyConfig
-from minillm.study.table import words
+from minillm.study.config import BudgetConfig, StudyConfig
+from minillm.study.table import summary, words
 from tests.study_cells import cell, study
 from tests.unit.test_study import place, study_file
 
@@ -71,7 +71,7 @@ def test_the_page_has_what_the_tables_have() -> None:
     plain = re.sub(r"<[^>]+>", " ", text)
     for part in (
         "In words", "Temperature 1.0", "Differences from base", "At several temperatures", "At equal distinct-4",
-        "By length of the reference", "While training", "Failed cells and alarms", "What tuning found",
+        "By length of the reference", "While training", "Budgets, failed cells, alarms", "What tuning found",
         "How it was made",
     ):  # fmt: skip
         assert f"<h2>{part}</h2>" in text, part
@@ -83,15 +83,22 @@ def test_the_page_has_what_the_tables_have() -> None:
 
 
 def test_arms_that_missed_the_budget_are_told() -> None:
-    def of(mean: float, done: tuple[int, ...] = (1,)) -> dict[str, Any]:
-        return {"done": done, "failed": {}, "alarms": {}, "tokens": {"mean": mean}, "updates": {"mean": 3.0}}
+    chosen = study(["a", "b", "c", "none"], compare_with="a", seeds=(1, 2))
+    # The first stage's tokens are beside the budget, which is the last one's.
+    staged = {"tokens": 9999, "updates": 99, "last_stage": {"tokens": 1049, "updates": 3}}
+    trainings = {"a": [{"tokens": 1100}, {"tokens": 1200}], "b": [{"tokens": 930}], "c": [staged], "none": []}
+    cells = {
+        arm: {seed: cell({"1.0": {}}, **training) for seed, training in enumerate(of, start=1)}
+        for arm, of in trainings.items()
+    }
 
-    arms = {"a": of(1150.0), "b": of(930.0), "c": of(1049.0), "none": of(0.0, ())}
-    found = {"arms": arms, "budget": {"unit": "tokens", "amount": 1000.0}}
-    assert words(found) == ["not at the budget of 1,000 tokens: a +15 %, b -7 %"]
-    assert words({**found, "budget": {"unit": "updates", "amount": 3.0}}) == []
-    assert words({**found, "budget": {"unit": "seconds", "amount": 9.0}}) == [], "cells do not tell seconds"
-    assert words({**found, "budget": None}) == []
+    def told(**budget: Any) -> list[str]:
+        return words(summary(chosen.model_copy(update={"budget": BudgetConfig(**budget)}), cells))
+
+    assert told(unit="tokens", amount=1000) == ["not at the budget of 1,000 tokens: a +15 %, b -7 %"]
+    assert told(unit="updates", amount=10) == ["not at the budget of 10 updates: c -70 %"]
+    assert told(unit="seconds", amount=9) == [], "cells do not tell seconds"
+    assert words(summary(chosen, cells)) == []
 
 
 def test_what_a_cell_says_is_escaped() -> None:

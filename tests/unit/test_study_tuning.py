@@ -4,6 +4,7 @@ made again."""
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,8 @@ def test_tokens_are_those_of_responses_each_counted_once(place: Path) -> None:
 
 def test_seconds_leave_out_what_a_run_starts_with(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = study(place, "seconds", budget={"unit": "seconds", "amount": 10, "pilot": 3})
-    lines = [{"kind": "train", "stage": "minillm", "seconds": s, "tokens": 1} for s in (50.0, 50.5, 51.0)]
-    monkeypatch.setattr(budget, "train_lines", lambda run: lines)
+    lines = course((50.0, 50.5, 51.0))
+    monkeypatch.setattr(budget, "course_of", lambda run: lines)
     assert settle(chosen, "plain")["settings"]["stages.0.steps"] == 20
 
 
@@ -80,6 +81,15 @@ def longer_later(run: Any) -> list[dict[str, Any]]:
     return [{"kind": "train", "stage": "minillm", "tokens": mean} for _ in range(run.stages[-1].steps)]
 
 
+def course(seconds: Sequence[float], validated: Sequence[int] = ()) -> list[dict[str, Any]]:
+    """The log of a run whose steps ended at these seconds, with validations after some of them."""
+    lines: list[dict[str, Any]] = []
+    for step, end in enumerate(seconds, start=1):
+        lines.append({"kind": "train", "step": step, "seconds": end, "tokens": 1})
+        lines += [{"kind": "validation", "step": step, "seconds": end + 38.0}] if step in validated else []
+    return lines
+
+
 @pytest.mark.parametrize("search", [None, {"values": [1e-3, 2e-3], "metric": "rouge_l"}])
 def test_a_whole_run_corrects_what_the_pilot_told(place: Path, search: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
@@ -92,7 +102,7 @@ def test_a_whole_run_corrects_what_the_pilot_told(place: Path, search: Any, monk
     monkeypatch.setattr(tuning, "make", noted)
     monkeypatch.setattr(budget, "make", noted)
     for module in (tuning, budget):
-        monkeypatch.setattr(module, "train_lines", longer_later)
+        monkeypatch.setattr(module, "course_of", longer_later)
     prompts = str(place / "prompts.jsonl")
     settings = {"settings": {"data.validation": prompts, "stages.0.inner_epochs": 2}} if search else {}
     chosen = study(place, f"refined-{search is None}", budget=REFINED, search=search, **settings)
@@ -107,10 +117,46 @@ def test_a_whole_run_corrects_what_the_pilot_told(place: Path, search: Any, monk
     assert settle(coarse, "plain")["settings"]["stages.0.steps"] == 15, "the control: the pilot alone"
 
 
-def test_a_whole_run_that_fails_is_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = study(place, "breaks", budget=REFINED, settings={"stages.0.optimiser.lr": WILD})
-    with pytest.raises(ConfigError, match=r"arm plain: its (pilot|whole run) of \d+ steps failed: NonFinite"):
+def made_but(reasons: dict[str, str]) -> Any:
+    """Runs that are done at once, but for those whose name ends so."""
+    return lambda run, **options: {"reason": reasons.get(run.name.rpartition("/")[2])}
+
+
+@pytest.mark.parametrize("name, steps", [("pilot", 2), ("whole", 15)])
+def test_a_run_that_fails_is_told(place: Path, name: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = study(place, f"breaks-{name}", budget=REFINED)
+    monkeypatch.setattr(budget, "course_of", longer_later)
+    monkeypatch.setattr(budget, "make", made_but({name: "NonFinite: a loss"}))
+    told = {"pilot": "pilot", "whole": "whole run"}[name]
+    with pytest.raises(ConfigError, match=f"arm plain: its {told} of {steps} steps failed: NonFinite: a loss"):
         settle(chosen, "plain")
+
+
+def test_a_pilot_wants_all_its_steps_and_a_whole_run_may_stop_early(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "make", made_but({}))
+    monkeypatch.setattr(budget, "course_of", lambda run: longer_later(run)[: 2 if "pilot" in run.name else 4])
+    found = settle(study(place, "early", budget=REFINED), "plain")
+    assert found["settings"]["stages.0.steps"] == 10, "30 tokens a step in the first four"
+    monkeypatch.setattr(budget, "course_of", lambda run: longer_later(run)[:1])
+    with pytest.raises(ConfigError, match="arm plain: its pilot of 2 steps failed: 1 steps were made"):
+        settle(study(place, "shorter", budget=REFINED), "plain")
+
+
+def test_validations_are_no_seconds_of_a_step(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a whole run as in a pilot; where every step has one, what the pilot said stays."""
+    seconds = {"unit": "seconds", "amount": 10, "pilot": 3, "refined": True}
+    monkeypatch.setattr(budget, "make", made_but({}))
+    pilot = course((50.0, 50.5, 51.0))
+    for name, whole, steps in (
+        ("some", course((60.0, 61.0, 62.0, 102.0, 103.0), validated=(3,)), 10),
+        ("all", course((60.0, 161.0, 262.0), validated=(1, 2, 3)), 20),
+        ("one", course((60.0,)), 20),
+    ):
+        monkeypatch.setattr(budget, "course_of", lambda run, whole=whole: pilot if "pilot" in run.name else whole)
+        found = settle(study(place, f"watched-{name}", budget=seconds), "plain")
+        assert found["settings"]["stages.0.steps"] == steps, name
 
 
 def test_the_question_of_studies_without_it_stays(place: Path) -> None:

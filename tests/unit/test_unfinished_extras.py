@@ -24,7 +24,8 @@ from minillm.micro_batches import Limits, alike
 from minillm.models import ModelReader
 from minillm.ranks import Ranks
 from minillm.store import UNFINISHED
-from minillm.unfinished import Keeper, Keyed, in_batches
+from minillm.sweep import in_batches
+from minillm.unfinished import Keeper, Keyed
 from tests import tiny
 
 ROWS, SAMPLES, CHOICES, BATCH = 12, 2, 3, 5
