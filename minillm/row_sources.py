@@ -10,8 +10,9 @@ from __future__ import annotations
 import gzip
 import itertools
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -203,12 +204,15 @@ def _world(split: str) -> Source:
             f"  wanted one of {', '.join('world:' + name for name in WORLD_SPLITS)}"
         )
 
-    def records() -> Numbered:
-        from minillm.world import rows
+    return Source(name=f"world:{split}", stem=split, unit="row", records=lambda: enumerate(_world_rows(split), start=1))
 
-        yield from enumerate(rows(split), start=1)
 
-    return Source(name=f"world:{split}", stem=split, unit="row", records=records)
+@lru_cache(maxsize=3)
+def _world_rows(split: str) -> Sequence[Record]:
+    # Making them takes seconds, and a study reads them for every cell.
+    from minillm.world import rows
+
+    return tuple(rows(split))
 
 
 def _hub(source: str, rest: str) -> Source:

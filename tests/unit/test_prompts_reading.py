@@ -20,6 +20,7 @@ import pytest
 from minillm import records, row_sources
 from minillm.errors import DataError
 from minillm.rows import read_rows
+from minillm.world import rows as world_rows
 
 GOOD = b'{"prompt": "2+2=", "response": "4"}\n'
 BROKEN = {
@@ -66,6 +67,15 @@ def write(folder: Path, *lines: bytes, name: str = "train.jsonl") -> str:
     data = b"".join(lines)
     path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     return str(path)
+
+
+def test_rows_of_the_world_are_the_same_however_often_they_are_read() -> None:
+    """They are made once in a process, and no reader changes them."""
+    first, again = read_rows("world:test")[0], read_rows("world:test")[0]
+    assert first == again and first is not again
+    made = world_rows("test")
+    assert [row.uid for row in first] == [row["id"] for row in made]
+    assert [list(row.responses) for row in again] == [row["responses"] for row in made]
 
 
 @pytest.mark.parametrize("case", BROKEN)
@@ -299,6 +309,8 @@ def test_an_unknown_split_of_the_world_has_a_hint() -> None:
 def test_world_rows_come_from_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
     made = [{"id": "w-1", "prompt": "<bos> say a <sep>", "responses": ["a"], "family": "say"}]
     monkeypatch.setitem(sys.modules, "minillm.world", types.SimpleNamespace(rows=lambda split: made))
+    # As in a process that has read none yet; the real ones are not forgotten.
+    monkeypatch.setattr(row_sources, "_world_rows", row_sources._world_rows.__wrapped__)
     (row,), report = read_rows("world:test")
     assert (row.uid, row.prompt, row.responses, row.extra) == ("w-1", "<bos> say a <sep>", ("a",), {"family": "say"})
     assert str(report) == "world:test: 1 row read"
