@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TypeVar
@@ -19,7 +20,7 @@ def read_record(file: Path, kind: type[Record], *, fault: type[DataError], again
         return None
     try:
         values = json.loads(file.read_bytes())
-    except ValueError as error:  # not UTF-8 is one too
+    except (ValueError, RecursionError) as error:  # not UTF-8 is one too; records within records without end
         raise fault(f"{file}: not JSON: {error}\n  {again}") from error
     if not isinstance(values, dict):
         raise fault(f"{file}: holds no JSON object, so it is no manifest\n  {again}")
@@ -27,3 +28,9 @@ def read_record(file: Path, kind: type[Record], *, fault: type[DataError], again
         return kind(**values)
     except ConfigError as error:
         raise fault(f"{headed(str(error).splitlines(), source=str(file))}\n  {again}") from error
+
+
+def sha256_of(file: Path) -> str:
+    """Of a file's bytes, read piece by piece."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from minillm.errors import ConfigError, DataError
+from minillm.inside import inside
 from minillm.measures import MAIN_TEMPERATURE, temperature_key
-from minillm.stage_base import is_component
 
 SCHEMA = 1
 SAMPLE_FIELDS = ("uid", "seed", "temperature", "prompt", "response", "measures")
@@ -94,9 +94,7 @@ def set_folders(folder: Path) -> dict[str, Path]:
     except (OSError, ValueError):
         return {"": folder}
     names = sets_in(found) if isinstance(found, dict) else []
-    if odd := [name for name in names if not is_component(name)]:
-        raise DataError(f"{folder / 'results.json'}: a set is called {odd[0]!r}, which is no name of a folder here")
-    return {name: folder / name for name in names} or {"": folder}
+    return {name: inside(folder, name, source=folder / "results.json") for name in names} or {"": folder}
 
 
 def read_samples(folder: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from minillm.config import RunConfig, dump_config
 from minillm.errors import ConfigError, DataError, RunExists
-from minillm.stage_base import is_component
+from minillm.inside import inside
 from minillm.yaml_reader import read_yaml
 
 UNFINISHED = "samples.partial.jsonl"
@@ -85,9 +85,13 @@ class RunFolder:
             sets = json.loads((self.path / "results.json").read_text(encoding="utf-8")).get("sets", {})
         except (OSError, ValueError, AttributeError):
             return  # none, or not this class's
-        for folder in (self.path / name for name in sets if is_component(name)):
-            for name in RESULTS:
-                (folder / name).unlink(missing_ok=True)
+        for name in sets:
+            try:
+                folder = inside(self.path, name, source=self.path / "results.json")
+            except DataError:
+                continue  # not a folder that this class made
+            for made in RESULTS:
+                (folder / made).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
                 folder.rmdir()
 

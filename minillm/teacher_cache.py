@@ -9,7 +9,6 @@ Legend: N tokens of some rows, K kept ids, J = K + 1 with the bucket.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import torch
 
 from minillm.errors import CacheError, DataError
 from minillm.kept import Kept
-from minillm.manifests import read_record
+from minillm.manifests import read_record, sha256_of
 from minillm.prompts import data_hash
 from minillm.settings import Count, NonNegative, Settings, Text
 from minillm.types import Example
@@ -185,12 +184,6 @@ def read_cache(folder: str | Path) -> TeacherCache:
         places[row["uid"]] = Place(row["start"], row["tokens"], row["ids"])
     ids, logp = (np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in (IDS, LOGP))
     return TeacherCache(folder, manifest, sha256_of(folder / MANIFEST), places, ids, logp)
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def differences(one: Asked, other: Asked) -> list[str]:

@@ -28,6 +28,7 @@ from minillm.engines import Teacher
 from minillm.errors import ConfigError, DataError, NonFinite
 from minillm.kept import Kept
 from minillm.loading import fingerprint
+from minillm.manifests import sha256_of
 from minillm.micro_batches import Limits, alike
 from minillm.preflight import Pair, check_alone, limits_record, read_split
 from minillm.progress import Progress
@@ -52,7 +53,6 @@ from minillm.teacher_cache import (
     id_kind,
     read_cache,
     read_manifest,
-    sha256_of,
 )
 from minillm.types import Prompt
 from minillm.updates import nobody

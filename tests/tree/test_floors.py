@@ -30,6 +30,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
             "hub",
             "model_files",
             "manifests",
+            "inside",
             "records",
             "released",
             "row_sources",
