@@ -32,6 +32,14 @@ class CacheError(DataError):
     """A teacher cache is broken, incomplete, or of another teacher, tokenizer, template or data than the run's."""
 
 
+class CheckpointError(DataError):
+    """A checkpoint is not as it was written, or there is none to resume from."""
+
+
+class SaveFailed(MinillmError, OSError):
+    """A checkpoint could not be written, on any rank; those before it are untouched."""
+
+
 class ModelError(MinillmError, ValueError):
     """A model folder cannot be read safely, or its model cannot do what the run asks of it."""
 

@@ -1,0 +1,262 @@
+"""Checkpoints that are whole or not there, and that prove it before anything of them is used.
+
+CHECKPOINTS/step-00000120/{MANIFEST.json, …}: written under another name by all ranks, synced, then published by one
+rename, and never touched again. Nothing points to the newest: whoever looks for it takes the newest that verifies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from minillm import fault
+from minillm.checkpoint_manifest import (
+    MANIFEST,
+    REMEDY,
+    FileEntry,
+    Manifest,
+    folder_name,
+    manifest_text,
+    refuse_name,
+    verified,
+)
+from minillm.disk import DISK, Disk, Sink, remove_tree, write_file
+from minillm.errors import CheckpointError, SaveFailed, did_you_mean
+from minillm.inside import inside
+
+if TYPE_CHECKING:
+    from minillm.ranks import Ranks
+
+STAGING, REMOVED = ".staging-", ".removed-"
+"""How folders begin that no reader looks at: those being written and those being removed."""
+SPARED = 2
+"""The newest checkpoints that verify; retention keeps so many at least, since one may turn out broken."""
+_NAME = re.compile(r"step-(\d{8,})")
+
+Write = Callable[[Sink], None]
+"""Writes the content of one file."""
+Resume = Literal["auto", True] | Path
+"""What to go on from: the newest that verifies if there is one, the newest that verifies, or this one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One that was verified on every rank."""
+
+    path: Path
+    manifest: Manifest
+
+    def file(self, name: str) -> Path:
+        """Where one of its files stands; ``CheckpointError`` for a name that the manifest does not list."""
+        if name not in self.manifest.files:
+            raise CheckpointError(f"{self.path}: has no {name!r}{did_you_mean(name, self.manifest.files)}\n  {REMEDY}")
+        return inside(self.path, name, source=self.path / MANIFEST)
+
+
+class Checkpoints:
+    """The checkpoints in one folder. Every rank has one and makes the same calls; all hear the same result."""
+
+    def __init__(
+        self, root: Path, *, ranks: Ranks, say: Callable[[str], None], keep: int = SPARED, disk: Disk = DISK
+    ) -> None:
+        assert keep >= SPARED, keep
+        self.root = root
+        self._ranks, self._keep, self._disk = ranks, keep, disk
+        self._say: Callable[[str], None] = say if ranks.first else lambda line: None
+
+    def save(self, *, step: int, stage: str, fingerprints: Mapping[str, Any], files: Mapping[str, Write]) -> Checkpoint:
+        """Writes the checkpoint of a step, then removes the oldest; it survives a power cut once this returns.
+
+        Each rank gives the ``files`` that it writes, under names of its own. ``SaveFailed`` on all ranks if one of them
+        cannot write; nothing is left of the attempt then (if the last sync alone failed: a checkpoint that is whole).
+        """
+        target = self.root / folder_name(step)
+        self._make_way(target)
+        staging = self._ranks.of_first(lambda: self._start(target))
+        try:
+            manifest = Manifest(
+                step=step,
+                stage=stage,
+                ranks=self._ranks.size,
+                fingerprints=dict(fingerprints),
+                files=self._write(staging, files),
+            )
+            text = manifest_text(manifest)
+            self._ranks.of_first(lambda: self._publish(staging, target, text.encode()))
+        except BaseException:
+            if self._ranks.first:
+                with contextlib.suppress(OSError):  # the first error says more; what is left, ``clean`` removes
+                    remove_tree(self._disk, staging)
+            raise
+        self._remove_old()
+        return Checkpoint(target, manifest)
+
+    def steps(self) -> list[int]:
+        """Those that have a checkpoint, whole or not, newest first."""
+
+        def look() -> list[int]:
+            names = os.listdir(self.root) if self.root.is_dir() else []
+            steps = (int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
+            return sorted((step for step in steps if folder_name(step) in names), reverse=True)
+
+        return self._ranks.of_first(look)
+
+    def choose(self, resume: Resume) -> Checkpoint | None:
+        """What to resume from, every byte of it read and found as it was written.
+
+        ``"auto"`` and ``True`` take the newest that verifies, and say of each newer one which file is wrong. Where none
+        does, ``"auto"`` says so and gives None; ``True`` and a path that does not verify raise ``CheckpointError``.
+        """
+        if isinstance(resume, Path):
+            try:
+                return self._verified(resume.absolute())
+            except CheckpointError as error:
+                raise CheckpointError(f"{error}\n  {REMEDY}") from error
+        steps = self.steps()
+        for step in steps:
+            try:
+                return self._verified(self.root / folder_name(step))
+            except CheckpointError as error:
+                self._say(f"note: {folder_name(step)} is not used: {error}")
+        found = f"{self.root}: {f'none of {len(steps):,} checkpoints is whole' if steps else 'no checkpoint'}"
+        if resume is True:
+            raise CheckpointError(f"{found}, wanted one to resume from\n  resume=auto starts over where there is none")
+        self._say(f"{found}; starting from the beginning")
+        return None
+
+    def clean(self) -> None:
+        """Removes what broken-off saves and removals left. For the one process that may write here."""
+
+        def remove() -> None:
+            names = sorted(os.listdir(self.root)) if self.root.is_dir() else []
+            self._remove(self.root / name for name in names if name.startswith((STAGING, REMOVED)))
+
+        self._ranks.of_first(remove)
+
+    def _verified(self, folder: Path) -> Checkpoint:
+        """The ranks share the reading; ``CheckpointError`` of one line, the same on all, if one of them finds fault."""
+        manifest, reason = None, ""
+        try:
+            manifest = verified(folder, rank=self._ranks.rank, ranks=self._ranks.size)
+        except CheckpointError as error:
+            lines = (line.strip() for line in str(error).splitlines())
+            reason = "; ".join(line for line in lines if line != REMEDY)
+        if reasons := [told for told in self._ranks.gather_objects([reason]) if told]:
+            raise CheckpointError(reasons[0])
+        assert manifest is not None
+        return Checkpoint(folder, manifest)
+
+    def _make_way(self, target: Path) -> None:
+        """Removes a broken checkpoint of the step that is to be saved; a whole one is nobody's to replace."""
+        if not self._ranks.of_first(lambda: os.path.lexists(target)):
+            return
+        try:
+            self._verified(target)
+        except CheckpointError as error:
+            self._say(f"note: {target.name} is written again: {error}")
+            self._ranks.of_first(lambda: self._remove([target]))
+        else:
+            raise CheckpointError(
+                f"{target}: is there and whole, wanted a step without a checkpoint\n"
+                "  resume from it, or move it away with those after it"
+            )
+
+    def _start(self, target: Path) -> Path:
+        """A staging folder of this attempt's own: a rank of a killed run may still write into an earlier one."""
+        staging = target.with_name(f"{STAGING}{target.name}-{secrets.token_hex(4)}")
+        with _told_as_failed(target):
+            if not self.root.is_dir():
+                self._disk.make_folder(self.root)
+            # Each time: whoever made it may have been killed before its name was on the disk.
+            self._disk.sync_folder(self.root.parent)
+            self._disk.make_folder(staging)
+        return staging
+
+    def _write(self, staging: Path, files: Mapping[str, Write]) -> dict[str, FileEntry]:
+        """Every rank's files, once all are on the disk; raises on all ranks if one could not write its own."""
+        entries, failure, name = dict[str, FileEntry](), None, ""
+        try:
+            for name, write in files.items():
+                entries[name] = self._write_one(staging, name, write)
+                fault.point("checkpoint.file.synced", name)
+        except Exception as error:  # whatever it is, the others must hear of it or wait for ever
+            failure = error
+        # Two ranks that give one name are a mistake of ours: the staging folder was new.
+        of_disk = isinstance(failure, OSError) and not isinstance(failure, FileExistsError)
+        reason = f"{name}: {type(failure).__name__}: {failure}" if failure else ""
+        mine = (self._ranks.rank, entries, reason, of_disk)
+        told = self._ranks.gather_objects([mine])
+        fault.point("checkpoint.agreed")
+        failed = [(rank, reason, full) for rank, _, reason, full in told if reason]
+        if failed:
+            if failure is not None and not of_disk:
+                raise failure
+            # Not of the disk: a mistake of the program, which must not be taken for a full disk and gone on from.
+            rank, reason, full = min(failed, key=lambda one: one[2])
+            what = f"{staging}: not written, since rank {rank} failed: {reason}"
+            raise (SaveFailed(f"{what}\n  {_MEND}") if full else RuntimeError(what)) from failure
+        return {name: entry for _, found, _, _ in told for name, entry in found.items()}
+
+    def _write_one(self, staging: Path, name: str, write: Write) -> FileEntry:
+        if reason := refuse_name(name):
+            raise CheckpointError(reason)
+        file = self._disk.create(inside(staging, name, source=staging))
+        try:
+            sink = Sink(self._disk, file)
+            write(sink)
+            self._disk.sync(file)
+        finally:
+            self._disk.close(file)
+        return FileEntry(bytes=sink.bytes, sha256=sink.sha256)
+
+    def _publish(self, staging: Path, target: Path, manifest: bytes) -> None:
+        with _told_as_failed(target):
+            write_file(self._disk, staging / MANIFEST, manifest)
+            self._disk.sync_folder(staging)
+            self._disk.rename(staging, target)
+            self._disk.sync_folder(self.root)
+        fault.point("checkpoint.published", target.name)
+
+    def _remove_old(self) -> None:
+        """Removes all but the newest, never one of the newest that verify: those are read again before."""
+        newest = [self.root / folder_name(step) for step in self.steps()]
+        old, whole = newest[self._keep :], 0
+        while old and whole < SPARED and newest:
+            folder = newest.pop(0)
+            with contextlib.suppress(CheckpointError):
+                self._verified(folder)
+                whole += 1
+        if whole == SPARED:
+            old = [folder for folder in old if folder in newest]
+            self._ranks.of_first(lambda: self._remove(reversed(old)))
+
+    def _remove(self, folders: Iterable[Path]) -> None:
+        """Removes folders, each under another name first, so that none stands in part under its own; what cannot be
+        removed is said, and no reason to stop."""
+        for folder in folders:
+            hidden = folder
+            try:
+                if not folder.name.startswith((STAGING, REMOVED)):
+                    hidden = folder.with_name(f"{REMOVED}{folder.name}-{secrets.token_hex(4)}")
+                    self._disk.rename(folder, hidden)
+                remove_tree(self._disk, hidden)
+            except OSError as error:
+                self._say(f"note: {hidden} cannot be removed: {error.strerror}")
+
+
+_MEND = "the checkpoints before it are untouched; make room there, or mend what is named"
+
+
+@contextlib.contextmanager
+def _told_as_failed(target: Path) -> Iterator[None]:
+    """What the disk refuses, as an error that ``of_first`` tells to all ranks."""
+    try:
+        yield
+    except OSError as error:
+        raise SaveFailed(f"{target}: not written: {error}\n  {_MEND}") from error
