@@ -84,6 +84,10 @@ class RunExists(MinillmError, FileExistsError):
     """The run folder holds another run, and nothing in it was touched."""
 
 
+class RunInUse(MinillmError, BlockingIOError):
+    """Another process works in the run folder."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``"; did you mean 'X'?"`` for the nearest known word, or ``""`` where none is near."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

@@ -54,7 +54,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "muon",
         "optimisers",
         "store",
-        *("fault", "disk", "checkpoint_manifest", "checkpoints"),
+        *("fault", "disk", "run_lock", "checkpoint_manifest", "checkpoints"),
         "own_files",
         "publish",
         "model_card",

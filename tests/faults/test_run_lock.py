@@ -1,0 +1,51 @@
+"""Two processes do not work in one run's folder, and a dead one keeps nobody out."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minillm import run_lock as module
+from minillm.errors import RunInUse
+from minillm.run_lock import LOCK, run_lock
+
+ROOT = Path(__file__).resolve().parents[2]
+HOLDS = """
+import sys, time
+from pathlib import Path
+from minillm.run_lock import run_lock
+with run_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(30)
+"""
+
+
+def holder(folder: Path) -> subprocess.Popen[str]:
+    """Another process, once it holds the lock."""
+    other = subprocess.Popen([sys.executable, "-c", HOLDS, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    return other
+
+
+def test_the_second_is_refused_by_name_until_the_first_is_dead(tmp_path: Path) -> None:
+    with holder(tmp_path) as other:
+        for _ in range(2):  # being refused changes nothing
+            with pytest.raises(RunInUse, match=f"process {other.pid} on .* works in it"), run_lock(tmp_path):
+                pass
+        other.kill()
+        other.wait(timeout=20)
+    with run_lock(tmp_path):
+        assert str(other.pid) not in (tmp_path / LOCK).read_text()
+    with run_lock(tmp_path):  # an owner that ended well lets go, too
+        pass
+
+
+def test_control_without_the_kernels_lock_both_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with holder(tmp_path) as other:
+        monkeypatch.setattr(module.fcntl, "flock", lambda file, how: None)
+        with run_lock(tmp_path):
+            pass
+        other.kill()
