@@ -37,7 +37,7 @@ STAGING, REMOVED = ".staging-", ".removed-"
 """How folders begin that no reader looks at: those being written and those being removed."""
 SPARED = 2
 """The newest checkpoints that verify; retention keeps so many at least, since one may turn out broken."""
-_NAME = re.compile(r"step-(\d{8,})")
+_NAME = re.compile(r"step-([0-9]{8,})")
 
 Write = Callable[[Sink], None]
 """Writes the content of one file."""
@@ -102,7 +102,7 @@ class Checkpoints:
 
         def look() -> list[int]:
             names = os.listdir(self.root) if self.root.is_dir() else []
-            steps = (int(match[1]) for name in names if (match := _NAME.fullmatch(name)))
+            steps = {int(match[1]) for name in names if (match := _NAME.fullmatch(name))}
             return sorted((step for step in steps if folder_name(step) in names), reverse=True)
 
         return self._ranks.of_first(look)

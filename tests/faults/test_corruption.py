@@ -183,6 +183,13 @@ def test_retention_spares_the_two_newest_that_verify(broken: tuple[int, ...], tm
     assert all(keep_all.choose(keep_all.root / folder_name(step)) for step in whole)
 
 
+def test_only_folders_with_the_very_name_of_a_step_are_listed(tmp_path: Path) -> None:
+    checkpoints = three(tmp_path)
+    for name in ("step-0000000003", "step-００００００03", "step-3", "step-00000004.bak", ".staging-step-00000005-a"):
+        shutil.copytree(checkpoints.root / folder_name(3), checkpoints.root / name)
+    assert checkpoints.steps() == [3, 2, 1]
+
+
 NAMES = (
     *("..", "../x.json", "/tmp/x.json", "a/b.json", "a\\b.json", "~/x.json", "", ".", "x\0.json", "x" * 300 + ".json"),
     *("x.json\n", "ｘ.json", "optim.pt", "rng.pkl", "pytorch_model.bin", MANIFEST, "C:x.json", " .json"),
