@@ -86,6 +86,9 @@ def check_pair(config: RunConfig, *, student: str | None = None) -> Pair:
     _check_engine(config)
     student_card = load_card(student or config.student, kind="students")
     teacher_card = None if config.teacher is None else load_card(config.teacher, kind="teachers")
+    if student is not None and student_card.placement == "zero3":
+        # A teacher's card: an evaluation reads it whole, as it reads any model.
+        student_card = student_card.model_copy(update={"placement": "replicated"})
     if student_card.placement != "replicated":
         raise UnsupportedCombination(
             f"student {student_card.name}: placement {student_card.placement!r} is a teacher's setting; where "

@@ -116,10 +116,12 @@ def judge(
 
 
 def default_out(left: Path, right: Path | None = None, *, single: bool = False) -> Path:
-    """Where results go without --out: into the (left) evaluation's folder."""
+    """Where results go without --out: into the (left) evaluation's folder, named after what sets the other one apart:
+    RUN of RUN/dolly, where both are called dolly."""
     if right is None:
         return left / "judge"
-    other = right.resolve().name
+    pairs = zip(reversed(left.resolve().parts), reversed(right.resolve().parts), strict=False)
+    other = next((theirs for own, theirs in pairs if own != theirs), right.resolve().name)
     return left / (f"judge-beside-{other}" if single else f"judge-against-{other}")
 
 

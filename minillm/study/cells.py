@@ -240,11 +240,11 @@ def _model_digest(name: str, kind: Literal["students", "teachers"]) -> str:
 
 @lru_cache(maxsize=64)
 def _source_digest(source: str) -> str:
-    """Names what a source holds; a hub data set by its name, since asking for more would want the network."""
+    """Names what a source holds; one of the hub by its name, since asking for more would want the network."""
     scheme, _, rest = source.partition(":")
     if scheme == "world":
         return _world_digest(rest)
-    if scheme == "hub":
+    if scheme in {"hub", "set"}:
         return source
     try:
         with Path(source).expanduser().open("rb") as stream:

@@ -145,6 +145,12 @@ class StudyConfig(Settings):
             own = [path for path in (*self.settings, *replaced) if path in OF_THE_CELL]
             if own:
                 raise ConfigError(f"arms.{arm}: '{own[0]}' is set by the study itself; leave it out")
+            lost = [path for path in self.settings if path.startswith("stages.")]
+            if "stages" in replaced and lost:
+                raise ConfigError(
+                    f"arms.{arm}: its 'stages' stand in the place of the recipe's, and of settings.{lost[0]}; "
+                    "give that to each arm's stages instead"
+                )
         for role in (TEACHER, STUDENT):
             settings = getattr(self, f"{role}_settings")
             own = [path for path in settings if path in OF_THE_CELL]
@@ -201,7 +207,8 @@ class StudyConfig(Settings):
 
     def learns_from_taught(self, arm: str) -> bool:
         """Whether an arm's cells need the text that the study makes."""
-        return self.taught is not None and self.arms[arm].get("data.teacher_text") == self.taught_file
+        reads = {**self.settings, **self.arms[arm]}.get("data.teacher_text")
+        return self.taught is not None and reads == self.taught_file
 
     def student_config(self, seed: int) -> RunConfig | None:
         """The run that makes the student from which a training seed starts; None where the study makes none."""
@@ -293,7 +300,12 @@ def load_study(path: Path, *, quick: bool = False) -> StudyConfig:
 def _short_form(study: StudyConfig) -> StudyConfig:
     """What '--quick' makes: never in the folders of the study itself, so that its cells stay as they are."""
     if study.quick is None:
-        raise ConfigError("--quick: this file has no entry 'quick' that says what is shorter")
+        raise ConfigError(
+            "--quick: this file has no entry 'quick' that says what is shorter; leave the option out, or add one"
+        )
+    for entry in BY_PATH:
+        if not isinstance(study.quick.get(entry, {}), dict):
+            raise ConfigError(f"quick: {entry} is {study.quick[entry]!r}, wanted settings by path, or no such entry")
     name = f"{study.name}-quick"
     own = {"name": name, "results": f"runs/studies/{name}/cells"}
     if same := [entry for entry in ("name", "results", "quick") if entry in study.quick]:
@@ -301,11 +313,12 @@ def _short_form(study: StudyConfig) -> StudyConfig:
     whole = study.model_dump(exclude={"quick"}, exclude_unset=True)
     added = {entry: {**whole.get(entry, {}), **study.quick[entry]} for entry in BY_PATH if entry in study.quick}
     short = StudyConfig(**{**whole, **study.quick, **added, **own})
-    arms = {
-        arm: {path: short.taught_file if value == study.taught_file else value for path, value in replaced.items()}
-        for arm, replaced in short.arms.items()
-    }
-    return short.model_copy(update={"arms": arms})
+
+    def moved(replaced: Mapping[str, Any]) -> dict[str, Any]:
+        return {path: short.taught_file if value == study.taught_file else value for path, value in replaced.items()}
+
+    arms = {arm: moved(replaced) for arm, replaced in short.arms.items()}
+    return short.model_copy(update={"arms": arms, "settings": moved(short.settings)})
 
 
 def _overrides(replaced: Mapping[str, Any]) -> list[str]:

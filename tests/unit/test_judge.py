@@ -19,6 +19,7 @@ from minillm import cli
 from minillm.errors import ConfigError, DataError
 from minillm.judge import JudgeSettings, figures, judge
 from minillm.judge.prompts import FORMS, TEMPLATE, fence, question, read_scores, read_template, read_winner
+from minillm.judge.run import default_out
 from tests.chat_server import Json, Server, evaluation, fair, points, settings, shown
 
 
@@ -61,6 +62,14 @@ def test_two_evaluations_are_scored_and_their_difference_is_paired(server: Serve
     assert [side["score"]["mean"] for side in record["sides"]] == [75.0, 25.0]
     assert record["difference"] == {"mean": 50.0, "ci95": [50.0, 50.0]}
     assert (good / "judge-beside-bad" / "judge.json").exists()
+
+
+def test_results_go_where_what_sets_the_two_apart_is_named(tmp_path: Path) -> None:
+    """Sets of one name, of two runs, are not all judge-against-dolly."""
+    a, b = tmp_path / "a" / "dolly", tmp_path / "b" / "dolly"
+    assert default_out(a, b) == a / "judge-against-b" and default_out(a) == a / "judge"
+    assert default_out(a, tmp_path / "b" / "mine", single=True) == a / "judge-beside-mine"
+    assert default_out(a, a) == a / "judge-against-dolly"
 
 
 def test_a_fair_judge_finds_the_better_one_in_both_orders(server: Server, good: Path, bad: Path) -> None:

@@ -129,6 +129,8 @@ def test_the_short_form_keeps_to_itself(place: Path) -> None:
         ({"quick": {"name": "mine"}}, "quick: 'name' is set by the short form itself"),
         ({"quick": {"seds": [1]}}, "seds"),
         ({"quick": {"settings": {"stages.0.stepz": 1}}}, "stages.0.stepz"),
+        ({"quick": {"settings": None}}, "quick: settings is None, wanted settings by path"),
+        ({"quick": {"student_settings": ["steps"]}}, "quick: student_settings is .*, wanted settings by path"),
     ],
 )
 def test_a_short_form_with_mistakes_is_refused(place: Path, changes: dict[str, Any], message: str) -> None:

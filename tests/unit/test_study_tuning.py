@@ -104,8 +104,8 @@ def test_a_whole_run_corrects_what_the_pilot_told(place: Path, search: Any, monk
     for module in (tuning, budget):
         monkeypatch.setattr(module, "course_of", longer_later)
     prompts = str(place / "prompts.jsonl")
-    settings = {"settings": {"data.validation": prompts, "stages.0.inner_epochs": 2}} if search else {}
-    chosen = study(place, f"refined-{search is None}", budget=REFINED, search=search, **settings)
+    settings = {"settings": {"data.validation": prompts}, "arms": {"plain": {"stages.0.inner_epochs": 2}}}
+    chosen = study(place, f"refined-{search is None}", budget=REFINED, search=search, **(settings if search else {}))
     found = settle(chosen, "plain")
     assert found["pilot"] == {"steps": 2, "tokens_per_step": 20.0, "settings": {"stages.0.steps": 15}}
     assert found["refined"] == {"steps": 15, "tokens_per_step": 30.0, "settings": {"stages.0.steps": 10}}
@@ -251,6 +251,10 @@ def test_if_every_value_fails_the_arm_is_named(place: Path) -> None:
         ({"search": {"values": [1e-3, 2e-3]}}, "has no data.validation; a search needs prompts to judge by"),
         ({"budget": {"unit": "epochs", "amount": 1}}, "budget.unit: got 'epochs'"),
         (
+            {"settings": {"stages.0.steps": 90}},
+            "arms.supervised: its 'stages' stand in the place of the recipe's, and of settings.stages.0.steps",
+        ),
+        (
             {"budget": {"unit": "updates", "amount": 5, "refined": True}},
             "refined: updates a step are known",
         ),
@@ -292,3 +296,13 @@ def test_an_arm_may_learn_from_what_the_studys_teacher_wrote(place: Path, monkey
     assert not read_cells(chosen)[1]
     more = chosen.model_copy(update={"taught": chosen.taught.model_copy(update={"rows": 21})})  # type: ignore[union-attr]
     assert any("differs in teacher_text data" in note for note in read_cells(more)[1])
+
+
+def test_text_of_the_teacher_may_be_a_setting_of_all_arms(place: Path) -> None:
+    chosen = study(
+        place, "everyones", arms={"plain": {}}, taught={"rows": 5},
+        settings={"data.teacher_text": "runs/studies/everyones/taught.jsonl"},
+    )  # fmt: skip
+    assert chosen.learns_from_taught("plain")
+    other = chosen.model_copy(update={"settings": {"data.teacher_text": "another.jsonl"}})
+    assert not other.learns_from_taught("plain"), "the control: a file of somebody else's"
