@@ -10,7 +10,8 @@ import pytest
 
 from minillm import evaluate
 from minillm.config import RunConfig
-from minillm.errors import ConfigError, DataError, VocabularyMismatch
+from minillm.errors import ConfigError, DataError, UnsupportedCombination, VocabularyMismatch
+from minillm.preflight import check_pair
 from tests import tiny
 
 
@@ -127,3 +128,14 @@ def test_a_set_without_references_is_told_and_lacks_what_needs_them(
     assert not {"rouge_l", "exact_match", "gold_nll"} & set(found["measures"])
     row = json.loads((tmp_path / "samples.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert row["references"] == [] and "rouge_l" not in row["measures"]
+
+
+def test_a_teachers_card_is_evaluated_whole(place: Path, tmp_path: Path) -> None:
+    """Where it would be sharded to teach is nothing to an evaluation; a run's student it cannot be."""
+    card = tmp_path / "sharded.yaml"
+    card.write_text(f"model: {place / 'student'}\nplacement: zero3\n", encoding="utf-8")
+    found = evaluate(card, settings(place), out=tmp_path / "out")
+    plain = json.loads((place / "there" / "results.json").read_text(encoding="utf-8"))
+    assert found["measures"] == plain["measures"]
+    with pytest.raises(UnsupportedCombination, match="placement 'zero3' is a teacher's setting"):
+        check_pair(settings(place).model_copy(update={"student": str(card)}))

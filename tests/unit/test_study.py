@@ -16,6 +16,7 @@ from minillm.config import RunConfig, dump_config
 from minillm.errors import ConfigError, DataError
 from minillm.measures import reference_bucket
 from minillm.ranks import Ranks
+from minillm.study import cells as cells_module
 from minillm.study import run as run_module
 from minillm.study.cells import asked, differs, read_cell
 from minillm.study.config import StudyConfig, load_study
@@ -261,6 +262,16 @@ def test_the_cells_that_are_committed_are_those_of_their_study(name: str) -> Non
     found, notes = read_cells(load_study(ROOT / "docs" / "results" / f"{name}.yaml"))
     assert not [note for note in notes if "left out" in note]
     assert all(cells for cells in found.values())
+
+
+def test_what_a_source_holds_is_named_without_the_network() -> None:
+    assert (
+        cells_module._source_digest("set:dolly") == "set:dolly"
+        and cells_module._source_digest("hub:a/b@train") == "hub:a/b@train"
+    )
+    assert len(cells_module._source_digest("world:test")) == 64
+    with pytest.raises(DataError, match=r"none\.jsonl cannot be read"):
+        cells_module._source_digest("none.jsonl")
 
 
 def test_intervals_over_seeds() -> None:
