@@ -64,7 +64,7 @@ def test_nan_is_refused_always(name: str) -> None:
 
 def test_all_of_the_teachers_figures_are_treated_alike() -> None:
     found = scored(OF_THE_TEACHER | {"forward_kl": math.inf}, infinite=True)
-    own, whole = _divergences(found, 1), _divergences(found, 0)
+    whole, own = _divergences(found, rows=2)
     assert {name for name, value in own.items() if value is None} == {"reverse_kl", "forward_kl", "teacher_nll"}
     assert own["kl_tokens"] == 3 and None not in whole.values()  # control: the other row
     json.dumps(own, allow_nan=False)
