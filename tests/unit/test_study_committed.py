@@ -1,4 +1,7 @@
-"""A committed table comes out again: one cell of docs/results/world.md, teacher and student too, made from nothing."""
+"""A committed table comes out again: one cell of docs/results/world.md, teacher and student too, made from nothing.
+
+Nine minutes on one core.
+"""
 
 from __future__ import annotations
 
