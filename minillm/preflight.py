@@ -76,7 +76,7 @@ class Anchor:
 
 def check_pair(config: RunConfig, *, student: str | None = None) -> Pair:
     """Cards, configurations and tokenizers of the run's models (``student`` stands in for the run's own, for an
-    evaluation).
+    evaluation; where its card would shard it to teach, it is read whole).
 
     Raises ``ConfigError`` for an unknown card, ``ModelError`` for a folder that cannot be read safely,
     ``PositionsExceeded`` where prompt and response do not fit, ``VocabularyMismatch`` where the tokenizers differ.
@@ -87,7 +87,6 @@ def check_pair(config: RunConfig, *, student: str | None = None) -> Pair:
     student_card = load_card(student or config.student, kind="students")
     teacher_card = None if config.teacher is None else load_card(config.teacher, kind="teachers")
     if student is not None and student_card.placement == "zero3":
-        # A teacher's card: an evaluation reads it whole, as it reads any model.
         student_card = student_card.model_copy(update={"placement": "replicated"})
     if student_card.placement != "replicated":
         raise UnsupportedCombination(

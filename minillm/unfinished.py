@@ -25,14 +25,12 @@ SHARE = 0.05
 """Most of the time that writing may take: very many rows are written less often."""
 
 PARTS = {
-    "samples": "responses",
-    "exposure": "pairs of continuations",
-    "references": "references",
-    "choices": "choices",
+    "samples": ("responses", 3),
+    "exposure": ("pairs of continuations", 2),
+    "references": ("references", 1),
+    "choices": ("choices", 2),
 }
-"""What is kept, in the order in which it is made, and the word for it."""
-KEYS = {"samples": 3, "exposure": 2, "references": 1, "choices": 2}
-"""Numbers in a key of each."""
+"""What is kept, in the order in which it is made: the word for it, and how many numbers a key has."""
 Key = tuple[int, ...]
 """Where something belongs: of a row of samples.jsonl which temperature of those asked for, the sampling seed, which
 prompt; of exposure which prompt and sample, of references which prompt, of choices which prompt and choice."""
@@ -117,7 +115,7 @@ def _kept(
     if differs := ", ".join(differences(asked, head["asked"])):
         say(f"note: {file} is of another evaluation (they differ in: {differs}); starting over")
         return None
-    if there := ", ".join(f"{len(found):,} {PARTS[part]}" for part, found in parts.items() if found):
+    if there := ", ".join(f"{len(found):,} {PARTS[part][0]}" for part, found in parts.items() if found):
         say(f"{file}: going on with an unfinished evaluation, {there} are there")
     return head["seconds"], parts
 
@@ -129,7 +127,7 @@ def differences(asked: Mapping[str, Any], before: Mapping[str, Any]) -> list[str
 
 def _key(found: Any, part: str) -> Key:
     """Raises ``ValueError`` where it is no key of this part."""
-    if len(found) != KEYS[part] or not all(type(number) is int for number in found):
+    if len(found) != PARTS[part][1] or not all(type(number) is int for number in found):
         raise ValueError(found)
     return tuple(found)
 

@@ -81,14 +81,17 @@ def save_model(
     return folder
 
 
-def save_prompts(file: Path, *, rows: int = 24, responses: bool = True) -> Path:
-    """Prompts of two to five letters, with a short response."""
+def save_prompts(file: Path, *, rows: int = 24, responses: bool = True, labelled: bool = False) -> Path:
+    """Prompts of two to five letters, with a short response; ``labelled``: with one of the choices that every third
+    has."""
     lines = []
     for number in range(rows):
         letters = [LETTERS[(number * 7 + step * 3) % len(LETTERS)] for step in range(2 + number % 4)]
         row: dict[str, Any] = {"id": f"row-{number}", "prompt": " ".join(letters)}
         if responses:
-            row["response"] = " ".join(reversed(letters))
+            row["response"] = "c d" if labelled else " ".join(reversed(letters))
+        if labelled and number % 3 == 0:
+            row["choices"] = ["a", "c d", "e f g"]
         lines.append(json.dumps(row))
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file

@@ -20,8 +20,6 @@ FIELDS = {"schema", "mode", "asked", "endpoint", "cost", "unanswered"}
 """What every record of a judging has."""
 WIDTH = 80
 """Columns of a line of words, as in a plain terminal."""
-
-
 OWN = {"judge.json", "judgements.jsonl", "cache.jsonl"}
 """What a judging keeps in its folder."""
 

@@ -68,14 +68,8 @@ def tune(study: StudyConfig, arm: str, *, ranks: Ranks, say: Callable[[str], Non
         if study.budget is not None and study.budget.refined:
             found["refined"] = refined(study, arm, study.budget, settings, found.get("tries", []), ranks=ranks)
             settings |= found["refined"]["settings"]
-    if study.search is not None:
-        best = settings[study.search.setting]
-        say(
-            f"tuned {arm}: {_in_words(settings)}"
-            + ", at the edge of what was tried" * at_the_edge(best, study.search.values)
-        )
-    else:
-        say(f"tuned {arm}: {_in_words(settings)}")
+    edge = study.search is not None and at_the_edge(settings[study.search.setting], study.search.values)
+    say(f"tuned {arm}: {_in_words(settings)}" + ", at the edge of what was tried" * edge)
     if ranks.first:
         file = study.tuning_file(arm)
         make_folder(file.parent, setting="results")

@@ -47,5 +47,5 @@ def test_control_without_the_kernels_lock_both_work(tmp_path: Path, monkeypatch:
     with holder(tmp_path) as other:
         monkeypatch.setattr(module.fcntl, "flock", lambda file, how: None)
         with run_lock(tmp_path):
-            pass
+            assert other.poll() is None and str(other.pid) not in (tmp_path / LOCK).read_text(), "two owners"
         other.kill()

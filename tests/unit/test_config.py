@@ -216,7 +216,7 @@ def test_excluding_settings_are_refused_with_their_cures(
 )
 def test_every_cure_cures(recipe: Path, overrides: Sequence[str]) -> None:
     """Negative control of the test above: the checks let the neighbouring good settings pass."""
-    load_config(recipe, overrides)
+    assert load_config(recipe, overrides) != load_config(recipe)
 
 
 def test_a_combination_beside_another_problem_is_a_config_error(recipe: Path) -> None:

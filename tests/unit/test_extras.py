@@ -36,14 +36,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save_model(root / "teacher", "llama", seed=1, rows=32)
     tiny.save_model(root / "student", "llama", seed=2)
     tiny.save_model(root / "positions", "gpt2", seed=3)
-    lines = []
-    for number in range(ROWS):
-        letters = [tiny.LETTERS[(number * 7 + step * 3) % 26] for step in range(2 + number % 4)]
-        row: dict[str, Any] = {"id": f"row-{number}", "prompt": " ".join(letters), "response": "c d"}
-        if number % 3 == 0:
-            row["choices"] = ["a", "c d", "e f g"]
-        lines.append(json.dumps(row))
-    (root / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    tiny.save_prompts(root / "prompts.jsonl", rows=ROWS, labelled=True)
     return root
 
 

@@ -70,7 +70,9 @@ def test_the_teacher_is_not_loaded_to_learn_from_its_text(place: Path, monkeypat
         raise AssertionError("the teacher was loaded")
 
     monkeypatch.setattr(api, "load_teacher", loaded)
-    distill(config(place, name="light"), fresh=True)
+    assert (distill(config(place, name="light"), fresh=True) / "student").is_dir()
+    with pytest.raises(AssertionError, match="the teacher was loaded"):  # the control: kd asks it at every token
+        distill(config(place, kind="kd", name="heavy"), fresh=True)
 
 
 def test_a_run_without_a_teacher_takes_the_manifests_word(place: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -45,14 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unfinished_extras")
     tiny.save_model(folder / "teacher", "llama", seed=1, rows=32)
     tiny.save_model(folder / "student", "llama", seed=2)
-    lines = []
-    for number in range(ROWS):
-        letters = [tiny.LETTERS[(number * 7 + step * 3) % 26] for step in range(2 + number % 4)]
-        row: dict[str, Any] = {"id": f"row-{number}", "prompt": " ".join(letters), "response": "c d"}
-        if number % 3 == 0:
-            row["choices"] = ["a", "c d", "e f g"]
-        lines.append(json.dumps(row) + "\n")
-    (folder / "prompts.jsonl").write_text("".join(lines), encoding="utf-8")
+    tiny.save_prompts(folder / "prompts.jsonl", rows=ROWS, labelled=True)
     return folder
 
 
