@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from minillm import fault
 from minillm.checkpoint_manifest import (
@@ -33,6 +33,7 @@ from minillm.inside import inside
 if TYPE_CHECKING:
     from minillm.ranks import Ranks
 
+Result = TypeVar("Result")
 STAGING, REMOVED = ".staging-", ".removed-"
 """How folders begin that no reader looks at: those being written and those being removed."""
 SPARED = 2
@@ -59,11 +60,35 @@ class Checkpoint:
         return inside(self.path, name, source=self.path / MANIFEST)
 
 
+@dataclass(frozen=True, slots=True)
+class OneRank:
+    """In the place of ``Ranks`` where one process looks after checkpoints and nothing is trained."""
+
+    rank: int = 0
+    size: int = 1
+    first: bool = True
+
+    def of_first(self, work: Callable[[], Result]) -> Result:
+        """What it gives."""
+        return work()
+
+    def gather_objects(self, mine: list[Any]) -> list[Any]:
+        """One's own."""
+        return mine
+
+
+def steps_in(root: Path) -> list[int]:
+    """The steps that have a checkpoint in a folder, whole or not, newest first."""
+    names = os.listdir(root) if root.is_dir() else []
+    steps = {int(match[1]) for name in names if (match := _NAME.fullmatch(name))}
+    return sorted((step for step in steps if folder_name(step) in names), reverse=True)
+
+
 class Checkpoints:
     """The checkpoints in one folder. Every rank has one and makes the same calls; all hear the same result."""
 
     def __init__(
-        self, root: Path, *, ranks: Ranks, say: Callable[[str], None], keep: int = SPARED, disk: Disk = DISK
+        self, root: Path, *, ranks: Ranks | OneRank, say: Callable[[str], None], keep: int = SPARED, disk: Disk = DISK
     ) -> None:
         assert keep >= SPARED, keep
         self.root = root
@@ -94,18 +119,13 @@ class Checkpoints:
                 with contextlib.suppress(OSError):  # the first error says more; what is left, ``clean`` removes
                     remove_tree(self._disk, staging)
             raise
-        self._remove_old()
+        self._remove_old(self._keep)
         return Checkpoint(target, manifest)
 
     def steps(self) -> list[int]:
         """Those that have a checkpoint, whole or not, newest first."""
 
-        def look() -> list[int]:
-            names = os.listdir(self.root) if self.root.is_dir() else []
-            steps = {int(match[1]) for name in names if (match := _NAME.fullmatch(name))}
-            return sorted((step for step in steps if folder_name(step) in names), reverse=True)
-
-        return self._ranks.of_first(look)
+        return self._ranks.of_first(lambda: steps_in(self.root))
 
     def choose(self, resume: Resume) -> Checkpoint | None:
         """What to resume from, every byte of it read and found as it was written.
@@ -223,10 +243,19 @@ class Checkpoints:
             self._disk.sync_folder(self.root)
         fault.point("checkpoint.published", target.name)
 
-    def _remove_old(self) -> None:
+    def remove_all_but(self, keep: int) -> None:
+        """Removes all but the ``keep`` newest, and never one of the newest two that verify, unless ``keep`` is 0."""
+        if keep:
+            self._remove_old(keep)
+        else:
+            self._ranks.of_first(
+                lambda: self._remove(self.root / folder_name(step) for step in steps_in(self.root)[::-1])
+            )
+
+    def _remove_old(self, keep: int) -> None:
         """Removes all but the newest, never one of the newest that verify: those are read again before."""
         newest = [self.root / folder_name(step) for step in self.steps()]
-        old, whole = newest[self._keep :], 0
+        old, whole = newest[keep:], 0
         while old and whole < SPARED and newest:
             folder = newest.pop(0)
             with contextlib.suppress(CheckpointError):

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from minillm.data_config import DataConfig
 from minillm.errors import ConfigError, UnsupportedCombination
-from minillm.settings import Count, Flag, Positive, PositiveShare, Seed, Settings, Text, Whole, headed
+from minillm.settings import Count, Flag, NonNegative, Positive, PositiveShare, Seed, Settings, Text, Whole, headed
 from minillm.stage_base import BETTER, KeepConfig, OptimiserConfig, is_component
 from minillm.stage_config import MinillmStage, Stage
 from minillm.text_stages import SftStage, asks_teacher
@@ -22,6 +22,7 @@ from minillm.yaml_reader import read_yaml, read_yaml_file, write_yaml
 
 __all__ = [
     "BETTER",
+    "CheckpointsConfig",
     "DataConfig",
     "DecodingConfig",
     "EngineConfig",
@@ -79,6 +80,20 @@ class EngineConfig(Settings):
     """A name in ds_configs/ or a path to a DeepSpeed JSON file of engine settings."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """What the student computes in; the optimiser always keeps 32-bit weights."""
+
+
+class CheckpointsConfig(Settings):
+    """When a run saves what it needs to go on after an interruption. It saves besides where a stage ends, and where a
+    signal ends the run."""
+
+    every_minutes: NonNegative = 10.0
+    """Minutes between two saves, at least; 0 saves none by the clock."""
+    every_steps: Whole = 0
+    """Steps of a stage between two saves; 0 saves none by their number."""
+    keep: Annotated[int, Field(strict=True, ge=2)] = 2
+    """Checkpoints that stay, 2 at least: one may turn out broken."""
+    max_failed: Whole = 3
+    """Saves in a row that may fail, on a full disk say, before the run ends."""
 
 
 class ExposureConfig(Settings):
@@ -143,6 +158,8 @@ class RunConfig(Settings):
     """DeepSpeed settings of the student."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """How the result is measured."""
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
+    """What a run that was interrupted goes on from, changing no result."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Where the log's figures go beside metrics.jsonl, changing no result; each needs its package, such as
     pip install 'minillm[wandb]'."""

@@ -36,3 +36,16 @@ def run_lock(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
         file.flush()
         yield
+
+
+def owner(folder: Path) -> str:
+    """Who works in a folder now, as its lock says; "" where nobody does."""
+    try:
+        with (folder / LOCK).open(encoding="utf-8", errors="replace") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read(200).strip() or "another process"
+    except OSError:
+        pass  # no lock, so nobody
+    return ""

@@ -22,6 +22,8 @@ from minillm.errors import ConfigError, DataError, RunExists
 from minillm.inside import inside
 from minillm.yaml_reader import read_yaml
 
+CHECKPOINTS = "checkpoints"
+"""The folder of what an interrupted run goes on from."""
 UNFINISHED = "samples.partial.jsonl"
 """What an evaluation has before it is done: of samples.jsonl, and of what exposure and calibration read."""
 RESULTS = ("run.json", "metrics.jsonl", "samples.jsonl", UNFINISHED, "results.json", "report.html")

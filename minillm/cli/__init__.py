@@ -1,7 +1,7 @@
 """The command line: thin commands over the Python API, with errors told in a few lines and no traceback.
 
-``runs``, ``comparisons`` and ``builtin`` hold the commands as functions, from which typer reads arguments, options and
-help; here they become one command line. ``minillm bench`` is put together in ``bench/``.
+``runs``, ``kept``, ``comparisons`` and ``builtin`` hold the commands as functions, from which typer reads arguments,
+options and help; here they become one command line. ``minillm bench`` is put together in ``bench/``.
 
 Exit codes: 0 done; 1 a check of ``minillm selftest`` or a figure of ``study --reproduce`` does not hold; 2 something
 the user can mend (nothing was trained); 3 numbers that are not finite; 4 an alarm that stops the run; 130 interrupted.
@@ -25,7 +25,7 @@ from minillm.bench import (  # noqa: F401 (each adds its benchmarks)
     commands_scale,
 )
 from minillm.bench.options import app as bench_app
-from minillm.cli import builtin, comparisons, runs
+from minillm.cli import builtin, comparisons, kept, runs
 from minillm.errors import MinillmError
 
 INTERRUPTED = 130
@@ -49,6 +49,7 @@ Examples:
     student=runs/mine/student --prompts 128
   minillm study --config docs/results/long-horizon.yaml --show
   minillm judge runs/a runs/b --url http://localhost:8000/v1 --model NAME
+  minillm runs verify runs/mine
   minillm selftest --json selftest.json
   minillm bench loss --json bench.json
 
@@ -71,6 +72,7 @@ COMMANDS = (
     runs.diagnose,
     comparisons.study,
     comparisons.judge,
+    kept.runs,
     builtin.selftest,
 )
 """In the order in which the help lists them."""

@@ -24,7 +24,7 @@ from minillm.study.config import StudyConfig
 from minillm.world import rows
 
 SCHEMA = 1
-NO_PART = ("name", "out", "threads", "trackers", "student", "teacher")
+NO_PART = ("name", "out", "threads", "trackers", "checkpoints", "student", "teacher")
 """Settings of a run that change no result, and the names of models, which the digests of what they name stand for."""
 NO_PART_OF = {"evaluation": ("batch_tokens",)}
 """Settings of a section that change no result. (``evaluation.batch`` is older: without it the models that studies made

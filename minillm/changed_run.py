@@ -1,0 +1,118 @@
+"""What may differ between a run that was interrupted and the same run that goes on.
+
+Every setting is one of four kinds. What is learnt from, and from whom, never changes: that is another run. Some do
+nothing to training. Some change at most the last bits of it. All others change it, and need the user's word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from minillm.config import RunConfig
+from minillm.errors import ConfigError, RunExists, did_you_mean
+
+
+class Effect(StrEnum):
+    """What a change of a setting does to a run that goes on."""
+
+    NOTHING = "nothing"
+    LAST_BITS = "last bits"
+    TRAINING = "training"
+    ANOTHER_RUN = "another run"
+
+
+EFFECTS = {
+    Effect.NOTHING: (
+        "name", "out", "trackers", "checkpoints", "evaluation", "data.test", "data.test_limit",
+    ),
+    Effect.LAST_BITS: ("threads", "engine.student", "stages.micro_batch", "stages.micro_tokens"),
+    Effect.TRAINING: ("decoding", "engine.precision", "stages"),
+    Effect.ANOTHER_RUN: (
+        "seed", "student", "teacher", "data", "stages.kind", "stages.name", "stages.keep", "stages.optimiser.name",
+        "stages.teacher_cache",
+    ),
+}  # fmt: skip
+"""By the path of a setting, without the numbers of stages, or of a section whose settings are all alike; the longest
+path that fits counts."""
+_BY_PATH = {path: effect for effect, paths in EFFECTS.items() for path in paths}
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One setting that is not as it was."""
+
+    path: str
+    """As in an override: ``stages.0.steps``."""
+    before: Any
+    now: Any
+
+    @property
+    def effect(self) -> Effect:
+        """What it does."""
+        return effect_of(self.path)
+
+    def __str__(self) -> str:
+        return f"{self.path} was {self.before!r}, is {self.now!r}"
+
+
+def effect_of(path: str) -> Effect:
+    """What a change of the setting at this path does; ``KeyError`` for one that nobody has thought of."""
+    parts = [part for part in path.split(".") if not part.isdigit()]
+    for length in range(len(parts), 0, -1):
+        if (found := _BY_PATH.get(".".join(parts[:length]))) is not None:
+            return found
+    raise KeyError(path)
+
+
+def changes(before: RunConfig, now: RunConfig) -> list[Change]:
+    """Every setting that differs, in the order of the configuration; of a list that grew or shrank, the list."""
+    return list(_changes(before.model_dump(mode="json"), now.model_dump(mode="json"), ""))
+
+
+def _changes(before: Any, now: Any, at: str) -> Iterator[Change]:
+    if before == now:
+        return
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for name in dict.fromkeys((*before, *now)):
+            yield from _changes(before.get(name), now.get(name), f"{at}.{name}" if at else name)
+    elif at == "stages" and len(before) == len(now):
+        for number, (one, other) in enumerate(zip(before, now, strict=True)):
+            yield from _changes(one, other, f"{at}.{number}")
+    else:
+        yield Change(at, before, now)
+
+
+def judge(found: Collection[Change], *, accepted: Collection[str], source: str) -> list[str]:
+    """What to say of the changes of a run that goes on.
+
+    Raises ``RunExists`` where they make another run of it, or one changes training and its path is not ``accepted``;
+    ``ConfigError`` where something accepted has not changed, which is a slip.
+    """
+    if idle := [path for path in accepted if path not in {change.path for change in found}]:
+        near = did_you_mean(idle[0], [change.path for change in found])
+        raise ConfigError(f"--accept-change {idle[0]}: this setting is as it was{near}\n  leave it out")
+    if other := [change for change in found if change.effect is Effect.ANOTHER_RUN]:
+        raise RunExists(
+            f"{source} is of another run: {'; '.join(map(str, other))}.\n"
+            "  give this run another name (name=NAME), set back what differs, or start over with --fresh"
+        )
+    if asked := [change for change in found if change.effect is Effect.TRAINING and change.path not in accepted]:
+        flags = " ".join(f"--accept-change {change.path}" for change in asked)
+        raise RunExists(
+            f"{source} was made with other settings: {'; '.join(map(str, asked))}; nothing was touched.\n"
+            f"  go on with them by {flags}, set them back, or start over with --fresh"
+        )
+    words = [f"changed, which trains nothing else: {change}" for change in found if change.effect is Effect.NOTHING]
+    words += [
+        f"changed: {change}; from here on the last bits may differ from those of the unbroken run"
+        for change in found
+        if change.effect is Effect.LAST_BITS
+    ]
+    return words + [
+        f"changed, as accepted: {change}; this is no longer the unbroken run"
+        for change in found
+        if change.effect is Effect.TRAINING
+    ]

@@ -1,0 +1,120 @@
+"""A run that goes on is the same run: each setting that may differ is known, and what its change does is said."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from minillm import changed_run
+from minillm.changed_run import Effect, changes, effect_of, judge
+from minillm.config import RunConfig, load_config
+from minillm.errors import ConfigError, RunExists
+from minillm.settings import Settings
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart" / "minillm.yaml"
+
+
+def paths(model: type[Settings], at: str = "") -> Iterator[str]:
+    """Every setting of a configuration, with those of every kind of stage."""
+    for name, setting in model.model_fields.items():
+        sections = set(_sections(setting.annotation))
+        if not sections:
+            yield at + name
+        for section in sections:
+            yield from paths(section, f"{at}{name}.")
+
+
+def _sections(annotation: object) -> Iterator[type[Settings]]:
+    if isinstance(annotation, type) and issubclass(annotation, Settings):
+        yield annotation
+    for inner in typing.get_args(annotation):
+        yield from _sections(inner)
+
+
+EVERY = sorted(set(paths(RunConfig)))
+NOTHING = {
+    "name", "out", "trackers", "data.test", "data.test_limit",
+    *(path for path in EVERY if path.startswith(("evaluation.", "checkpoints."))),
+}  # fmt: skip
+LAST_BITS = {"threads", "engine.student", "stages.micro_batch", "stages.micro_tokens"}
+ANOTHER = {
+    "seed", "student", "teacher", "stages.kind", "stages.name", "stages.keep.metric", "stages.keep.mode",
+    "stages.optimiser.name", "stages.teacher_cache",
+    *(path for path in EVERY if path.startswith("data.") and not path.startswith("data.test")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", EVERY)
+def test_every_setting_is_known(path: str) -> None:
+    wanted = (
+        Effect.NOTHING if path in NOTHING else Effect.LAST_BITS if path in LAST_BITS
+        else Effect.ANOTHER_RUN if path in ANOTHER else Effect.TRAINING
+    )  # fmt: skip
+    assert effect_of(path) is wanted
+
+
+def test_control_a_new_section_is_not_known() -> None:
+    with pytest.raises(KeyError):
+        effect_of("rewards.scale")
+
+
+def test_no_effect_is_listed_for_a_setting_that_is_gone() -> None:
+    known = {".".join(path.split(".")[:length]) for path in EVERY for length in range(1, 5)}
+    assert set(changed_run._BY_PATH) <= known
+
+
+def one(*overrides: str) -> list[changed_run.Change]:
+    return changes(load_config(RECIPE), load_config(RECIPE, overrides))
+
+
+def test_an_equal_run_has_no_changes() -> None:
+    assert one() == [] and judge([], accepted=(), source="runs/x") == []
+
+
+@pytest.mark.parametrize(
+    ("override", "path"),
+    [
+        ("evaluation.bootstrap=7", "evaluation.bootstrap"), ("checkpoints.keep=5", "checkpoints.keep"),
+        ("trackers=[wandb]", "trackers"), ("data.test_limit=5", "data.test_limit"),
+    ],
+)  # fmt: skip
+def test_what_trains_nothing_is_only_told(override: str, path: str) -> None:
+    (words,) = judge(one(override), accepted=(), source="runs/x")
+    assert path in words and "trains nothing else" in words
+
+
+def test_what_moves_the_last_bits_is_told_so() -> None:
+    (words,) = judge(one("stages.0.micro_batch=3"), accepted=(), source="runs/x")
+    assert "stages.0.micro_batch was" in words and "last bits" in words
+
+
+def test_what_changes_training_wants_the_users_word() -> None:
+    found = one("stages.0.steps=999", "stages.0.optimiser.lr=0.5")
+    with pytest.raises(RunExists, match=r"--accept-change stages.0.steps --accept-change stages.0.optimiser.lr"):
+        judge(found, accepted=(), source="runs/x")
+    with pytest.raises(RunExists, match=r"other settings: stages.0.optimiser.lr was"):
+        judge(found, accepted=["stages.0.steps"], source="runs/x")
+    words = judge(found, accepted=["stages.0.steps", "stages.0.optimiser.lr"], source="runs/x")
+    assert len(words) == 2 and all("no longer the unbroken run" in line for line in words)
+
+
+@pytest.mark.parametrize("override", ["seed=3", "teacher=teachers/gpt2-xl", "data.train_limit=8", "student=x"])
+def test_another_run_is_refused_whatever_is_accepted(override: str) -> None:
+    path = override.partition("=")[0]
+    with pytest.raises(RunExists, match=f"another run: {path} was"):
+        judge(one(override), accepted=[path], source="runs/x")
+
+
+def test_a_stage_more_is_one_change() -> None:
+    config = load_config(RECIPE)
+    stages = (*config.stages, config.stages[0].model_copy(update={"name": "more"}))
+    (change,) = changes(config, config.model_copy(update={"stages": stages}))
+    assert change.path == "stages" and change.effect is Effect.TRAINING
+
+
+def test_accepting_what_has_not_changed_is_a_slip() -> None:
+    with pytest.raises(ConfigError, match=r"--accept-change stages.0.step: .*did you mean 'stages.0.steps'"):
+        judge(one("stages.0.steps=999"), accepted=["stages.0.steps", "stages.0.step"], source="runs/x")
