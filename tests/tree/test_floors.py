@@ -56,6 +56,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "store",
         "changed_run",
         *("fault", "disk", "run_lock", "checkpoint_manifest", "checkpoints", "run_listing"),
+        "tensor_files",
         "own_files",
         "publish",
         "model_card",
