@@ -19,8 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from minillm.checkpoints import Checkpoint, Write
 from minillm.config import OptimiserConfig
+from minillm.engine_files import Progress, engine_writers, restore_engine
 from minillm.engine_settings import read_engine_settings, zero_stage
+from minillm.engine_state import layout_of
 from minillm.errors import ModelError, NonFinite
 from minillm.models import CausalLM, ModelReader
 from minillm.optimisers import build_optimiser, learning_rate_factor, set_learning_rate
@@ -60,7 +63,7 @@ class Student:
         if not sharded_read:
             probe_head(model, self.root)
         self.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.root.parameters())
-        self._dropout, self._seed, self._name = dropout, seed, name
+        self._dropout, self._seed, self._name, self._precision = dropout, seed, name, precision
         self.root.train(dropout)
         self._engine = _initialise(
             self.root, ranks=ranks, precision=precision,
@@ -151,6 +154,33 @@ class Student:
             if not self.ranks.first:
                 return {}
             return {name: p.detach().to("cpu", copy=True) for name, p in names.items()}
+
+    def state_files(self) -> dict[str, Write]:
+        """This rank's files of a checkpoint, for ``Checkpoints.save``: weights, moments and counts as they are now.
+
+        To be written before the next update. ``CheckpointError`` where the engine keeps its state as no checkpoint
+        knows it; so a call at the start of a run, of which nothing is written, shows that it can be saved.
+        """
+        progress = Progress(stage=self.stage, precision=self._precision, updates_done=self.updates_done)
+        return engine_writers(layout_of(self._engine), progress, self.ranks)
+
+    def restore(self, checkpoint: Checkpoint) -> list[str]:
+        """Goes on from a checkpoint of any number of ranks and any ZeRO stage; to be called on all ranks.
+
+        What is not as it was, in words: where there is nothing, every later update is bit for bit what it would have
+        been. ``CheckpointError`` on all ranks, with nothing changed, where it does not fit this student.
+        """
+        saved = restore_engine(checkpoint, layout_of(self._engine), self.ranks)
+        self.updates_done = saved.updates_done
+        # What DeepSpeed's own monitors count by.
+        self._engine.global_steps = saved.updates_done
+        self._engine.global_samples = saved.updates_done * self.ranks.size
+        pairs = {
+            "ranks": (self.ranks.size, checkpoint.manifest.ranks),
+            "ZeRO stage": (self.stage, saved.stage),
+            "precision": (self._precision, saved.precision),
+        }
+        return [f"{what} {now}, saved with {then}" for what, (now, then) in pairs.items() if now != then]
 
     def _probe_packing(self) -> None:
         with self.whole():  # without the hooks of ZeRO-3, whose record of the first forward is that of a training step

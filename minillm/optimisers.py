@@ -78,11 +78,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, muon: Muon, adamw: torch.optim.AdamW) -> None:
-        self._parts: tuple[torch.optim.Optimizer, ...] = (muon, adamw)
-        super().__init__([group for part in self._parts for group in part.param_groups], {})
+        self.parts: tuple[torch.optim.Optimizer, ...] = (muon, adamw)
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
         # One list, the same group objects: a rate set here is the rate the parts step with.
         start = 0
-        for part in self._parts:
+        for part in self.parts:
             stop = start + len(part.param_groups)
             part.param_groups = self.param_groups[start:stop]
             start = stop
@@ -91,19 +91,19 @@ class MuonWithAdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of both parts; ``closure`` is evaluated once, before either."""
         loss = None if closure is None else closure()
-        for part in self._parts:
+        for part in self.parts:
             part.step()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
         """Both parts' states in order."""
-        return {"parts": [part.state_dict() for part in self._parts]}
+        return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores both parts; the groups stay shared with this optimiser's list."""
-        for part, state in zip(self._parts, state_dict["parts"], strict=True):
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
-        self.param_groups = [group for part in self._parts for group in part.param_groups]
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
 def _split(root: nn.Module) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

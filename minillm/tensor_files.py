@@ -53,7 +53,7 @@ class TensorFile:
     """A safetensors file of which slices are read; nothing else of it is brought into memory."""
 
     def __init__(self, path: Path, handle: Any) -> None:
-        self._path, self._handle = path, handle
+        self.path, self._handle = path, handle
         self.names = frozenset(handle.keys())
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -66,14 +66,14 @@ class TensorFile:
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Entries ``start`` .. ``stop - 1`` along a tensor's first dimension, on the CPU."""
-        with _told(self._path):
+        with _told(self.path):
             rows: Tensor = self._slices(name)[start:stop]
         return rows
 
     def _slices(self, name: str) -> Any:
         if name not in self.names:
-            raise CheckpointError(f"{self._path}: has no tensor {name!r}")
-        with _told(self._path):
+            raise CheckpointError(f"{self.path}: has no tensor {name!r}")
+        with _told(self.path):
             return self._handle.get_slice(name)
 
 

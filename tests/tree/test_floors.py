@@ -50,6 +50,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "ranks",
         "engine_settings",
         "engines",
+        *("engine_state", "engine_files"),
         "bare_student",
         "muon",
         "optimisers",

@@ -1,0 +1,1 @@
+"""What goes on from a checkpoint, against what never stopped."""
