@@ -26,6 +26,7 @@ from minillm.settings import Count, NonNegative, Settings, Text, Whole
 from minillm.store import record_text
 from minillm.tensor_files import TensorFile, open_tensors, write_tensors
 
+_OTHER = "resume with the student and the optimiser that it was saved with, or start over"
 _NAME = re.compile(r"engine-rank[0-9]{5,}\.json")
 
 
@@ -159,14 +160,14 @@ def _require_whole(checkpoint: Checkpoint, kept: Kept, shapes: Mapping[str, tupl
     """Every parameter in its shape, its pieces end to end from its first entry to its last."""
     wanted = {name: shape for name, shape in shapes.items() if math.prod(shape)}
     for name in sorted(kept.keys() - wanted.keys()):
-        raise _fault(checkpoint, name, "is in it, and not in this model" + did_you_mean(name, wanted))
+        raise _fault(checkpoint, name, "is in it, and not in this model" + did_you_mean(name, wanted), _OTHER)
     for name, shape in wanted.items():
         if name not in kept:
-            raise _fault(checkpoint, name, "is not in it" + did_you_mean(name, kept))
+            raise _fault(checkpoint, name, "is not in it" + did_you_mean(name, kept), _OTHER)
         end = 0
         for part in kept[name]:
             if part.record.shape != shape:
-                raise _fault(checkpoint, name, f"of shape {part.record.shape}, wanted {shape}")
+                raise _fault(checkpoint, name, f"of shape {part.record.shape}, wanted {shape}", _OTHER)
             if part.record.start != end:
                 what = "missing" if part.record.start > end else "there twice"
                 raise _fault(checkpoint, name, f"entry {min(end, part.record.start):,} is {what}")
@@ -187,13 +188,13 @@ def _require_state(checkpoint: Checkpoint, plan: Plan) -> None:
         for record in (part.record for part in parts):
             if record.moments and record.moments != tuple(sorted(piece.moments)):
                 found, wanted = ", ".join(record.moments), ", ".join(sorted(piece.moments))
-                raise _fault(checkpoint, piece.name, f"the optimiser kept {found}, this one keeps {wanted}")
+                raise _fault(checkpoint, piece.name, f"the optimiser kept {found}, this one keeps {wanted}", _OTHER)
             if (record.steps is not None) != (bool(record.moments) and piece.counted):
                 raise _fault(checkpoint, piece.name, "moments and a count of steps do not go together")
             name, other = first.setdefault(id(piece.stepped), (piece.name, record))
             if record.steps != other.steps or record.moments != other.moments:
-                what = f"was stepped {record.steps or 0:g} times and {name} {other.steps or 0:g} times"
-                raise _fault(checkpoint, piece.name, f"{what}; this ZeRO stage steps them together")
+                what = f"stepped {record.steps or 0:g} times and {name} {other.steps or 0:g} times"
+                raise _fault(checkpoint, piece.name, what, "this ZeRO stage steps them together; resume at stage 0")
 
 
 def _require_tensors(plan: Plan, files: Mapping[str, TensorFile]) -> None:
@@ -217,5 +218,5 @@ def _copy(piece: Piece, parts: list[_Kept], files: Mapping[str, TensorFile]) -> 
             tensor_N[begin - piece.start : end - piece.start].copy_(rows_N)
 
 
-def _fault(checkpoint: Checkpoint, parameter: str, found: str) -> CheckpointError:
-    return CheckpointError(f"{checkpoint.path}: {parameter}: {found}\n  {REMEDY}")
+def _fault(checkpoint: Checkpoint, parameter: str, found: str, remedy: str = REMEDY) -> CheckpointError:
+    return CheckpointError(f"{checkpoint.path}: {parameter}: {found}\n  {remedy}")

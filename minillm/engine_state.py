@@ -135,7 +135,8 @@ def _replicated(optimiser: Any, names: dict[int, str]) -> Iterator[Piece]:
     for part in optimiser.parts if isinstance(optimiser, MuonWithAdamW) else (optimiser,):
         for parameter in (p for group in part.param_groups for p in group["params"]):
             _require(parameter.is_contiguous(), f"{names[id(parameter)]} is not laid out in one piece")
-            yield Piece(names[id(parameter)], 0, parameter.detach().view(-1), parameter, 0, part)
+            if parameter.numel():
+                yield Piece(names[id(parameter)], 0, parameter.detach().view(-1), parameter, 0, part)
 
 
 def _partitioned(
