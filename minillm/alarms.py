@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from minillm.alarm_config import Action, AlarmsConfig
+from minillm.state import State
 
 WINDOW = 5
 """Rollouts in a mean; fewer are no trend."""
@@ -122,6 +123,16 @@ class Alarms:
                 self.ringing.add(name)
                 raised.append(Raised(name, setting.action, f"alarm {name}: {over}; {watch.means}"))
         return raised
+
+    def state(self) -> State:
+        """What a stage that goes on must have heard."""
+        last = {name: [*of] for name, of in self.last.items()}
+        return State({"first": {**self.first}, "last": last, "ringing": sorted(self.ringing)})
+
+    def restore(self, state: State) -> None:
+        """Has heard it."""
+        self.first, self.last = dict(state.record["first"]), {name: [*of] for name, of in state.record["last"].items()}
+        self.ringing = set(state.record["ringing"])
 
     def _over(self, watch: Watch, limit: float) -> str | None:
         """What is over its limit, in words; None while all is well, or nothing can be said yet."""

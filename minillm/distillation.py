@@ -16,7 +16,8 @@ from minillm.order import GlobalOrder, occurrences, share
 from minillm.ranks import Ranks
 from minillm.references import Lesson, TeacherText, text_losses
 from minillm.scoring import TeacherView
-from minillm.text_mix import FollowedShare, Replay, Source, Written, sources
+from minillm.state import State, States, together
+from minillm.text_mix import FollowedShare, Replay, Source, Written, packed, sources, unpacked
 from minillm.text_stages import DistilStage
 from minillm.types import Decoding, DrawKey, Example, Ids, Prompt, Purpose, Rollout
 from minillm.updates import Update, limits_of
@@ -75,7 +76,7 @@ class Distil:
         return text, figures
 
     @contextmanager
-    def learning(self, collected: Sequence[Example], student: Student) -> Iterator[Iterator[Update]]:
+    def learning(self, collected: Sequence[Example], student: Student, *, made: int = 0) -> Iterator[Iterator[Update]]:
         """The passes over the same text; the teacher reads it in the first one."""
         with self._teacher.head() as head:
             plan = self._stage.plan
@@ -84,7 +85,7 @@ class Distil:
                 teacher=TeacherText(self._teacher.reader.read, head),
                 settings={"temperature": self._decoding.temperature, **plan.settings},
             )  # fmt: skip
-            yield self._updates(collected, lesson, student)
+            yield self._updates(collected, lesson, student, made=made)
 
     def parting_words(self) -> list[str]:
         """What the stage should not end without saying."""
@@ -100,10 +101,34 @@ class Distil:
         if self._stage.plan.student_share is None:
             self._followed.hear(measured["loss"])
 
-    def _updates(self, text: Sequence[Example], lesson: Lesson, student: Student) -> Iterator[Update]:
+    def state(self) -> State:
+        """How much of the text is the student's own by now, and what of it is kept to be learnt from again."""
+        parts = {}
+        if self._stage.plan.student_share is None:
+            parts["followed"] = self._followed.state()
+        if self._stage.plan.replay:
+            parts["replay"] = self._replay.state()
+        return together(parts)
+
+    def restore(self, state: State) -> None:
+        """Takes that up."""
+        if self._stage.plan.student_share is None:
+            self._followed.restore(state.part("followed"))
+        if self._stage.plan.replay:
+            self._replay.restore(state.part("replay"), self._prompts)
+
+    def pack(self, collected: Sequence[Example]) -> States:
+        """The step's text, which is the same on every rank."""
+        return States(packed(collected), State())
+
+    def unpack(self, states: States, *, step: int) -> list[Written]:
+        """The same text again."""
+        return unpacked(states.shared, self._prompts)
+
+    def _updates(self, text: Sequence[Example], lesson: Lesson, student: Student, *, made: int) -> Iterator[Update]:
         constant = self._stage.expected_length or float(self._decoding.max_new_tokens)
         views: dict[int, TeacherView] = {}
-        for _ in range(self._stage.inner_epochs):
+        for _ in range(made, self._stage.inner_epochs):
             losses, sums = text_losses(
                 text, lesson, denominator=len(text) * constant, student=student, ids=self._ids, ranks=self._ranks,
                 limits=limits_of(self._stage), views=views if self._stage.inner_epochs > 1 else None,

@@ -4,35 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from minillm.alarms import Alarms, Raised
 from minillm.engines import Student
 from minillm.errors import Alarmed
+from minillm.moments import Boundary, Progressed, Step, moment_at, never, taken_up
 from minillm.progress import Progress
 from minillm.ranks import Ranks
+from minillm.state import States
 from minillm.store import Clock, RunFolder
 from minillm.updates import Objective, over_updates
 
 Validate = Callable[[Student], dict[str, float]]
 """Measures of the student as it stands, on the validation prompts; the same numbers on every rank."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Progressed:
-    """Everything the loop itself knows: with the engine's state, what a resumed run would need (design D11)."""
-
-    step: int = 0
-    """Loop steps done (for MiniLLM: rollouts)."""
-    best: float | None = None
-    """Best value so far of the validation metric that decides which student is kept."""
-    best_step: int = 0
-    best_figures: dict[str, float] = field(default_factory=dict)
-    stale: int = 0
-    """Validations since the best."""
-    seconds: float = 0.0
-    stopped_early: bool = False
+Publish = Callable[[Mapping[str, float]], str]
+"""Writes the student as it stands, with its figures, and gives ``publish.weights_sha256`` of it on every rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,80 +50,147 @@ def run_steps(
     validate_every: int,
     keep: Keep,
     patience: int,
-    publish: Callable[[Mapping[str, float]], None],
+    publish: Publish,
     alarms: Alarms | None = None,
+    begin: States | None = None,
+    boundary: Boundary = never,
 ) -> Progressed:
     """Runs a stage's steps and publishes its best student (its last, if there is no validation).
 
     ``headline`` names the figures beside the progress bar. ``publish`` is called on every rank, at each new best.
-    Raises ``Alarmed`` where an alarm rings whose action is to stop.
+    ``begin`` is what ``Moment.state`` gave, for a student that stands as it stood then and an objective and alarms as
+    they were made; None is the beginning. After every update ``boundary`` may save, and end the stage there: nothing is
+    published then, and ``interrupted`` says so. Raises ``Alarmed`` where an alarm rings whose action is to stop.
     """
-    done, clock = Progressed(), Clock()
+    done = Progressed()
+    now = None if begin is None else taken_up(begin, done=done, objective=objective, alarms=alarms)
     bar = Progress(stage, total=steps, shown=ranks.first)
-    try:
-        for step in range(done.step, steps):
-            collected, figures = objective.collect(step, student)  # prompts -> (rollout -> scored -> targets)
-            learnt, largest = [], {"grad_norm"}
-            with objective.learning(collected, student) as updates:  # targets -> loss -> step
-                for update in updates:
-                    _, norm = student.update(update.losses)
-                    learnt.append({**update.figures(), "grad_norm": norm})
-                    largest.update(update.largest)
-            figures.update(over_updates(learnt, largest=largest), lr=student.learning_rate)
-            done.step, done.seconds = step + 1, clock()
-            folder.log({"kind": "train", **_place(stage, done, student), **figures})
-            bar.advance(done.step, {name: figures[name] for name in headline if name in figures})
-            raised = [] if alarms is None else alarms.hear(figures)
-            for one in raised:
-                folder.log({"kind": "alarm", **_place(stage, done, student), **one._asdict()})
-                bar.say(f"{stage} {done.step}/{steps}  {one.words}")
-            if _ends(raised, done, stage=stage):
-                done.stopped_early = True
-                bar.say(f"{stage}: stopped at step {done.step}; the student of step {done.best_step} is handed on")
-                break
+    tell = _Teller(
+        stage=stage, steps=steps, done=done, student=student, folder=folder, bar=bar, clock=Clock(done.seconds)
+    )
 
-            due = validate_every > 0 and (done.step % validate_every == 0 or done.step == steps)
-            if validate is not None and due:
-                measured = validate(student)
-                done.seconds = clock()
-                folder.log({"kind": "validation", **_place(stage, done, student), **measured})
-                bar.say(f"{stage} {done.step}/{steps}  validation  " + _in_words(measured, metric=keep.metric))
-                objective.hear(measured)
-                if keep.better(measured[keep.metric], done.best):
-                    done.best, done.best_step, done.stale = measured[keep.metric], done.step, 0
-                    done.best_figures = measured
-                    publish(measured)
-                else:
-                    done.stale += 1
-                if patience and done.stale >= patience:
-                    done.stopped_early = True
-                    bar.say(f"{stage}: no better {keep.metric} in {patience} validations; stopped at step {done.step}")
-                    break
-        if done.best is None:
-            if done.stale:
-                which = f"the student of the last step, {done.step}, is handed on"
-                bar.say(f"{stage}: no validation found a number for {keep.metric}; {which}")
-            publish({})
+    def ends(now: Step | None) -> bool:
+        done.seconds = tell.clock()
+        done.interrupted = boundary(moment_at(now, tell.place(), done=done, objective=objective, alarms=alarms))
+        return done.interrupted
+
+    try:
+        while not done.over:
+            now = now or Step(*objective.collect(done.step, student))  # prompts -> (rollout -> scored -> targets)
+            figures = _learn(now, objective, student, ends=ends)  # targets -> loss -> step
+            if figures is None:
+                break
+            now, done.step = None, done.step + 1
+            tell.log("train", figures)
+            bar.advance(done.step, {name: figures[name] for name in headline if name in figures})
+            if _rings([] if alarms is None else alarms.hear(figures), tell):
+                done.stopped_early = True
+            elif validate is not None and _due(done.step, steps=steps, every=validate_every):
+                _weigh(validate(student), objective, tell, keep=keep, patience=patience, publish=publish)
+            done.over = done.stopped_early or done.step == steps
+            if done.over and done.best is None:
+                _hand_on_the_last(tell, metric=keep.metric, publish=publish)
+            if ends(None):
+                break
     finally:
         bar.close()
-    done.seconds = clock()
     return done
 
 
-def _ends(raised: Sequence[Raised], done: Progressed, *, stage: str) -> bool:
-    """Whether an alarm ends the stage with the best student so far; raises ``Alarmed`` where one ends the run, as a
-    rollback does while no validation has found a student to go back to."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Teller:
+    """Logs and says what happens, with its place in the run."""
+
+    stage: str
+    steps: int
+    done: Progressed
+    student: Student
+    folder: RunFolder
+    bar: Progress
+    clock: Clock
+
+    def place(self) -> dict[str, Any]:
+        """Stage, steps and updates done."""
+        return {"stage": self.stage, "step": self.done.step, "update": self.student.updates_done}
+
+    def log(self, kind: str, figures: Mapping[str, Any]) -> None:
+        """A line of the log."""
+        self.done.seconds = self.clock()
+        self.folder.log({"kind": kind, **self.place(), "seconds": round(self.done.seconds, 3), **figures})
+
+    def say(self, words: str) -> None:
+        """A line for a person."""
+        self.bar.say(f"{self.stage} {self.done.step}/{self.steps}  {words}")
+
+
+def _learn(
+    now: Step, objective: Objective, student: Student, *, ends: Callable[[Step], bool]
+) -> dict[str, float] | None:
+    """Makes the step's updates that are left, and gives its figures; None where it was ended between two of them."""
+    largest = {"grad_norm"}
+    with objective.learning(now.collected, student, made=len(now.learnt)) as updates:
+        left = iter(updates)
+        update = next(left, None)
+        while update is not None:
+            _, norm = student.update(update.losses)
+            now.learnt.append({**update.figures(), "grad_norm": norm})
+            largest.update(update.largest)
+            # Only an objective knows whether an update was the step's last, and only once it is made.
+            update = next(left, None)
+            if update is not None and ends(now):
+                return None
+    return {**now.figures, **over_updates(now.learnt, largest=largest), "lr": student.learning_rate}
+
+
+def _rings(raised: Sequence[Raised], tell: _Teller) -> bool:
+    """Tells of the alarms; whether one ends the stage with the best student so far. Raises ``Alarmed`` where one ends
+    the run, as a rollback does while no validation has found a student to go back to."""
+    done, stage = tell.done, tell.stage
+    for one in raised:
+        tell.log("alarm", one._asdict())
+        tell.say(one.words)
     actions = {one.action for one in raised}
     if "stop" in actions:
         raise Alarmed(f"stage {stage} stopped at step {done.step}: an alarm rang whose action is stop")
-    if "rollback" in actions and done.best is None:
+    if "rollback" not in actions:
+        return False
+    if done.best is None:
         raise Alarmed(f"stage {stage} stopped at step {done.step}: an alarm rang, and no student is known to be better")
-    return "rollback" in actions
+    tell.bar.say(f"{stage}: stopped at step {done.step}; the student of step {done.best_step} is handed on")
+    return True
 
 
-def _place(stage: str, done: Progressed, student: Student) -> dict[str, Any]:
-    """Where in the run a log line belongs."""
-    return {"stage": stage, "step": done.step, "update": student.updates_done, "seconds": round(done.seconds, 3)}
+def _due(step: int, *, steps: int, every: int) -> bool:
+    """Whether the student is validated after so many steps: in any case after the last."""
+    return every > 0 and (step % every == 0 or step == steps)
+
+
+def _weigh(
+    measured: dict[str, float], objective: Objective, tell: _Teller, *, keep: Keep, patience: int, publish: Publish
+) -> None:
+    """Tells what validation found; publishes the student if it is the best so far, or ends the patience with it."""
+    done = tell.done
+    tell.log("validation", measured)
+    tell.say("validation  " + _in_words(measured, metric=keep.metric))
+    objective.hear(measured)
+    if keep.better(measured[keep.metric], done.best):
+        done.best, done.best_step, done.stale = measured[keep.metric], done.step, 0
+        done.best_figures = measured
+        done.published = publish(measured)
+    else:
+        done.stale += 1
+    if patience and done.stale >= patience:
+        done.stopped_early = True
+        words = f"no better {keep.metric} in {patience} validations; stopped at step {done.step}"
+        tell.bar.say(f"{tell.stage}: {words}")
+
+
+def _hand_on_the_last(tell: _Teller, *, metric: str, publish: Publish) -> None:
+    done = tell.done
+    if done.stale:
+        which = f"the student of the last step, {done.step}, is handed on"
+        tell.bar.say(f"{tell.stage}: no validation found a number for {metric}; {which}")
+    done.published = publish({})
 
 
 def _in_words(measured: Mapping[str, float], *, metric: str) -> str:

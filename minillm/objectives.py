@@ -27,10 +27,12 @@ from minillm.engines import Student, Teacher
 from minillm.models import ModelReader
 from minillm.order import GlobalOrder, occurrences, parts, share
 from minillm.policy_loss import clipped_surrogate
+from minillm.practice import Practice, rollout_inputs
 from minillm.ranks import Ranks
 from minillm.references import Lesson, TeacherText, learnt_tokens, likelihood, soft_labels, text_losses
 from minillm.repetition import repetition_rewards
 from minillm.scoring import HeadWeights, TeacherView, score
+from minillm.state import State, States
 from minillm.types import (
     Decoding,
     DrawKey,
@@ -44,7 +46,7 @@ from minillm.types import (
     Stop,
     Targets,
 )
-from minillm.updates import Loss, Sums, Update, in_step, limits_of, nobody
+from minillm.updates import Loss, Sums, Update, in_step, limits_of
 
 _SHOWN_NGRAM = 3
 """Length of the n-grams, in tokens, whose return the log counts, whatever is rewarded."""
@@ -54,9 +56,10 @@ _TEACHER_ROWS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collected:
-    """What one MiniLLM rollout left behind: the targets, and rows for the language-model anchor if there is one."""
+    """What one MiniLLM rollout left behind: what its passes read, and rows for the language-model anchor if there is
+    one."""
 
-    targets: Targets
+    practice: Practice
     anchor: list[Example]
     """Those of all updates, one after the other; where there are fewer, each pass takes the same again."""
     step: int
@@ -64,6 +67,14 @@ class Collected:
     """This rank's rows among those of all ranks."""
     sequences: int
     """Rows of all ranks."""
+    judged: Targets | None
+    """All that is known of the rollout; None in one that was taken up again."""
+
+    @property
+    def targets(self) -> Targets:
+        """All that is known of a rollout of this process's own."""
+        assert self.judged is not None, "a step that was taken up again has what its passes read, and no more"
+        return self.judged
 
 
 class Minillm:
@@ -94,15 +105,7 @@ class Minillm:
     def collect(self, step: int, student: Student) -> tuple[Collected, dict[str, float]]:
         """Prompts -> rollout -> scored -> targets, without gradient."""
         stage = self._stage
-        indices = self._order.take(step * stage.prompts, stage.prompts)
-        # A prompt that stands twice where epochs meet gets other samples, not the same ones again.
-        rows = [
-            (index, again * stage.samples_per_prompt + sample)
-            for index, again in zip(indices, occurrences(indices), strict=True)
-            for sample in range(stage.samples_per_prompt)
-        ]
-        lengths = [len(self._prompts[index].ids) for index, _ in rows]
-        mine = share(range(len(rows)), lengths=lengths, rank=self._ranks.rank, ranks=self._ranks.size)
+        rows, mine = self._rows(step)
         with student.whole() as reader, self._teacher.head() as head:
             own = [rows[i] for i in mine]
             rollout = self._ranks.together(
@@ -124,39 +127,77 @@ class Minillm:
             scored, stage, names=names, ranks=self._ranks, longest=self._decoding.max_new_tokens,
             reward_logp_BT=None if untempered is None else untempered.logp_BT,
         )  # fmt: skip
-        anchor = []
-        if self._anchor_order is not None:
-            taken = self._anchor_order.take(step * self._anchor_rows, self._anchor_rows)
-            anchor = [self._anchored[index] for index in taken]
-        collected = Collected(targets=targets, anchor=anchor, step=step, mine=mine, sequences=len(rows))
+        collected = Collected(
+            practice=Practice.of(targets), anchor=self._anchor(step), step=step, mine=mine, sequences=len(rows),
+            judged=targets,
+        )  # fmt: skip
         return collected, {**self._rollout_figures(targets, len(rows)), **level}
 
     def hear(self, measured: Mapping[str, float]) -> None:
         """Validation changes nothing here."""
 
+    def state(self) -> State:
+        """Nothing: what a step does is a function of its number and the student's weights."""
+        return State()
+
+    def restore(self, state: State) -> None:
+        """Nothing to take up."""
+
+    def pack(self, collected: Collected) -> States:
+        """This rank's rows, as its passes read them; the rest a step has by its number."""
+        return States(State(), collected.practice.state())
+
+    def unpack(self, states: States, *, step: int) -> Collected:
+        """The same rows again; the teacher and the student are not asked."""
+        rows, mine = self._rows(step)
+        practice = Practice.from_state(states.own, prompts=self._prompt_batch([rows[i] for i in mine]))
+        return Collected(
+            practice=practice, anchor=self._anchor(step), step=step, mine=mine, sequences=len(rows), judged=None
+        )
+
     @contextmanager
-    def learning(self, collected: Collected, student: Student) -> Iterator[Iterator[Update]]:
+    def learning(self, collected: Collected, student: Student, *, made: int = 0) -> Iterator[Iterator[Update]]:
         """The passes over the same rollout; the teacher's head is gathered once for all of them."""
         with self._teacher.head() as head:
-            yield self._updates(collected, student=student, head=head)
+            yield self._updates(collected, student=student, head=head, made=made)
 
-    def _updates(self, collected: Collected, *, student: Student, head: HeadWeights) -> Iterator[Update]:
+    def _rows(self, step: int) -> tuple[list[tuple[int, int]], list[int]]:
+        """A step's rows, by prompt and sample, and which of them are this rank's."""
+        stage = self._stage
+        indices = self._order.take(step * stage.prompts, stage.prompts)
+        # A prompt that stands twice where epochs meet gets other samples, not the same ones again.
+        rows = [
+            (index, again * stage.samples_per_prompt + sample)
+            for index, again in zip(indices, occurrences(indices), strict=True)
+            for sample in range(stage.samples_per_prompt)
+        ]
+        lengths = [len(self._prompts[index].ids) for index, _ in rows]
+        return rows, share(range(len(rows)), lengths=lengths, rank=self._ranks.rank, ranks=self._ranks.size)
+
+    def _anchor(self, step: int) -> list[Example]:
+        if self._anchor_order is None:
+            return []
+        return [self._anchored[index] for index in self._anchor_order.take(step * self._anchor_rows, self._anchor_rows)]
+
+    def _updates(self, collected: Collected, *, student: Student, head: HeadWeights, made: int) -> Iterator[Update]:
         """Every part of the rollout in every pass, until the student has moved too far from the one that sampled."""
-        stage, rollout = self._stage, collected.targets.scored.rollout
-        length_B = rollout.prompts.mask_BP.sum(dim=1) + rollout.length_B
+        stage, practice = self._stage, collected.practice
+        length_B = practice.prompts.mask_BP.sum(dim=1) + practice.mask_BT.sum(dim=1)
         for epoch in range(stage.inner_epochs):
             dealt = parts(
                 collected.sequences, stage.inner_batches, seed=self._seed, purpose=f"{stage.name}/inner",
                 epoch=collected.step * stage.inner_epochs + epoch,
             )  # fmt: skip
             for number, part in enumerate(map(set, dealt)):
+                if epoch * stage.inner_batches + number < made:
+                    continue
                 rows = [at for at, row in enumerate(collected.mine) if row in part]
                 cuts = in_step(length_B[rows].tolist(), limits=limits_of(stage), student=student, ranks=self._ranks)
                 anchor = _in_turn(collected.anchor, epoch * stage.inner_batches + number, size=stage.lm_batch)
                 batches = [[rows[at] for at in cut] for cut in cuts]
                 shared = float(len(part)) * self._constant
                 if stage.published.token_mean:
-                    shared = max(1.0, float(self._ranks.sum([float(rollout.mask_BT[rows].sum())])[0]))
+                    shared = max(1.0, float(self._ranks.sum([float(practice.mask_BT[rows].sum())])[0]))
                 sums = Sums(dict.fromkeys(("single", "long", "clipped", "clamped", "drift", "kept"), 0.0))
                 yield self._update(collected, batches, anchor, shared=shared, student=student, head=head, sums=sums)
                 if stage.inner_kl is not None:
@@ -246,14 +287,12 @@ class Minillm:
         sums: Sums,
     ) -> Tensor:
         """One micro-batch: (single-step KL + long-horizon surrogate) / ``shared``."""
-        stage, targets = self._stage, collected.targets
-        rollout = targets.scored.rollout
-        keep_BT = _kept_rows(rollout.mask_BT, rows)
-        assert rollout.teacher_hidden_BTH is not None
-        logq_N = _pick(targets.scored.logq_BT, rows, keep_BT)
-        advantage_N = _pick(targets.advantage_BT, rows, keep_BT)
-        importance_N = _pick(targets.importance_BT, rows, keep_BT)
-        single_N = None if targets.single_weight_BT is None else _pick(targets.single_weight_BT, rows, keep_BT)
+        stage, practice = self._stage, collected.practice
+        keep_BT = _kept_rows(practice.mask_BT, rows)
+        logq_N = _pick(practice.logq_BT, rows, keep_BT)
+        advantage_N = _pick(practice.advantage_BT, rows, keep_BT)
+        importance_N = _pick(practice.importance_BT, rows, keep_BT)
+        single_N = None if practice.single_weight_BT is None else _pick(practice.single_weight_BT, rows, keep_BT)
 
         def loss_of(numbers: Mapping[str, Tensor], here: slice) -> Tensor:
             surrogate = clipped_surrogate(
@@ -270,11 +309,11 @@ class Minillm:
             return stage.single_weight * single + stage.long_weight * long
 
         loss, _ = student.loss(
-            **rollout_inputs(rollout, rows),
+            **rollout_inputs(practice, rows),
             wanted=("logq", "reverse_kl"),
             temperature=self._decoding.temperature,
-            teacher=TeacherView(head=head, hidden_NH=_pick(rollout.teacher_hidden_BTH, rows, keep_BT)),
-            support_NC=None if rollout.support_BTC is None else _pick(rollout.support_BTC, rows, keep_BT),
+            teacher=TeacherView(head=head, hidden_NH=_pick(practice.teacher_hidden_BTH, rows, keep_BT)),
+            support_NC=None if practice.support_BTC is None else _pick(practice.support_BTC, rows, keep_BT),
             loss=loss_of,
         )
         return loss
@@ -359,25 +398,6 @@ def _leaks(targets: Targets) -> Tensor:
     scored, off_BT = targets.scored, ~targets.scored.rollout.mask_BT
     values = (targets.advantage_BT, targets.importance_BT, scored.logq_BT, scored.logp_BT, scored.reverse_kl_BT)
     return torch.stack([(value[off_BT] != 0).sum() for value in values]).sum()
-
-
-def rollout_inputs(rollout: Rollout, rows: Sequence[int]) -> dict[str, Tensor]:
-    """Inputs of a training forward over some rows of a rollout, right-padded to the longest of them; a dummy row if
-    there are none."""
-    prompts = rollout.prompts
-    if not rows:
-        return nobody(prompts.ids_BP.device)
-    index = torch.as_tensor(rows, device=prompts.ids_BP.device)
-    mask_BP, mask_BT = prompts.mask_BP[index], rollout.mask_BT[index]
-    mask_BL = torch.cat([mask_BP, mask_BT], dim=1)
-    # Prompts end and responses begin at one column; without the gaps on both sides no row is wider than the longest.
-    longest = int(mask_BL.sum(dim=1).max())
-    order_BL = mask_BL.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
-    return {
-        "ids_BL": torch.cat([prompts.ids_BP[index], rollout.response_BT[index]], dim=1).gather(1, order_BL),
-        "mask_BL": mask_BL.gather(1, order_BL),
-        "predict_BL": torch.cat([torch.zeros_like(mask_BP), mask_BT], dim=1).gather(1, order_BL),
-    }
 
 
 def _kept_rows(mask_BT: Tensor, rows: Sequence[int]) -> Tensor:

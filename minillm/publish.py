@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,8 +28,9 @@ def publish_student(
     eos_ids: tuple[int, ...],
     pad_id: int,
     card: str,
-) -> None:
+) -> str:
     """Writes an ordinary transformers folder: safetensors, tokenizer, generation config, README.md (the model card).
+    Comes back with its ``weights_sha256``.
 
     Head and embedding rows beyond ``real_ids`` are cut off, so that plain transformers samples from the distribution
     that was trained (design D9). The folder appears under its name only when it is whole.
@@ -62,3 +64,15 @@ def publish_student(
             model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         write_text(staging / "README.md", card)
+    return weights_sha256(folder)
+
+
+def weights_sha256(folder: Path) -> str:
+    """Of model.safetensors in a student's folder (of its parts one after the other, where it was too long for one
+    file); "" where there is none."""
+    files = sorted(folder.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            hashlib.file_digest(stream, lambda: digest)
+    return digest.hexdigest() if files else ""

@@ -20,6 +20,7 @@ from minillm.micro_batches import Limits
 from minillm.order import WindowedOrder, share
 from minillm.ranks import Ranks
 from minillm.scoring import HeadWeights, TeacherView
+from minillm.state import State, States
 from minillm.teacher_cache import TeacherCache
 from minillm.text_stages import KdStage, ReferenceStage
 from minillm.types import Example, Ids, Prompt
@@ -45,13 +46,14 @@ class References:
 
     def collect(self, step: int, student: Student) -> tuple[list[Prompt], dict[str, float]]:
         """The step's rows, the same list on every rank."""
-        rows = [self._prompts[index] for index in self._order.batch(step)]
+        rows = self._rows(step)
         learnt = sum(len(row.response_ids) for row in rows)
         return rows, {"tokens": float(sum(len(row.ids) for row in rows) + learnt), "response_tokens": float(learnt)}
 
     @contextmanager
-    def learning(self, collected: list[Prompt], student: Student) -> Iterator[list[Update]]:
+    def learning(self, collected: list[Prompt], student: Student, *, made: int = 0) -> Iterator[list[Update]]:
         """One step on them."""
+        assert made == 0, "a step is one update"
         with ExitStack() as stack:
             lesson, share = likelihood(), self._teacher_share
             if share > 0 and self._cache is not None:
@@ -68,6 +70,24 @@ class References:
 
     def hear(self, measured: Mapping[str, float]) -> None:
         """Validation changes nothing here."""
+
+    def state(self) -> State:
+        """Nothing: a step is a function of its number and the student's weights."""
+        return State()
+
+    def restore(self, state: State) -> None:
+        """Nothing to take up."""
+
+    def pack(self, collected: list[Prompt]) -> States:
+        """Nothing: there is no moment inside a step of one update."""
+        return States(State(), State())
+
+    def unpack(self, states: States, *, step: int) -> list[Prompt]:
+        """The step's rows."""
+        return self._rows(step)
+
+    def _rows(self, step: int) -> list[Prompt]:
+        return [self._prompts[index] for index in self._order.batch(step)]
 
 
 @dataclass(frozen=True, slots=True)

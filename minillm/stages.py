@@ -14,7 +14,8 @@ from minillm.config import MinillmStage, RunConfig, Stage
 from minillm.distillation import Distil
 from minillm.engines import Student, Teacher
 from minillm.loading import ModelFacts, load
-from minillm.loop import Keep, Progressed, Validate, run_steps
+from minillm.loop import Keep, Validate, run_steps
+from minillm.moments import Progressed
 from minillm.objectives import Minillm
 from minillm.preflight import Pair, decoding_record, require_rows
 from minillm.publish import publish_student
@@ -77,7 +78,7 @@ def run_stage(
             ),
             alarms=Alarms(stage.alarms) if isinstance(stage, MinillmStage) else None,
         )
-        if isinstance(objective, Distil) and ranks.first:
+        if isinstance(objective, Distil) and ranks.first and not done.interrupted:
             for line in objective.parting_words():
                 print(line, flush=True)
         return done
@@ -151,11 +152,12 @@ def _student(config: RunConfig, stage: Stage, *, start: Start, pair: Pair, ranks
 
 def _publish(
     student: Student, *, into: Path, config: RunConfig, pair: Pair, ranks: Ranks, card: Callable[[], str]
-) -> None:
-    """Writes the student as it stands; called on every rank, since all of them hand over their shards."""
+) -> str:
+    """Writes the student as it stands; the SHA-256 of its weights on the disk. Called on every rank, since all of them
+    hand over their shards."""
     state = student.state()
-    if ranks.first:
-        publish_student(
+    return ranks.of_first(
+        lambda: publish_student(
             into,
             state=state,
             config=student.config,
@@ -166,7 +168,7 @@ def _publish(
             pad_id=pair.ids.pad,
             card=card(),
         )
-    ranks.barrier()
+    )
 
 
 def _objective(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.config import RunConfig, dump_config
-from minillm.errors import ConfigError, DataError, RunExists
+from minillm.errors import CheckpointError, ConfigError, DataError, RunExists
 from minillm.inside import inside
 from minillm.yaml_reader import read_yaml
 
@@ -130,6 +130,40 @@ class RunFolder:
                 file.write(json.dumps(_strict(record), allow_nan=False) + "\n")
             for hear in self._listeners:
                 hear(record)
+
+    def log_length(self) -> int:
+        """Bytes of ``metrics.jsonl``, all of them on the disk once this returns; 0 where there is none, and on ranks
+        that do not write."""
+        file = self.path / "metrics.jsonl"
+        if not (self._writes and file.is_file()):
+            return 0
+        _sync(file)
+        _sync(self.path)
+        return file.stat().st_size
+
+    def cut_log(self, length: int) -> None:
+        """Takes away what was logged after ``log_length`` gave this length.
+
+        Raises ``CheckpointError``, on the rank that writes, where the file is not one that was so long at the end of a
+        line.
+        """
+        if not self._writes:
+            return
+        file = self.path / "metrics.jsonl"
+        remedy = "put the file back as the run left it, or start over with --fresh"
+        found = file.stat().st_size if file.is_file() else 0
+        if found < length:
+            raise CheckpointError(f"{file}: {found:,} bytes, wanted the {length:,} of the checkpoint\n  {remedy}")
+        if found == 0:
+            return
+        with file.open("r+b") as log:
+            log.seek(max(0, length - 1))
+            if length and log.read(1) != b"\n":
+                raise CheckpointError(
+                    f"{file}: no line ends at byte {length:,}, wanted the checkpoint's log\n  {remedy}"
+                )
+            log.truncate(length)
+            os.fsync(log.fileno())
 
     def listen(self, hear: Callable[[Mapping[str, Any]], None]) -> None:
         """Calls ``hear`` with each record that is logged from now on, once its line is written."""
@@ -250,10 +284,10 @@ def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 class Clock:
-    """Seconds since it was made."""
+    """Seconds since it was made, and those of ``before``."""
 
-    def __init__(self) -> None:
-        self._start = time.monotonic()
+    def __init__(self, before: float = 0.0) -> None:
+        self._start = time.monotonic() - before
 
     def __call__(self) -> float:
         return time.monotonic() - self._start

@@ -8,9 +8,15 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
+
+import torch
+
+from minillm.errors import CheckpointError
+from minillm.state import State
+from minillm.types import Example, Prompt
 
 Source = Literal["reference", "fresh", "kept"]
 
@@ -41,6 +47,30 @@ def uniform(key: str) -> float:
     return random.Random(int.from_bytes(digest, "big")).random()
 
 
+def packed(rows: Sequence[Example]) -> State:
+    """Rows by the name of their prompt, and what is learnt of them."""
+    ids = [token for row in rows for token in row.response_ids]
+    return State(
+        {"uids": [row.uid for row in rows], "lengths": [len(row.response_ids) for row in rows]},
+        {"response_ids": torch.tensor(ids, dtype=torch.int32)},
+    )
+
+
+def unpacked(state: State, prompts: Iterable[Prompt]) -> list[Written]:
+    """The same rows again; ``CheckpointError`` where one of their prompts is not there."""
+    by_uid = {prompt.uid: prompt.ids for prompt in prompts}
+    rows, ids, at = list[Written](), state.tensors["response_ids"].tolist(), 0
+    for uid, length in zip(state.record["uids"], state.record["lengths"], strict=True):
+        if uid not in by_uid:
+            raise CheckpointError(
+                f"the checkpoint has a response to row {uid!r}, which the prompts do not have\n"
+                "  resume with the prompts that it was made with"
+            )
+        rows.append(Written(uid, by_uid[uid], tuple(ids[at : at + length])))
+        at += length
+    return rows
+
+
 @dataclass(slots=True)
 class Replay:
     """The student's last ``capacity`` responses, oldest first (DistiLLM's buffer, Ko et al. 2024)."""
@@ -68,6 +98,14 @@ class Replay:
             found.append(self.rows[places[done]])
         return found
 
+    def state(self) -> State:
+        """The rows."""
+        return packed(self.rows)
+
+    def restore(self, state: State, prompts: Iterable[Prompt]) -> None:
+        """Has them again, ``prompts`` being those that were answered."""
+        self.rows = unpacked(state, prompts)
+
 
 @dataclass(slots=True)
 class FollowedShare:
@@ -87,3 +125,11 @@ class FollowedShare:
             self.since = loss
         elif loss >= self.since + self.rise:
             self.share, self.since = min(1.0, self.share + self.step), loss
+
+    def state(self) -> State:
+        """The share, and what the next loss is compared with."""
+        return State({"share": self.share, "since": self.since})
+
+    def restore(self, state: State) -> None:
+        """Has them again."""
+        self.share, self.since = state.record["share"], state.record["since"]

@@ -17,6 +17,7 @@ from minillm.engines import Student
 from minillm.micro_batches import Limits, cut
 from minillm.ranks import Ranks
 from minillm.stage_base import BaseStage
+from minillm.state import State, States
 
 Loss = Callable[[], Tensor]
 
@@ -45,7 +46,7 @@ class Update:
     losses: Sequence[Loss]
     figures: Callable[[], dict[str, float]]
     largest: tuple[str, ...] = ()
-    """Figures of which a step tells the largest of its updates; of all others the mean."""
+    """Figures of which a step tells the largest of its updates; of all others the mean. The same in each of them."""
 
 
 def over_updates(each: Sequence[Mapping[str, float]], *, largest: Collection[str]) -> dict[str, float]:
@@ -61,12 +62,25 @@ class Objective(Protocol):
     def collect(self, step: int, student: Student) -> tuple[Any, dict[str, float]]:
         """Everything before learning, and figures for the log."""
 
-    def learning(self, collected: Any, student: Student) -> AbstractContextManager[Iterable[Update]]:
+    def learning(self, collected: Any, student: Student, *, made: int = 0) -> AbstractContextManager[Iterable[Update]]:
         """The optimiser steps of one loop step, in order, each asked for when the one before is made; what they share
-        (a gathered head) lives as long as the block."""
+        (a gathered head) lives as long as the block. The first ``made`` of them are passed over: they were made before,
+        and did not end the step."""
 
     def hear(self, measured: Mapping[str, float]) -> None:
         """What validation found, for an objective that follows it."""
+
+    def state(self) -> State:
+        """What a step must know of those before it beside the student's weights; the same on every rank."""
+
+    def restore(self, state: State) -> None:
+        """Takes up what ``state`` gave, in an objective that was made in the same way."""
+
+    def pack(self, collected: Any) -> States:
+        """What ``collect`` gave, as far as ``learning`` reads it and the step's number does not say it."""
+
+    def unpack(self, states: States, *, step: int) -> Any:
+        """The same for ``learning`` again; nothing is sampled or scored for it."""
 
 
 def in_step(lengths: Sequence[int], *, limits: Limits, student: Student, ranks: Ranks) -> list[list[int]]:

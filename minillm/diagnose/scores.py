@@ -24,7 +24,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minillm.models import CausalLM
-from minillm.objectives import rollout_inputs
+from minillm.practice import rollout_inputs
 from minillm.sampling import restrict, unpack_support
 from minillm.scoring import HeadWeights
 from minillm.types import Rollout

@@ -207,10 +207,8 @@ def test_padded_rows_in_place_of_packed_ones_change_nothing_either(family: str, 
 
 def without_support(case: Case) -> None:
     """As if the record of the support had not been handed on to learning."""
-    targets = case.collected.targets
-    rollout = dataclasses.replace(case.rollout, support_BTC=None)
-    scored = dataclasses.replace(targets.scored, rollout=rollout)
-    case.collected = dataclasses.replace(case.collected, targets=dataclasses.replace(targets, scored=scored))
+    practice = dataclasses.replace(case.collected.practice, support_BTC=None)
+    case.collected = dataclasses.replace(case.collected, practice=practice)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])

@@ -20,7 +20,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "minillm"
 
 FLOORS: dict[int, tuple[str, ...]] = {
-    1: ("errors", "types"),
+    1: ("errors", "types", "state"),
     2: ("sampling", "repetition", "divergences", "kept", "by_definition", "credit", "ridge", "policy_loss"),
     3: (
         *("settings", "alarm_config", "published", "stage_base", "text_stages", "text_mix"),
@@ -70,9 +70,11 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "advantages",
         "alarms",
         "updates",
+        "practice",
         "references",
         "distillation",
         "objectives",
+        "moments",
         "loop",
         "stages",
         "preflight",

@@ -16,7 +16,8 @@ from torch import Tensor
 from minillm import distill
 from minillm.config import RunConfig
 from minillm.errors import DataError, RunExists
-from minillm.loop import Keep, Progressed, run_steps
+from minillm.loop import Keep, run_steps
+from minillm.moments import Progressed
 from minillm.ranks import Ranks
 from minillm.store import RunFolder
 from minillm.updates import Update, over_updates
@@ -47,8 +48,8 @@ class FakeObjective:
         return step, {"tokens": 7.0, "loss": -1.0}
 
     @contextmanager
-    def learning(self, collected: int, student: Any) -> Iterator[Iterator[Update]]:
-        yield (self._update(collected, n) for n in range(2))
+    def learning(self, collected: int, student: Any, *, made: int = 0) -> Iterator[Iterator[Update]]:
+        yield (self._update(collected, n) for n in range(made, 2))
 
     def hear(self, measured: Mapping[str, float]) -> None:
         self.order.append("hear")
@@ -88,8 +89,9 @@ class Run:
     def _validate(self, student: Any) -> dict[str, float]:
         return {"kl": self.left.pop(0), "other": 3.0}
 
-    def _publish(self, scores: Mapping[str, float]) -> None:
+    def _publish(self, scores: Mapping[str, float]) -> str:
         self.published.append((self.student.updates_done // 2, dict(scores)))
+        return f"weights of update {self.student.updates_done}"
 
 
 @pytest.fixture
