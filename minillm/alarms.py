@@ -109,7 +109,8 @@ class Alarms:
         for figure, value in figures.items():
             if figure.startswith("teacher_"):
                 self.first.setdefault(figure, value)
-        for figure in {watch.figure for watch in WATCHES.values()} & figures.keys():
+        watched = dict.fromkeys(watch.figure for watch in WATCHES.values())  # a set has another order in each process
+        for figure in (figure for figure in watched if figure in figures):
             last = self.last.setdefault(figure, [])
             last.append(figures[figure])
             self.first.setdefault(figure, figures[figure])

@@ -64,7 +64,7 @@ def run_steps(
     """
     done = Progressed()
     now = None if begin is None else taken_up(begin, done=done, objective=objective, alarms=alarms)
-    bar = Progress(stage, total=steps, shown=ranks.first)
+    bar = Progress(stage, total=steps, shown=ranks.first, before=done.step)
     tell = _Teller(
         stage=stage, steps=steps, done=done, student=student, folder=folder, bar=bar, clock=Clock(done.seconds)
     )

@@ -16,10 +16,11 @@ LINE_EVERY_S = 10.0
 class Progress:
     """One line kept up to date on a terminal (with a bar where there is room), a line every ten seconds elsewhere."""
 
-    def __init__(self, title: str, *, total: int, unit: str = "steps", shown: bool = True) -> None:
+    def __init__(self, title: str, *, total: int, unit: str = "steps", shown: bool = True, before: int = 0) -> None:
+        """``before`` of the total were done by an earlier process, and are no part of the rate."""
         self._title, self._total, self._unit, self._shown = title, total, unit, shown
         self._start = self._last_line = time.monotonic()
-        self._first: int | None = None
+        self._first: int | None = before or None
         self._bar: Any = None
         if shown and sys.stdout.isatty():
             from rich.console import Console

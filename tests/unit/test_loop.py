@@ -17,6 +17,7 @@ from minillm import distill
 from minillm.config import RunConfig
 from minillm.errors import DataError, RunExists
 from minillm.loop import Keep, run_steps
+from minillm.manifests import sha256_of
 from minillm.moments import Progressed
 from minillm.ranks import Ranks
 from minillm.store import RunFolder
@@ -270,6 +271,8 @@ def test_fine_tuning_keeps_by_sampled_responses_if_asked_to(inputs: Path, tmp_pa
     status = json.loads((tmp_path / "shortest" / "run" / "run.json").read_text(encoding="utf-8"))
     best = min(found, key=lambda line: line["mean_length"])
     assert status["stages"]["sft"]["best"] == best["mean_length"]
+    published = tmp_path / "shortest" / "run" / "student" / "model.safetensors"
+    assert status["stages"]["sft"]["published"] == sha256_of(published)
 
 
 def test_a_metric_that_the_validation_rows_cannot_give_is_refused_before_training(inputs: Path, tmp_path: Path) -> None:

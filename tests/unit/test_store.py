@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -19,10 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from minillm import store
 from minillm.config import dump_config
-from minillm.errors import RunExists
+from minillm.errors import CheckpointError, RunExists
+from minillm.manifests import sha256_of
 from minillm.model_card import CardFacts, render
 from minillm.models import CausalLM
-from minillm.publish import publish_student
+from minillm.publish import publish_student, weights_sha256
 from minillm.store import RunFolder, replaced_folder, write_jsonl, write_text
 from minillm.types import Decoding
 from tests import tiny
@@ -53,7 +55,7 @@ def state_of(model: PreTrainedModel) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in CausalLM(model).named_parameters(remove_duplicate=False)}
 
 
-def publish(folder: Path, model: PreTrainedModel, *, state: Mapping[str, Tensor] | None = None, **changes: Any) -> None:
+def publish(folder: Path, model: PreTrainedModel, *, state: Mapping[str, Tensor] | None = None, **changes: Any) -> str:
     options: dict[str, Any] = {
         "state": state_of(model) if state is None else state,
         "config": model.config,
@@ -65,7 +67,7 @@ def publish(folder: Path, model: PreTrainedModel, *, state: Mapping[str, Tensor]
         "card": "# a card\n",
         **changes,
     }
-    publish_student(folder, **options)
+    return publish_student(folder, **options)
 
 
 def logits(model: PreTrainedModel) -> Tensor:
@@ -369,6 +371,61 @@ def test_a_rank_that_does_not_write_changes_nothing(tmp_path: Path) -> None:
     other.log({"loss": 1.0})
     assert other.status() == {"state": "running"} and other.student.exists()
     assert (other.path / "metrics.jsonl").read_text(encoding="utf-8") == "{}\n"
+
+
+def test_a_log_is_cut_back_to_a_length_that_it_had(tmp_path: Path) -> None:
+    folder, file = RunFolder(tmp_path, writes=True), tmp_path / "metrics.jsonl"
+    assert folder.log_length() == 0
+    folder.cut_log(0)
+    assert not file.exists()
+    lengths = [0]
+    for step in range(3):
+        folder.log({"step": step, "text": "é"})
+        lengths.append(folder.log_length())
+    whole = file.read_bytes()
+    assert lengths[-1] == len(whole) and len(set(lengths)) == 4
+    for length in reversed(lengths):
+        file.write_bytes(whole + b'{"step": 3, "te')  # a process was killed while it wrote
+        folder.cut_log(length)
+        assert file.read_bytes() == whole[:length]
+    other = RunFolder(tmp_path, writes=False)
+    file.write_bytes(whole)
+    other.cut_log(lengths[1])
+    assert other.log_length() == 0 and file.read_bytes() == whole, "only one rank writes"
+
+
+def test_a_log_that_is_not_the_checkpoints_is_refused_untouched(tmp_path: Path) -> None:
+    folder, file = RunFolder(tmp_path, writes=True), tmp_path / "metrics.jsonl"
+    with pytest.raises(CheckpointError, match=r"0 bytes, wanted the 9 of the checkpoint\n.*--fresh"):
+        folder.cut_log(9)
+    folder.log({"step": 1})
+    folder.log({"step": 2})
+    whole = file.read_bytes()
+    for length, reason in ((len(whole) + 1, "24 bytes, wanted the 25"), (len(whole) - 1, "no line ends at byte 23")):
+        with pytest.raises(CheckpointError, match=reason):
+            folder.cut_log(length)
+        assert file.read_bytes() == whole
+
+
+def test_the_length_of_a_log_is_told_once_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, synced = RunFolder(tmp_path, writes=True), []
+    folder.log({"step": 1})
+    monkeypatch.setattr(store.os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
+    assert folder.log_length() == 12 and synced == [str(tmp_path / "metrics.jsonl"), str(tmp_path)]
+    synced.clear()
+    folder.cut_log(0)
+    assert synced == [str(tmp_path / "metrics.jsonl")]
+
+
+def test_published_weights_are_known_by_their_hash(tmp_path: Path, trained: Callable[..., PreTrainedModel]) -> None:
+    assert weights_sha256(tmp_path / "student") == ""
+    told = [publish(tmp_path / "student", trained(family)) for family in ("gpt2", "opt", "gpt2")]
+    assert told[0] == told[2] != told[1]
+    assert told[2] == weights_sha256(tmp_path / "student") == sha256_of(tmp_path / "student" / "model.safetensors")
+    # In two files, as very large ones are.
+    for place, name in enumerate(("model-00002-of-00002", "model-00001-of-00002")):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"xy"[place : place + 1])
+    assert weights_sha256(tmp_path) == hashlib.sha256(b"yx").hexdigest()
 
 
 def test_a_status_is_merged(tmp_path: Path) -> None:
