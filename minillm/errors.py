@@ -9,11 +9,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from minillm import exits
+
 
 class MinillmError(Exception):
     """Root of the errors that a user can mend."""
 
-    exit_code = 2
+    exit_code = exits.MENDABLE
 
 
 class ConfigError(MinillmError, ValueError):
@@ -38,6 +40,8 @@ class CheckpointError(DataError):
 
 class SaveFailed(MinillmError, OSError):
     """A checkpoint could not be written, on any rank; those before it are untouched."""
+
+    exit_code = exits.SAVE_FAILED
 
 
 class ModelError(MinillmError, ValueError):
@@ -67,13 +71,25 @@ class ShapeMismatch(MinillmError, ValueError):
 class NonFinite(MinillmError, ArithmeticError):
     """A loss, a gradient or a teacher score is not a finite number; no update was made from it."""
 
-    exit_code = 3
+    exit_code = exits.NON_FINITE
 
 
 class Alarmed(MinillmError):
     """An alarm whose action is to stop the run has rung; the student of the last update is not handed on."""
 
-    exit_code = 4
+    exit_code = exits.ALARMED
+
+
+class Stopped(MinillmError):
+    """A signal asked the run to stop, and all that is needed to go on is saved: the same command goes on."""
+
+    exit_code = exits.STOPPED
+
+
+class RankLost(MinillmError, RuntimeError):
+    """Another rank has died, or did not come to a collective in time."""
+
+    exit_code = exits.RANK_LOST
 
 
 class TrackerError(MinillmError, RuntimeError):

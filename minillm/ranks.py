@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -13,24 +14,34 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
-from minillm.errors import MinillmError, NonFinite
+from minillm import phases
+from minillm.errors import ConfigError, MinillmError, NonFinite
 
+COLLECTIVE_LIMIT_S = 60.0 * int(os.environ.get("DEEPSPEED_TIMEOUT", "30"))
+"""Seconds that a rank waits for the others in a collective. Long, since rank 0 may work alone meanwhile and rollouts
+differ in length; a rank that is dead or stuck is found by the supervisor far sooner. DeepSpeed's variable sets it, in
+minutes."""
 Result = TypeVar("Result")
 
 
 class Ranks:
     """The processes of this run and the few collectives we make ourselves."""
 
-    def __init__(self, *, threads: int = 0) -> None:
+    def __init__(self, *, threads: int = 0, limit_s: float = COLLECTIVE_LIMIT_S) -> None:
+        phases.show()
         if threads:
             torch.set_num_threads(threads)
         prepare_deepspeed()
         local = int(os.environ.get("LOCAL_RANK", "0"))
         self.device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+        if self.device.type == "cuda" and local >= (gpus := torch.cuda.device_count()):
+            raise ConfigError(
+                f"local rank {local} has no GPU of its own: there are {gpus}; start no more ranks than that"
+            )
         if self.device.type == "cuda":  # before the group: collectives of plain objects use the current device
             torch.cuda.set_device(self.device)
         if not dist.is_initialized():
-            _start_process_group()
+            _start_process_group(limit_s)
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
 
@@ -118,12 +129,15 @@ class Ranks:
             dist.barrier()
 
 
-def _start_process_group() -> None:
+def _start_process_group(limit_s: float) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if "RANK" in os.environ:
         import deepspeed
 
-        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timedelta(seconds=limit_s))
+        # One collective at once, while all are known to be there: ranks connect at the first one, and one that cannot
+        # should not find out after an hour. (gloo's listener has also ignored its time-out there: its issue 520.)
+        dist.barrier()
         return
     # One process: a store in memory needs no port and leaves no file behind.
     os.environ.setdefault("LOCAL_RANK", "0")

@@ -3,8 +3,7 @@
 ``runs``, ``kept``, ``comparisons`` and ``builtin`` hold the commands as functions, from which typer reads arguments,
 options and help; here they become one command line. ``minillm bench`` is put together in ``bench/``.
 
-Exit codes: 0 done; 1 a check of ``minillm selftest`` or a figure of ``study --reproduce`` does not hold; 2 something
-the user can mend (nothing was trained); 3 numbers that are not finite; 4 an alarm that stops the run; 130 interrupted.
+Exit codes stand in ``exits``.
 In help texts, ``\\b`` keeps a paragraph's lines as they are, so that an example can be copied.
 """
 
@@ -18,6 +17,7 @@ from typing import Annotated
 
 import typer
 
+from minillm import exits, phases
 from minillm.bench import (  # noqa: F401 (each adds its benchmarks)
     commands,
     commands_evaluate,
@@ -25,10 +25,10 @@ from minillm.bench import (  # noqa: F401 (each adds its benchmarks)
     commands_scale,
 )
 from minillm.bench.options import app as bench_app
-from minillm.cli import builtin, comparisons, kept, runs
+from minillm.cli import builtin, comparisons, kept, launching, runs
 from minillm.errors import MinillmError
+from minillm.lost import as_rank_lost, leave
 
-INTERRUPTED = 130
 FIRST_RANK_SPEAKS_S = 10.0
 """How long the other ranks leave rank 0 to tell an error that all of them have; the launcher ends them once it did."""
 EXAMPLES = """
@@ -54,8 +54,8 @@ Examples:
   minillm bench loss --json bench.json
 
 \b
-On several processes or GPUs, under DeepSpeed's launcher:
-  deepspeed --num_accelerators 2 --module minillm distill \\
+On several processes or GPUs:
+  minillm launch --ranks 2 distill \\
     --config recipes/quickstart/minillm.yaml
 
 More on a command: minillm COMMAND --help
@@ -111,12 +111,15 @@ def _common(
 
 for _command in COMMANDS:
     app.command()(_command)
+# Whatever follows the command's name is its own.
+app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(launching.launch)
 app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:
     """Entry point of ``minillm`` and ``python -m minillm``."""
-    sys.exit(_guarded(app))
+    phases.show()
+    leave(_guarded(app))
 
 
 def _guarded(command: Callable[..., object]) -> int:
@@ -127,18 +130,21 @@ def _guarded(command: Callable[..., object]) -> int:
         _tell(f"{type(error).__name__}: {error}")
         return error.exit_code
     except KeyboardInterrupt:
-        result = INTERRUPTED
+        result = exits.INTERRUPTED
     except OSError as error:
         where = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         _tell(f"{type(error).__name__}: {where}\n  look at that path: what it is, its rights, the room on its disk")
         return MinillmError.exit_code
     except Exception as error:
+        if lost := as_rank_lost(error):
+            _tell(f"{type(lost).__name__}: {lost}")
+            return lost.exit_code
         if not _is_usage_error(error):
             raise
         error.show()  # type: ignore[attr-defined]
         return MinillmError.exit_code
     # typer turns an interruption that reaches it into this code.
-    if result == INTERRUPTED:
+    if result == exits.INTERRUPTED:
         print(
             "interrupted; the same command starts from the beginning again "
             "(a study keeps its finished cells, an evaluation and generate their answers, a judge its answers)",

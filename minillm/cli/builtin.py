@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from minillm import exits
 from minillm.cli import options
 from minillm.errors import DataError
 
@@ -63,4 +64,4 @@ def selftest(
     from minillm.selftest.run import selftest as run_checks
 
     if not run_checks(json_file):
-        raise typer.Exit(options.CHECK_FAILED)
+        raise typer.Exit(exits.CHECK_FAILED)

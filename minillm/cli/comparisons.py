@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from minillm.cli import options
+from minillm import exits
 from minillm.errors import ConfigError
 
 
@@ -142,7 +142,7 @@ def study(  # noqa: PLR0917 (typer reads options from parameters)
         if unheard := [name for name, given in others.items() if given not in (None, False)]:
             raise ConfigError(f"--reproduce makes one cell and nothing else; leave {unheard[0]} out")
         if not run_again(config, again_as, quick=quick):
-            raise typer.Exit(options.CHECK_FAILED)
+            raise typer.Exit(exits.CHECK_FAILED)
         return
     if seeds is not None and any(not each.strip().isdecimal() for each in seeds.split(",")):
         raise ConfigError(f"--seeds {seeds!r}: wanted whole numbers with commas between them, such as 1,2")

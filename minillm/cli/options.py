@@ -1,4 +1,4 @@
-"""Options and an exit code that several commands share."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-CHECK_FAILED = 1
-"""Exit code where figures that should hold do not."""
 Config = Annotated[Path, typer.Option("--config", help="The run's YAML file, such as recipes/quickstart/minillm.yaml.")]
 Overrides = Annotated[
     list[str] | None,

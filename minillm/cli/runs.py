@@ -36,7 +36,7 @@ def distill(config: options.Config, overrides: options.Overrides = None, fresh: 
     \b
     Examples:
       minillm distill --config recipes/quickstart/minillm.yaml seed=3
-      deepspeed --num_accelerators 2 --module minillm distill \\
+      minillm launch --ranks 2 distill \\
         --config recipes/quickstart/minillm.yaml
     """
     _run(_load(config, overrides), fresh=fresh)

@@ -21,6 +21,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "minillm"
 
 FLOORS: dict[int, tuple[str, ...]] = {
     1: ("errors", "types", "state"),
+        "exits",
     2: ("sampling", "repetition", "divergences", "kept", "by_definition", "credit", "ridge", "policy_loss"),
     3: (
         *("settings", "alarm_config", "published", "stage_base", "text_stages", "text_mix"),
@@ -58,6 +59,13 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "changed_run",
         *("fault", "disk", "run_lock", "checkpoint_manifest", "checkpoints", "run_listing"),
         "tensor_files",
+        "board",
+        "phases",
+        "stops",
+        "lost",
+        "guardian",
+        "rank_process",
+        "supervisor",
         "own_files",
         "publish",
         "model_card",

@@ -1,0 +1,89 @@
+"""The command that starts the others on several ranks."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Container, Sequence
+from typing import Annotated
+
+import typer
+
+from minillm.errors import ConfigError
+from minillm.supervisor import LIMIT_S, Place, Supervisor
+
+RANKS_ON_CPU = 2
+"""Ranks on a machine without a GPU, unless told otherwise."""
+
+
+def launch(  # noqa: PLR0917 (typer reads options from parameters)
+    context: typer.Context,
+    command: Annotated[
+        list[str], typer.Argument(metavar="COMMAND…", help="A minillm command, a .py file or a program, and its words.")
+    ],
+    ranks: Annotated[
+        int, typer.Option("--ranks", min=0, help="Ranks on this node; 0: one a GPU, or two without a GPU.")
+    ] = 0,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Nodes; each runs this command once.")] = 1,
+    node_rank: Annotated[int, typer.Option("--node-rank", min=0, help="Which of them this is, from 0.")] = 0,
+    master: Annotated[str, typer.Option("--master", help="Host name of node 0, where there are several.")] = "",
+    master_port: Annotated[
+        int, typer.Option("--master-port", min=0, max=65535, help="Port where ranks meet; 0: one that is free.")
+    ] = 0,
+    limit: Annotated[
+        float, typer.Option("--limit", min=1, help="Seconds in which a dead or stuck rank ends all ranks.")
+    ] = LIMIT_S,
+) -> None:
+    """Run a command on several ranks, one for each GPU.
+
+    SIGTERM and SIGINT are handed on to every rank: a training run saves at its next step on all ranks and ends with
+    exit code 75. A rank that dies or hangs ends all of them within --limit seconds and is named (exit code 5, or the
+    rank's own). Options of launch stand before COMMAND.
+
+    \b
+    Examples:
+      minillm launch --ranks 2 distill \\
+        --config recipes/quickstart/minillm.yaml
+      srun --ntasks-per-node 1 --kill-on-bad-exit bash -c 'minillm launch \\
+        --nodes $SLURM_NNODES --node-rank $SLURM_NODEID --master $HEAD \\
+        --master-port 29500 distill --config my-run.yaml'
+    """
+    if nodes > 1 and not (master and master_port):
+        raise ConfigError(f"--nodes {nodes} without --master and --master-port: wanted both, the same on every node")
+    if node_rank >= nodes:
+        raise ConfigError(f"--node-rank {node_rank} of --nodes {nodes}: wanted 0 to {nodes - 1}")
+    place = Place(
+        ranks=ranks or _gpus() or RANKS_ON_CPU,
+        nodes=nodes,
+        node=node_rank,
+        master=master or "127.0.0.1",
+        port=master_port or _free_port(),
+    )
+    own = context.find_root().command
+    words = _words(command, own=getattr(own, "commands", {}))
+    # As torchrun does it: ranks that each take every core stand in each other's way.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    # Not typer.Exit: the ranks have said all that there is to say about their exit code.
+    sys.exit(Supervisor(words, place, limit_s=limit, environment=environment).run())
+
+
+def _words(command: Sequence[str], *, own: Container[str]) -> list[str]:
+    if command[0] in own:
+        return [sys.executable, "-u", "-m", "minillm", *command]
+    if command[0].endswith(".py"):
+        return [sys.executable, "-u", *command]
+    return list(command)
+
+
+def _gpus() -> int:
+    """GPUs that torch sees; asked in a process of its own, since the supervisor stays small."""
+    code = "import torch; print(torch.cuda.device_count())"
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
