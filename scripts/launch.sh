@@ -1,14 +1,14 @@
-# Sourced by the scripts, after setup.sh: `minillm` in one process, and `launch`, the same under DeepSpeed's launcher.
+# Sourced by the scripts, after setup.sh: `minillm` in one process, and `launch`, the same on several ranks. The array
+# `launcher` is for a script whose last act it is: `exec "${launcher[@]}" …` puts it in the script's place, so that a
+# signal to the script reaches it.
 #
-# RANKS sets the number of processes of `launch`: by default every GPU, or two on a machine without one.
+# RANKS sets the number of ranks: by default every GPU, or two on a machine without one. MASTER_PORT names the port where
+# they meet; by default each launch takes a free one.
 PATH=$(dirname "$python"):$PATH
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
 ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}
 [[ $gpus -gt 0 ]] || export DS_ACCELERATOR=cpu
 
-# A free port for each launch, unless MASTER_PORT names one: DeepSpeed's own choice is the same for every job on a machine.
-launch() {
-  local port=${MASTER_PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
-  deepspeed --quiet --num_accelerators "$ranks" --master_port "$port" --module minillm "$@"
-}
+launcher=("$python" -m minillm launch --ranks "$ranks" --master-port "${MASTER_PORT:-0}")
+launch() { "${launcher[@]}" "$@"; }
