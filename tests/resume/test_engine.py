@@ -35,7 +35,7 @@ MOVES = {
 ALL_MOVES = [(cell, source, ranks) for ranks, moves in MOVES.items() for cell, source in moves]
 STILL = [move for move in ALL_MOVES if not CELLS[move[1].partition("@")[0]].dropout]
 """Those whose updates can be compared: masks of dropout are of the rank."""
-NEAR = 5e-7
+NEAR = 2e-6
 """Most that a weight or moment in 32 bits differs after updates that were rounded in another order."""
 
 
