@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from minillm import phases
 from minillm.cards import may_differ
+from minillm.checkpoints import Checkpoints, Resume
 from minillm.config import RunConfig, Stage, dump_config
 from minillm.engines import Student, Teacher
-from minillm.errors import DataError, RunExists
+from minillm.errors import DataError, RunExists, Stopped
 from minillm.evaluation import Record, validator
 from minillm.evaluation_sets import evaluate_sets, forget_unfinished, read_sets, shared_words, stored_index, unanswered
 from minillm.generation import generate
 from minillm.loading import fingerprint, inspect
 from minillm.model_card import CardFacts, render
+from minillm.moments import Progressed
 from minillm.preflight import (
     Anchor,
     Pair,
@@ -30,8 +34,11 @@ from minillm.report import build_report, combine, write_reports
 from minillm.report_files import sets_in
 from minillm.report_sets import by_set
 from minillm.results import judge_of, stored_results, versions
+from minillm.resuming import checkpoints_of, fingerprints, take_up, taken, told, told_as_ended
 from minillm.run_splits import evaluated_sets, read_splits
+from minillm.saving import Behind, Keeping, Resumed, Saver
 from minillm.stages import Start, check_rows, idle_words, load_teacher, run_stage, unbiased_words
+from minillm.stops import Stops
 from minillm.store import Clock, RunFolder, make_folder
 from minillm.teacher_cache import TeacherCache
 from minillm.teacher_caching import cache_teacher
@@ -40,12 +47,19 @@ from minillm.trackers import require_packages, tracked
 from minillm.types import Purpose
 
 
-def distill(config: RunConfig, *, fresh: bool = False) -> Path:
+def distill(
+    config: RunConfig, *, fresh: bool = False, resume: Resume = "auto", accept_changes: Sequence[str] = ()
+) -> Path:
     """Runs all stages of a configuration and its final evaluation; the run's folder.
 
     Works for a single process and for every rank of a launcher alike. A run that is done already is left as it is;
-    one that was interrupted starts again. ``fresh`` starts over. Errors are those of ``minillm.errors``, and anything
-    wrong with files or settings is found before any model is loaded.
+    one that was interrupted goes on from its newest checkpoint that is whole, bit for bit as if nothing had happened
+    on the same number of ranks (``resume``: ``"auto"`` starts over where there is none, True does not, a path names
+    one). Settings that change training are refused then, unless their paths are in ``accept_changes``. ``fresh``
+    starts over. SIGTERM and SIGINT save after the present update and raise ``Stopped``.
+
+    Errors are those of ``minillm.errors``, and anything wrong with files or settings is found before any model is
+    loaded.
     """
     require_packages(config.trackers)
     pair = check_pair(config)
@@ -57,35 +71,59 @@ def distill(config: RunConfig, *, fresh: bool = False) -> Path:
         check_rows(stage, splits[stage.reads].prompts, ranks=ranks)
     folder = RunFolder(Path(config.out) / config.name, writes=ranks.first)
     made_from = _made_from(config, pair, splits, anchor, caches)
-    interrupted = not fresh and folder.status().get("state") == "running"
-    done = folder.open(config_text=dump_config(config), fresh=fresh, wait=ranks.barrier)
-    ranks.barrier()
-    if done:
-        _require_made_from(folder, made_from)
-        _say(ranks, f"{folder.path}: done already; --fresh starts over")
-        return folder.path
-    if interrupted:
-        _say(ranks, f"{folder.path}: an earlier run did not end; this one starts again from its beginning")
-    folder.set_status(state="running", made_from=made_from, seconds={}, ranks=ranks.size, versions=versions())
-    _introduce(config, pair, splits, anchor, ranks)
-    for name, cache in caches.items():
-        _say(ranks, f"stage {name}: learns from {cache}")
-    with contextlib.ExitStack() as stack:
-        settings = config.model_dump(mode="json")
-        stack.enter_context(tracked(folder, config.trackers, run=config.name, settings=settings, ranks=ranks))
-        teacher = None
-        if _needs_teacher(config, splits):
-            teacher = load_teacher(pair, ranks=ranks, say=lambda line: _say(ranks, line))
-            stack.callback(teacher.close)
-        seconds = _train_and_evaluate(
-            config, pair=pair, splits=splits, anchor=anchor, caches=caches, teacher=teacher, ranks=ranks, folder=folder
-        )
-    if ranks.first:
-        _write_run_report(config, folder, seconds)
-    folder.set_status(state="done", seconds=seconds)
-    ranks.barrier()
-    _say(ranks, f"student: {folder.student}   report: {folder.path / 'report.html'}")
+    say = partial(_say, ranks)
+    with taken(folder, config, ranks=ranks, fresh=fresh) as standing:
+        if standing == "done":
+            _require_made_from(folder, made_from)
+            say(f"{folder.path}: done already; --fresh starts over")
+            return folder.path
+        checkpoints = checkpoints_of(folder, config, ranks=ranks, say=say)
+        resumed = take_up(
+            folder, config, checkpoints, standing=standing, resume=None if fresh else resume,
+            accepted=accept_changes, made_from=made_from, ranks=ranks, say=say,
+        )  # fmt: skip
+        status = {"state": "running", "reason": None, "made_from": made_from, "ranks": ranks.size}
+        folder.set_status(**status, versions=versions(), **told(resumed))
+        _introduce(config, pair, splits, anchor, caches=caches, ranks=ranks)
+        phases.enter("loading")
+        with told_as_ended(folder), contextlib.ExitStack() as stack:
+            settings = config.model_dump(mode="json")
+            stack.enter_context(tracked(folder, config.trackers, run=config.name, settings=settings, ranks=ranks))
+            teacher = load_teacher(pair, ranks=ranks, say=say) if _needs_teacher(config, splits) else None
+            if teacher is not None:
+                stack.callback(teacher.close)
+            run = _Run(
+                config=config, pair=pair, splits=splits, anchor=anchor, caches=caches, teacher=teacher, ranks=ranks,
+                folder=folder,
+            )  # fmt: skip
+            behind = _train(run, checkpoints, resumed, fingerprints=fingerprints(config, made_from, ranks=ranks))
+            seconds = _evaluate(run, behind, anew=resumed is None or not resumed.over)
+        phases.enter("report")
+        if ranks.first:
+            _write_run_report(config, folder, seconds)
+        folder.set_status(state="done", seconds=seconds)
+        checkpoints.remove()
+        ranks.barrier()
+    say(f"student: {folder.student}   report: {folder.path / 'report.html'}")
     return folder.path
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """What a run has once everything is read."""
+
+    config: RunConfig
+    pair: Pair
+    splits: Mapping[str, Split]
+    anchor: Anchor | None
+    caches: Mapping[str, TeacherCache]
+    teacher: Teacher | None
+    ranks: Ranks
+    folder: RunFolder
+
+    def into(self, stage: Stage) -> Path:
+        """Where a stage's student is handed on."""
+        return self.folder.student if stage is self.config.stages[-1] else self.folder.student_of(stage.name)
 
 
 def _made_from(
@@ -117,55 +155,94 @@ def _require_made_from(folder: RunFolder, made_from: Mapping[str, str]) -> None:
         )
 
 
-def _train_and_evaluate(
-    config: RunConfig,
-    *,
-    pair: Pair,
-    splits: Mapping[str, Split],
-    anchor: Anchor | None,
-    caches: Mapping[str, TeacherCache],
-    teacher: Teacher | None,
-    ranks: Ranks,
-    folder: RunFolder,
-) -> dict[str, float]:
-    """Runs the stages, each from the weights that the one before handed on, then the final evaluation; seconds of
-    each."""
-    start = Start(card=pair.student_card, facts=pair.student)
-    seconds: dict[str, float] = {}
-    stages: dict[str, Any] = {}
-    for stage in config.stages:
-        into = folder.student if stage is config.stages[-1] else folder.student_of(stage.name)
-        done = run_stage(
-            config,
-            stage,
-            start=start,
-            pair=pair,
-            prompts=splits[stage.reads].prompts,
-            teacher=teacher,
-            validate=_validator(config, stage, pair=pair, split=splits.get("validation"), teacher=teacher, ranks=ranks),
-            ranks=ranks,
-            folder=folder,
-            into=into,
-            model_card=lambda student, scores, stage=stage, card=start.card: render(  # type: ignore[misc]
-                _card_facts(
-                    config, stage, pair, splits[stage.reads], anchor, start=card.name, student=student, teacher=teacher
-                ),
-                scores,
-                step=student.updates_done,
+def _train(run: _Run, checkpoints: Checkpoints, resumed: Resumed | None, *, fingerprints: Mapping[str, Any]) -> Behind:
+    """Runs the stages that are not over, each from the weights that the one before handed on; raises ``Stopped`` where
+    a signal ended one of them."""
+    config, ranks, folder = run.config, run.ranks, run.folder
+    behind = Behind() if resumed is None else resumed.behind
+    start = Start(card=run.pair.student_card, facts=run.pair.student)
+    with contextlib.ExitStack() as stack:
+        saver = None
+        if config.checkpoints is not None:
+            stops = stack.enter_context(Stops())  # where nothing is saved, a signal does what it always does
+            saver = Saver(
+                checkpoints, config.checkpoints, stops=stops, ranks=ranks, folder=folder, fingerprints=fingerprints,
+                last_bytes=0 if resumed is None else resumed.bytes, say=partial(_say, ranks),
+            )  # fmt: skip
+        for stage in config.stages:
+            into = run.into(stage)
+            if resumed is not None and resumed.stage == stage.name and resumed.over:
+                ranks.of_first(lambda into=into: resumed.restore_best(into))  # type: ignore[misc]
+                behind.add(stage.name, resumed.progressed, updates=resumed.updates)
+            elif stage.name not in behind.stages:
+                own = resumed if resumed is not None and resumed.stage == stage.name else None
+                done = _run_stage(run, stage, start=start, saver=saver, behind=behind, resumed=own)
+                if done.interrupted:
+                    assert saver is not None
+                    raise Stopped(
+                        f"{saver.stopped}: saved at step {done.step:,} of stage {stage.name}\n"
+                        "  the same command goes on from there"
+                    )
+                behind.add(stage.name, done, updates=0 if saver is None else saver.updates)
+            folder.set_status(seconds=behind.seconds, stages=behind.stages)
+            ranks.of_first(lambda stage=stage, into=into: behind.require_student(stage.name, into))  # type: ignore[misc]
+            card = run.pair.student_card.model_copy(update={"model": str(into), "build": None, "revision": None})
+            start = Start(card=card, facts=inspect(card))
+    return behind
+
+
+def _run_stage(
+    run: _Run, stage: Stage, *, start: Start, saver: Saver | None, behind: Behind, resumed: Resumed | None
+) -> Progressed:
+    config, pair, ranks, teacher = run.config, run.pair, run.ranks, run.teacher
+    split, keeping = run.splits[stage.reads], None
+    if saver is not None:
+        keeping = Keeping(saver=saver, behind=behind, resumed=resumed, ranks=ranks, say=partial(_say, ranks))
+    validation = run.splits.get("validation")
+    return run_stage(
+        config,
+        stage,
+        start=start,
+        pair=pair,
+        prompts=split.prompts,
+        teacher=teacher,
+        validate=_validator(config, stage, pair=pair, split=validation, teacher=teacher, ranks=ranks),
+        ranks=ranks,
+        folder=run.folder,
+        into=run.into(stage),
+        model_card=lambda student, scores: render(
+            _card_facts(
+                config, stage, pair, split, run.anchor, start=start.card.name, student=student, teacher=teacher
             ),
-            corpus=None if anchor is None else anchor.rows,
-            cache=caches.get(stage.name),
-        )
-        seconds[stage.name] = round(done.seconds, 2)
-        stages[stage.name] = dataclasses.asdict(done)
-        folder.set_status(seconds=seconds, stages=stages)
-        card = pair.student_card.model_copy(update={"model": str(into), "build": None, "revision": None})
-        start = Start(card=card, facts=inspect(card))
-    if sets := evaluated_sets(splits):
+            scores,
+            step=student.updates_done,
+        ),
+        corpus=None if run.anchor is None else run.anchor.rows,
+        cache=run.caches.get(stage.name),
+        keeping=keeping,
+    )
+
+
+def _evaluate(run: _Run, behind: Behind, *, anew: bool) -> dict[str, float]:
+    """The final evaluation, where there is something to evaluate on; seconds of all that the run did. One that was
+    begun goes on unless it is made ``anew``."""
+    config, pair, ranks, out = run.config, run.pair, run.ranks, run.folder.path
+    seconds = dict(behind.seconds)
+    if sets := evaluated_sets(run.splits):
         clock = Clock()
-        if ranks.first:
-            forget_unfinished(folder.path, sets)
-        evaluate_sets(config, pair, sets, start=start, teacher=teacher, ranks=ranks, out=folder.path, shown=config.name)
+        card = pair.student_card.model_copy(update={"model": str(run.folder.student), "build": None, "revision": None})
+        start = Start(card=card, facts=inspect(card))
+        missing = list(sets)
+        if anew and ranks.first:
+            forget_unfinished(out, sets)
+        if not anew:
+            missing = ranks.of_first(lambda: unanswered(config, pair, sets, start=start, out=out))
+        if missing:
+            phases.enter("evaluation")
+            evaluate_sets(
+                config, pair, sets, start=start, teacher=run.teacher, ranks=ranks, out=out, shown=config.name,
+                only=missing,
+            )  # fmt: skip
         seconds["evaluation"] = round(clock(), 2)
     return seconds
 
@@ -294,14 +371,21 @@ def _card_facts(
     )
 
 
-def _introduce(config: RunConfig, pair: Pair, splits: Mapping[str, Split], anchor: Anchor | None, ranks: Ranks) -> None:
+def _introduce(
+    config: RunConfig,
+    pair: Pair,
+    splits: Mapping[str, Split],
+    anchor: Anchor | None,
+    *,
+    caches: Mapping[str, TeacherCache],
+    ranks: Ranks,
+) -> None:
     _say(ranks, f"{config.name}: {ranks.size} process{'es' if ranks.size > 1 else ''} on {ranks.device.type}")
     for split in splits.values():
         for line in split.words:
             _say(ranks, line)
-    for line in shared_words(evaluated_sets(splits)):
-        _say(ranks, line)
-    for line in anchor.words if anchor is not None else ():
+    read = [f"stage {name}: learns from {cache}" for name, cache in caches.items()]
+    for line in (*shared_words(evaluated_sets(splits)), *(anchor.words if anchor is not None else ()), *read):
         _say(ranks, line)
     if anchor is None and config.data.corpus is not None:
         _say(ranks, f"corpus: {config.data.corpus} is not read; no stage has an lm_coefficient above 0")

@@ -38,6 +38,8 @@ STAGING, REMOVED = ".staging-", ".removed-"
 """How folders begin that no reader looks at: those being written and those being removed."""
 SPARED = 2
 """The newest checkpoints that verify; retention keeps so many at least, since one may turn out broken."""
+ASIDE = "aside-"
+"""How folders begin that a run which went back has set aside."""
 _NAME = re.compile(r"step-([0-9]{8,})")
 
 Write = Callable[[Sink], None]
@@ -127,28 +129,52 @@ class Checkpoints:
 
         return self._ranks.of_first(lambda: steps_in(self.root))
 
-    def choose(self, resume: Resume) -> Checkpoint | None:
+    def choose(self, resume: Resume, *, refuse: Callable[[Manifest], str] = lambda manifest: "") -> Checkpoint | None:
         """What to resume from, every byte of it read and found as it was written.
 
         ``"auto"`` and ``True`` take the newest that verifies, and say of each newer one which file is wrong. Where none
         does, ``"auto"`` says so and gives None; ``True`` and a path that does not verify raise ``CheckpointError``.
+        ``refuse`` says why one that verifies is of no use, "" where it is; where no other can be used, that is an
+        error too.
         """
         if isinstance(resume, Path):
             try:
-                return self._verified(resume.absolute())
+                return self._useful(resume.absolute(), refuse)
             except CheckpointError as error:
                 raise CheckpointError(f"{error}\n  {REMEDY}") from error
-        steps = self.steps()
+        steps, refused = self.steps(), ""
         for step in steps:
             try:
-                return self._verified(self.root / folder_name(step))
+                found = self._verified(self.root / folder_name(step))
             except CheckpointError as error:
                 self._say(f"note: {folder_name(step)} is not used: {error}")
-        found = f"{self.root}: {f'none of {len(steps):,} checkpoints is whole' if steps else 'no checkpoint'}"
+                continue
+            if not (reason := refuse(found.manifest)):
+                return found
+            refused = refused or reason
+            self._say(f"note: {folder_name(step)} is not used: {reason}")
+        if refused:  # starting over would give up what the right number of ranks can go on from
+            raise CheckpointError(f"{self.root}: no checkpoint can be used here: {refused}\n  {REMEDY}")
+        what = f"{self.root}: {f'none of {len(steps):,} checkpoints can be used' if steps else 'no checkpoint'}"
         if resume is True:
-            raise CheckpointError(f"{found}, wanted one to resume from\n  resume=auto starts over where there is none")
-        self._say(f"{found}; starting from the beginning")
+            raise CheckpointError(f"{what}, wanted one to resume from\n  resume=auto starts over where there is none")
+        self._say(f"{what}; starting from the beginning")
         return None
+
+    def set_aside_after(self, step: int) -> None:
+        """Gives those after a step another name, under which nobody looks for them: a run that goes on from an earlier
+        one writes its own."""
+        newer = [self.root / folder_name(other) for other in self.steps() if other > step]
+
+        def rename() -> None:
+            for folder in newer:
+                aside = folder.with_name(f"{ASIDE}{folder.name}-{secrets.token_hex(4)}")
+                self._disk.rename(folder, aside)
+                self._say(f"note: {folder.name} is set aside as {aside.name}")
+            if newer:
+                self._disk.sync_folder(self.root)
+
+        self._ranks.of_first(rename)
 
     def clean(self) -> None:
         """Removes what broken-off saves and removals left. For the one process that may write here."""
@@ -158,6 +184,12 @@ class Checkpoints:
             self._remove(self.root / name for name in names if name.startswith((STAGING, REMOVED)))
 
         self._ranks.of_first(remove)
+
+    def _useful(self, folder: Path, refuse: Callable[[Manifest], str]) -> Checkpoint:
+        found = self._verified(folder)
+        if reason := refuse(found.manifest):
+            raise CheckpointError(f"{folder}: {reason}")
+        return found
 
     def _verified(self, folder: Path) -> Checkpoint:
         """The ranks share the reading; ``CheckpointError`` of one line, the same on all, if one of them finds fault."""
@@ -244,13 +276,20 @@ class Checkpoints:
         fault.point("checkpoint.published", target.name)
 
     def remove_all_but(self, keep: int) -> None:
-        """Removes all but the ``keep`` newest, and never one of the newest two that verify, unless ``keep`` is 0."""
-        if keep:
-            self._remove_old(keep)
-        else:
-            self._ranks.of_first(
-                lambda: self._remove(self.root / folder_name(step) for step in steps_in(self.root)[::-1])
-            )
+        """Removes all but the ``keep`` newest, and never one of the newest two that verify."""
+        self._remove_old(keep)
+
+    def remove(self) -> None:
+        """Removes them all, with what was set aside and their folder, for a run that is done."""
+
+        def remove() -> None:
+            names = sorted(os.listdir(self.root)) if self.root.is_dir() else []
+            mine = [name for name in names if _NAME.fullmatch(name) or name.startswith((STAGING, REMOVED, ASIDE))]
+            self._remove(self.root / name for name in mine)
+            with contextlib.suppress(OSError):  # it is not there, or holds something else
+                self._disk.remove(self.root)
+
+        self._ranks.of_first(remove)
 
     def _remove_old(self, keep: int) -> None:
         """Removes all but the newest, never one of the newest that verify: those are read again before."""

@@ -158,8 +158,8 @@ class RunConfig(Settings):
     """DeepSpeed settings of the student."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """How the result is measured."""
-    checkpoints: CheckpointsConfig = CheckpointsConfig()
-    """What a run that was interrupted goes on from, changing no result."""
+    checkpoints: CheckpointsConfig | None = CheckpointsConfig()
+    """What a run that was interrupted goes on from, changing no result; null saves nothing."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """Where the log's figures go beside metrics.jsonl, changing no result; each needs its package, such as
     pip install 'minillm[wandb]'."""

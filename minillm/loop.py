@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from minillm import phases
 from minillm.alarms import Alarms, Raised
 from minillm.engines import Student
 from minillm.errors import Alarmed
@@ -76,6 +77,7 @@ def run_steps(
 
     try:
         while not done.over:
+            phases.enter("rollout")
             now = now or Step(*objective.collect(done.step, student))  # prompts -> (rollout -> scored -> targets)
             figures = _learn(now, objective, student, ends=ends)  # targets -> loss -> step
             if figures is None:
@@ -86,6 +88,7 @@ def run_steps(
             if _rings([] if alarms is None else alarms.hear(figures), tell):
                 done.stopped_early = True
             elif validate is not None and _due(done.step, steps=steps, every=validate_every):
+                phases.enter("validation")
                 _weigh(validate(student), objective, tell, keep=keep, patience=patience, publish=publish)
             done.over = done.stopped_early or done.step == steps
             if done.over and done.best is None:
@@ -128,6 +131,7 @@ def _learn(
 ) -> dict[str, float] | None:
     """Makes the step's updates that are left, and gives its figures; None where it was ended between two of them."""
     largest = {"grad_norm"}
+    phases.enter("learning")
     with objective.learning(now.collected, student, made=len(now.learnt)) as updates:
         left = iter(updates)
         update = next(left, None)

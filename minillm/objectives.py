@@ -19,6 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from minillm import phases
 from minillm.advantages import RowNames, targets_of
 from minillm.batches import prompt_batch
 from minillm.config import MinillmStage
@@ -111,6 +112,7 @@ class Minillm:
             rollout = self._ranks.together(
                 lambda: self._roll_out(reader, own, step=step, policy_step=student.updates_done)
             )
+            phases.enter("scoring")
             scored = self._ranks.together(
                 lambda: score(rollout, student=reader, teacher_head=head, temperature=self._decoding.temperature)
             )

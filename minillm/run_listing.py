@@ -107,7 +107,10 @@ def clean(folder: Path, *, keep: int, say: Callable[[str], None]) -> int:
         checkpoints = Checkpoints(folder / CHECKPOINTS, ranks=OneRank(), say=say)
         checkpoints.clean()
         done = RunFolder(folder, writes=False).status().get("state") == "done"
-        checkpoints.remove_all_but(0 if done else keep)
+        if done:
+            checkpoints.remove()
+        else:
+            checkpoints.remove_all_but(keep)
         return before - sum(_sizes(folder))
 
 

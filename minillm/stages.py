@@ -15,12 +15,14 @@ from minillm.distillation import Distil
 from minillm.engines import Student, Teacher
 from minillm.loading import ModelFacts, load
 from minillm.loop import Keep, Validate, run_steps
-from minillm.moments import Progressed
+from minillm.moments import Boundary, Progressed, never
 from minillm.objectives import Minillm
 from minillm.preflight import Pair, decoding_record, require_rows
 from minillm.publish import publish_student
 from minillm.ranks import Ranks
 from minillm.references import References
+from minillm.saving import Keeping
+from minillm.state import States
 from minillm.store import RunFolder
 from minillm.teacher_cache import TeacherCache
 from minillm.text_stages import DistilStage, ReferenceStage
@@ -51,13 +53,19 @@ def run_stage(
     model_card: Callable[[Student, Mapping[str, float]], str],
     corpus: Examples | None = None,
     cache: TeacherCache | None = None,
+    keeping: Keeping | None = None,
 ) -> Progressed:
     """Trains one stage and publishes its student at ``into``; ``model_card`` writes that folder's README. ``corpus`` is
     what a language-model loss learns from, if not from the prompts' responses; ``cache`` what a kd stage has in
-    place of the teacher."""
+    place of the teacher; ``keeping`` how it is saved, and where it goes on."""
     check_rows(stage, prompts, ranks=ranks)
     student = _student(config, stage, start=start, pair=pair, ranks=ranks)
     try:
+        begin: States | None = None
+        boundary: Boundary = never
+        if keeping is not None:
+            begin = keeping.restore(student, into=into)
+            boundary = keeping.saver.at(stage.name, student, into=into, behind=keeping.behind)
         objective = _objective(
             config, stage, pair=pair, prompts=prompts, teacher=teacher, ranks=ranks, corpus=corpus, cache=cache
         )
@@ -77,6 +85,8 @@ def run_stage(
                 student, into=into, config=config, pair=pair, ranks=ranks, card=lambda: model_card(student, scores)
             ),
             alarms=Alarms(stage.alarms) if isinstance(stage, MinillmStage) else None,
+            begin=begin,
+            boundary=boundary,
         )
         if isinstance(objective, Distil) and ranks.first and not done.interrupted:
             for line in objective.parting_words():

@@ -15,13 +15,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from minillm.config import RunConfig, dump_config
 from minillm.errors import CheckpointError, ConfigError, DataError, RunExists
 from minillm.inside import inside
 from minillm.yaml_reader import read_yaml
 
+Standing = Literal["new", "unfinished", "done"]
 CHECKPOINTS = "checkpoints"
 """The folder of what an interrupted run goes on from."""
 UNFINISHED = "samples.partial.jsonl"
@@ -47,28 +48,35 @@ class RunFolder:
         """Where the student of a stage before the last stands: what the next one starts from."""
         return self.path / "stages" / stage / "student"
 
-    def open(self, *, config_text: str, fresh: bool, wait: Callable[[], None] | None = None) -> bool:
-        """Makes the folder ready; True if this very run is done already and there is nothing to do.
+    def standing(self, config_text: str) -> Standing:
+        """What the folder holds for this configuration; nothing is changed.
 
-        ``fresh`` starts over. Otherwise a folder with another configuration (``says_the_same``) is refused
-        (``RunExists``) and an
-        unfinished one with the same configuration is started again from its beginning, said by the caller. ``wait`` is
-        called once this rank has read what is there, before the first one changes it.
+        ``unfinished`` also where it has checkpoints of another configuration and is not done: how far those may differ,
+        ``changed_run`` says. ``RunExists`` where it holds anything else.
         """
         stored = self.path / "config.yaml"
-        if not fresh:
-            before = stored.read_text(encoding="utf-8", errors="replace") if stored.is_file() else None
-            same = before is not None and says_the_same(before, config_text)
-            if same and self.status().get("state") == "done":
-                return True
-            if not same and self._holds_something():
-                what = "a run with another configuration" if stored.is_file() else "work that is not this run's"
-                raise RunExists(
-                    f"{self.path} holds {what}; nothing was touched.\n"
-                    "  give this run another name (name=NAME), or start over with --fresh"
-                )
-        if wait is not None:
-            wait()
+        before = stored.read_text(encoding="utf-8", errors="replace") if stored.is_file() else None
+        done = self.status().get("state") == "done"
+        if before is not None and says_the_same(before, config_text):
+            return "done" if done else "unfinished"
+        if before is not None and not done and (self.path / CHECKPOINTS).is_dir():
+            return "unfinished"
+        self.require_own(config_text)
+        return "new"
+
+    def require_own(self, config_text: str) -> None:
+        """``RunExists`` where the folder holds work of another configuration."""
+        stored = self.path / "config.yaml"
+        before = stored.read_text(encoding="utf-8", errors="replace") if stored.is_file() else None
+        if (before is None or not says_the_same(before, config_text)) and self._holds_something():
+            what = "a run with another configuration" if stored.is_file() else "work that is not this run's"
+            raise RunExists(
+                f"{self.path} holds {what}; nothing was touched.\n"
+                "  give this run another name (name=NAME), or start over with --fresh"
+            )
+
+    def begin(self, config_text: str) -> None:
+        """Makes the folder ready for a run from its beginning: all that an earlier one left is gone."""
         if self._writes:
             # What this class writes, and nothing else: the folder may hold other runs (runs/quickstart/sft) or a
             # user's notes.
@@ -76,10 +84,15 @@ class RunFolder:
             self._forget_sets()
             for name in ("config.yaml", *RESULTS):
                 (self.path / name).unlink(missing_ok=True)
-            for name in ("student", "stages", "tensorboard"):
+            for name in ("student", "stages", "tensorboard", CHECKPOINTS):
                 shutil.rmtree(self.path / name, ignore_errors=True)
-            write_text(stored, config_text)
-        return False
+            write_text(self.path / "config.yaml", config_text)
+
+    def go_on(self, config_text: str, *, log_bytes: int) -> None:
+        """Makes the folder ready for a run that goes on from where the log was so long."""
+        if self._writes:
+            self.cut_log(log_bytes)
+            write_text(self.path / "config.yaml", config_text)
 
     def _forget_sets(self) -> None:
         """Removes the results of the test sets that results.json lists; a folder that holds more stays."""
@@ -99,11 +112,12 @@ class RunFolder:
 
     def _holds_something(self) -> bool:
         """Whether a step was logged or anything made after it: a run that failed before has nothing to protect."""
-        made = ("student", "stages", *(name for name in RESULTS if name != "run.json"))
+        made = ("student", "stages", CHECKPOINTS, *(name for name in RESULTS if name != "run.json"))
         return any((self.path / name).exists() for name in made)
 
     def status(self) -> dict[str, Any]:
-        """``run.json``: state (``running`` or ``done``), seconds by stage, versions; {} before the first."""
+        """``run.json``: state (``running``, ``stopped``, ``failed`` or ``done``), seconds by stage, versions; {} before
+        the first."""
         file = self.path / "run.json"
         if not file.is_file():
             return {}

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from minillm.disk import Sink
@@ -84,6 +85,13 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
         handle = safe_open(path, framework="pt")
     with handle:
         yield TensorFile(path, handle)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, on the CPU; ``CheckpointError`` as ``open_tensors``."""
+    with _told(path):
+        tensors: dict[str, Tensor] = load_file(path)
+    return tensors
 
 
 @contextmanager

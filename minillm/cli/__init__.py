@@ -146,8 +146,8 @@ def _guarded(command: Callable[..., object]) -> int:
     # typer turns an interruption that reaches it into this code.
     if result == exits.INTERRUPTED:
         print(
-            "interrupted; the same command starts from the beginning again "
-            "(a study keeps its finished cells, an evaluation and generate their answers, a judge its answers)",
+            "interrupted; the same command goes on from what is saved "
+            "(a run's checkpoints, a study's finished cells, the answers of an evaluation, of generate, of a judge)",
             file=sys.stderr,
         )
     return result if isinstance(result, int) else 0

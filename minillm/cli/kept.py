@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from minillm.cli import options
+from minillm import exits
 from minillm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def runs(
     else:
         _print_table(infos, folder)
     if action == "verify" and any(kept.fault for info in infos for kept in info.checkpoints):
-        raise typer.Exit(options.CHECK_FAILED)
+        raise typer.Exit(exits.CHECK_FAILED)
 
 
 def _asked(words: list[str]) -> tuple[str, Path]:

@@ -15,3 +15,10 @@ Overrides = Annotated[
 Fresh = Annotated[
     bool, typer.Option("--fresh", help="Start over: replace what an earlier run left in the same folder.")
 ]
+Resume = Annotated[
+    str, typer.Option("--resume", help="auto: from the newest save, if any; true: one must be there; or its folder.")
+]
+AcceptChange = Annotated[
+    list[str] | None,
+    typer.Option("--accept-change", metavar="SETTING", help="Go on though this setting has changed; may be repeated."),
+]

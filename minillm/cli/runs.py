@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from minillm.config import RunConfig
 
 
-def sft(config: options.Config, overrides: options.Overrides = None, fresh: options.Fresh = False) -> None:
+def sft(
+    config: options.Config,
+    overrides: options.Overrides = None,
+    fresh: options.Fresh = False,
+    resume: options.Resume = "auto",
+    accept_change: options.AcceptChange = None,
+) -> None:
     """Train a model on reference responses (fine-tuning).
 
     \b
@@ -25,13 +31,21 @@ def sft(config: options.Config, overrides: options.Overrides = None, fresh: opti
     settings = _load(config, overrides)
     if any(stage.kind != "sft" for stage in settings.stages):
         raise ConfigError(f"{config}: holds a stage that is not sft; run it with: minillm distill --config {config}")
-    _run(settings, fresh=fresh)
+    _run(settings, fresh=fresh, resume=resume, accept_change=accept_change)
 
 
-def distill(config: options.Config, overrides: options.Overrides = None, fresh: options.Fresh = False) -> None:
+def distill(
+    config: options.Config,
+    overrides: options.Overrides = None,
+    fresh: options.Fresh = False,
+    resume: options.Resume = "auto",
+    accept_change: options.AcceptChange = None,
+) -> None:
     """Distil a teacher into a student, evaluate it, report.
 
-    Runs all stages of the configuration, in one process or on every rank of a launcher.
+    Runs all stages of the configuration, in one process or on every rank of a launcher. Stopped by SIGTERM or Ctrl-C
+    it saves what it has and ends with code 75; the same command goes on from there, or from the last save of a run
+    that was killed.
 
     \b
     Examples:
@@ -39,7 +53,7 @@ def distill(config: options.Config, overrides: options.Overrides = None, fresh: 
       minillm launch --ranks 2 distill \\
         --config recipes/quickstart/minillm.yaml
     """
-    _run(_load(config, overrides), fresh=fresh)
+    _run(_load(config, overrides), fresh=fresh, resume=resume, accept_change=accept_change)
 
 
 def evaluate(  # noqa: PLR0917 (typer reads options from parameters)
@@ -180,7 +194,10 @@ def _preset(name: str) -> tuple[str, ...]:
     return found
 
 
-def _run(settings: RunConfig, *, fresh: bool) -> None:
+def _run(settings: RunConfig, *, fresh: bool, resume: str, accept_change: list[str] | None) -> None:
+    if fresh and (resume != "auto" or accept_change):
+        raise ConfigError("--fresh starts over, so there is nothing to go on from; leave out --resume, --accept-change")
     from minillm import api
 
-    api.distill(settings, fresh=fresh)
+    wanted: Literal["auto", True] | Path = "auto" if resume == "auto" else True if resume == "true" else Path(resume)
+    api.distill(settings, fresh=fresh, resume=wanted, accept_changes=accept_change or ())

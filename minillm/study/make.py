@@ -52,7 +52,8 @@ def make_text(study: StudyConfig, *, ranks: Ranks) -> None:
 def make(config: RunConfig, *, ranks: Ranks, evaluated: bool = True) -> dict[str, Any]:
     """Trains one cell, and evaluates it: what it found, or why it failed."""
     folder = RunFolder(Path(config.out) / config.name, writes=False)
-    training = config.model_copy(update={"data": config.data.model_copy(update={"test": None})})
+    # A cell that was broken off is made again from its beginning, so that its seconds are those of one piece.
+    training = config.model_copy(update={"data": config.data.model_copy(update={"test": None}), "checkpoints": None})
     out, began, reason = folder.path / "evaluation", time.process_time(), None
     spent: float | None = None
     try:

@@ -140,7 +140,7 @@ def test_the_two_newest_may_be_broken_and_all_may(tmp_path: Path) -> None:
     said.clear()
     assert checkpoints.choose("auto") is None
     assert len(said) == 4 and "from the beginning" in said[-1] and "none of 3" in said[-1]
-    with pytest.raises(CheckpointError, match="none of 3 checkpoints is whole, wanted one"):
+    with pytest.raises(CheckpointError, match="none of 3 checkpoints can be used, wanted one"):
         checkpoints.choose(True)
     with pytest.raises(CheckpointError, match="no such folder"):
         checkpoints.choose(tmp_path / "nowhere")

@@ -81,7 +81,8 @@ class Run:
         self.counting.updates_done = before
         self.order, self.moments, self.states = self.counting.order, list[Moment](), list[States]()
         self.folder = RunFolder(folder, writes=True)
-        self.folder.open(config_text="", fresh=begin is None)
+        if begin is None:
+            self.folder.begin("")
 
         def boundary(moment: Moment) -> bool:
             self.moments.append(moment)

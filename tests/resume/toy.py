@@ -147,19 +147,19 @@ def engine_of(student: Student) -> Any:
 
 def put_back(student: Student, engine: Any) -> None:
     """The same again, in an engine that had others."""
-    weights, optimiser, updates = copy.deepcopy(engine)
+    weights, optimiser, updates = engine
     student.root.load_state_dict(weights)
-    student._engine.optimizer.load_state_dict(optimiser)
+    student._engine.optimizer.load_state_dict(copy.deepcopy(optimiser))
     student.updates_done, student.learning_rate = updates, 0.0
 
 
 def engine_hash(student: Student) -> str:
     """Of every bit of it."""
-    weights, optimiser, updates = engine_of(student)
+    weights, optimiser = student.root.state_dict(), student._engine.optimizer.state_dict()
     parts = [tensor_bytes(weights[name]) for name in sorted(weights)]
     for number in sorted(optimiser["state"]):
         parts += [tensor_bytes(value) for _, value in sorted(optimiser["state"][number].items())]
-    return sha(*parts, str(updates))
+    return sha(*parts, str(student.updates_done))
 
 
 def scramble() -> None:
@@ -222,7 +222,7 @@ class Toy:
         scramble()
         self._runs += 1
         ran, folder = Ran(), RunFolder(self.folder / f"run-{self._runs}", writes=self.ranks.first)
-        folder.open(config_text="", fresh=True, wait=self.ranks.barrier)
+        folder.begin("")
         student = self.student(dropout=not stage.on_policy)
         if begin is not None:
             put_back(student, begin.engine)
@@ -230,6 +230,7 @@ class Toy:
                 (folder.path / "metrics.jsonl").write_bytes(log + b'{"kind": "tra')
             folder.cut_log(begin.log)
         watched = Watched(self.objective(stage), ran)
+        to_be_gone_on_from = begin is None or until is not None
 
         def boundary(moment: Moment) -> bool:
             states = moment.state()
@@ -237,14 +238,16 @@ class Toy:
             assert moment.update == student.updates_done and moment.stage == "toy"
             ran.trace.append((*place, engine_hash(student), sha(watched.text)))
             ran.states.append(hashed(states))
-            shared, own = map(to_bytes, states)
-            ran.saved.append(Saved(place, shared, own, engine_of(student), folder.log_length()))
+            if to_be_gone_on_from:
+                shared, own = map(to_bytes, states)
+                ran.saved.append(Saved(place, shared, own, engine_of(student), folder.log_length()))
             scramble()
             return moment.update == until
 
         def publish(scores: Mapping[str, float]) -> str:
-            ran.published.append((student.updates_done, dict(scores), engine_hash(student)))
-            return engine_hash(student)
+            weights = engine_hash(student)
+            ran.published.append((student.updates_done, dict(scores), weights))
+            return weights
 
         ran.done = run_steps(
             watched, student, stage="toy", steps=stage.steps, ranks=self.ranks, folder=folder, headline=("loss",),

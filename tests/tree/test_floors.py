@@ -20,8 +20,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "minillm"
 
 FLOORS: dict[int, tuple[str, ...]] = {
-    1: ("errors", "types", "state"),
-        "exits",
+    1: ("exits", "errors", "types", "state"),
     2: ("sampling", "repetition", "divergences", "kept", "by_definition", "credit", "ridge", "policy_loss"),
     3: (
         *("settings", "alarm_config", "published", "stage_base", "text_stages", "text_mix"),
@@ -84,6 +83,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "objectives",
         "moments",
         "loop",
+        "saving",
         "stages",
         "preflight",
         "progress",
@@ -97,7 +97,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         *("report_parts", "report_lengths"),
         *("gold", "unfinished", "sweep", "evaluation_sets", "length_buckets", "report_samples", "run_splits"),
     ),
-    8: ("bench", "selftest", "study", "cli", "api", "__main__", "__init__"),
+    8: ("resuming", "bench", "selftest", "study", "cli", "api", "__main__", "__init__"),
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 MATHEMATICS = 2

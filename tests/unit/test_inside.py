@@ -52,5 +52,5 @@ def test_starting_over_removes_no_results_outside_the_run(tmp_path: Path) -> Non
         (folder / "samples.jsonl").write_text("{}\n")
     (run / "linked").symlink_to(others)
     (run / "results.json").write_text(json.dumps({"sets": {"linked": {}, "../others": {}, "own": {}}}))
-    RunFolder(run, writes=True).open(config_text="seed: 1\n", fresh=True)
+    RunFolder(run, writes=True).begin("seed: 1\n")
     assert (others / "samples.jsonl").is_file() and not (run / "own").exists()

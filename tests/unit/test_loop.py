@@ -71,7 +71,7 @@ class Run:
         self.objective, self.student = FakeObjective(), FakeStudent()
         self.left = list(values or [])
         self.folder = RunFolder(folder, writes=True)
-        self.folder.open(config_text="", fresh=True)
+        self.folder.begin("")
         self.done: Progressed = run_steps(
             self.objective,
             self.student,  # type: ignore[arg-type]

@@ -125,7 +125,7 @@ def test_clean_keeps_the_newest_two_that_are_whole(tmp_path: Path) -> None:
 def test_clean_leaves_nothing_of_a_run_that_is_done(tmp_path: Path) -> None:
     path = make(tmp_path, "mine", state="done", whole=3)
     run("clean", str(tmp_path))
-    assert list((path / CHECKPOINTS).iterdir()) == []
+    assert not (path / CHECKPOINTS).exists()
 
 
 def test_json_is_one_object_a_run(tmp_path: Path) -> None:

@@ -280,7 +280,7 @@ FILES = ("config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "results.j
 def a_run(path: Path, *, config_text: str = "a: 1\n", state: str = "done") -> RunFolder:
     """A run with every file that one leaves, a published student, and a user's own note."""
     folder = RunFolder(path, writes=True)
-    assert folder.open(config_text=config_text, fresh=False) is False
+    assert opened(folder, config_text, fresh=False) is False
     folder.set_status(state=state)
     for name in FILES[2:]:
         write_text(path / name, "{}\n")
@@ -291,17 +291,25 @@ def a_run(path: Path, *, config_text: str = "a: 1\n", state: str = "done") -> Ru
     return folder
 
 
+def opened(folder: RunFolder, config_text: str, *, fresh: bool) -> bool:
+    """Whether the run is done; else its folder is made ready."""
+    if not fresh and folder.standing(config_text) == "done":
+        return True
+    folder.begin(config_text)
+    return False
+
+
 def test_a_run_that_is_done_is_left_as_it_is(tmp_path: Path) -> None:
     folder = a_run(tmp_path / "run")
     before = content(folder.student), {name: (folder.path / name).stat().st_mtime_ns for name in FILES}
-    assert folder.open(config_text="a: 1\n", fresh=False) is True
+    assert opened(folder, "a: 1\n", fresh=False) is True
     assert (content(folder.student), {name: (folder.path / name).stat().st_mtime_ns for name in FILES}) == before
 
 
 def test_another_configuration_is_refused_and_touches_nothing(tmp_path: Path) -> None:
     folder = a_run(tmp_path / "run")
     with pytest.raises(RunExists, match="another configuration; nothing was touched"):
-        folder.open(config_text="a: 2\n", fresh=False)
+        opened(folder, "a: 2\n", fresh=False)
     assert all((folder.path / name).exists() for name in FILES) and folder.student.exists()
 
 
@@ -321,17 +329,17 @@ def test_a_run_that_is_done_stays_done_when_settings_are_added(tmp_path: Path) -
         default = inside.pop(name)
         before = yaml.safe_dump(settings)
         folder = a_run(tmp_path / f"without {name}", config_text=before)
-        assert folder.open(config_text=text, fresh=False) is True, name
+        assert opened(folder, text, fresh=False) is True, name
         assert (folder.path / "config.yaml").read_text(encoding="utf-8") == before
         inside[name] = other
         folder = a_run(tmp_path / f"with {name}", config_text=yaml.safe_dump(settings))
         with pytest.raises(RunExists, match="another configuration"):
-            folder.open(config_text=text, fresh=False)
+            opened(folder, text, fresh=False)
         inside[name] = default
     for broken in ("", "[]", "a: [", "a: 1", text + "\nunknown: 1\n", text.replace("seed", "seeds", 1)):
         folder = a_run(tmp_path / "broken", config_text=broken)
         with pytest.raises(RunExists, match="another configuration"):
-            folder.open(config_text=text, fresh=False)
+            opened(folder, text, fresh=False)
         shutil.rmtree(folder.path)
 
 
@@ -342,9 +350,9 @@ def test_a_folder_of_other_work_is_refused_and_touched_by_nothing_but_fresh(tmp_
     (work / "results.json").write_text("{}", encoding="utf-8")
     folder = RunFolder(work, writes=True)
     with pytest.raises(RunExists, match="not this run's; nothing was touched"):
-        folder.open(config_text="a: 1\n", fresh=False)
+        opened(folder, "a: 1\n", fresh=False)
     assert (work / "student").is_dir() and (work / "results.json").exists() and not (work / "config.yaml").exists()
-    assert folder.open(config_text="a: 1\n", fresh=True) is False
+    assert opened(folder, "a: 1\n", fresh=True) is False
     assert not (work / "student").exists()
 
 
@@ -356,7 +364,7 @@ def test_an_unfinished_or_fresh_run_starts_over_and_spares_what_is_not_its_own(
     config_text: str, fresh: bool, state: str, tmp_path: Path
 ) -> None:
     folder = a_run(tmp_path / "run", state=state)
-    assert folder.open(config_text=config_text, fresh=fresh) is False
+    assert opened(folder, config_text, fresh=fresh) is False
     left = sorted(path.name for path in folder.path.iterdir())
     assert left == ["another-run", "config.yaml", "notes.txt"]
     assert (folder.path / "config.yaml").read_text(encoding="utf-8") == config_text
@@ -366,7 +374,7 @@ def test_an_unfinished_or_fresh_run_starts_over_and_spares_what_is_not_its_own(
 def test_a_rank_that_does_not_write_changes_nothing(tmp_path: Path) -> None:
     a_run(tmp_path / "run", state="running")
     other = RunFolder(tmp_path / "run", writes=False)
-    assert other.open(config_text="a: 1\n", fresh=True) is False
+    assert opened(other, "a: 1\n", fresh=True) is False
     other.set_status(state="done")
     other.log({"loss": 1.0})
     assert other.status() == {"state": "running"} and other.student.exists()
@@ -440,7 +448,7 @@ def refuse(constant: str) -> None:
 
 def test_figures_that_are_not_finite_become_null(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run", writes=True)
-    folder.open(config_text="", fresh=False)
+    opened(folder, "", fresh=False)
     folder.log({"kind": "train", "loss": math.nan, "kl": math.inf, "low": -math.inf, "lr": 0.5, "step": 3})
     line = (folder.path / "metrics.jsonl").read_text(encoding="utf-8")
     found = json.loads(line, parse_constant=refuse)

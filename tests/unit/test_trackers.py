@@ -260,7 +260,7 @@ def test_a_start_that_fails_on_rank_0_is_told_on_the_others(tmp_path: Path, seco
 def test_starting_over_removes_old_curves(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").mkdir()
     (tmp_path / "tensorboard" / "events").touch()
-    RunFolder(tmp_path, writes=True).open(config_text="", fresh=True)
+    RunFolder(tmp_path, writes=True).begin("")
     assert not (tmp_path / "tensorboard").exists()
 
 

@@ -1,0 +1,168 @@
+"""A run's folder at its start: whose it is, what it holds, and what the run goes on from."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minillm.cards import may_differ
+from minillm.changed_run import changes, judge
+from minillm.checkpoints import Checkpoint, Checkpoints, Resume
+from minillm.config import CheckpointsConfig, RunConfig, dump_config
+from minillm.errors import CheckpointError, ConfigError, RunExists, Stopped
+from minillm.ranks import Ranks
+from minillm.results import versions
+from minillm.run_lock import run_lock
+from minillm.saving import Resumed, needs_its_ranks, read
+from minillm.store import CHECKPOINTS, RunFolder, Standing, make_folder
+from minillm.yaml_reader import read_yaml
+
+Say = Callable[[str], None]
+
+
+@contextlib.contextmanager
+def taken(folder: RunFolder, config: RunConfig, *, ranks: Ranks, fresh: bool) -> Iterator[Standing]:
+    """Nobody else works in the folder for the time of the block; what it holds for this configuration.
+
+    ``RunExists`` or ``RunInUse`` on all ranks, with nothing touched, where it is another's. A run that is done is only
+    looked at.
+    """
+    text = dump_config(config)
+
+    def standing() -> Standing:
+        return "new" if fresh else folder.standing(text)
+
+    with contextlib.ExitStack() as stack:
+
+        def take() -> Standing:
+            if standing() == "done":
+                return "done"
+            make_folder(folder.path, setting="out or name")
+            stack.enter_context(run_lock(folder.path))
+            return standing()  # once more: somebody may have worked in it until now
+
+        yield ranks.of_first(take)
+
+
+def checkpoints_of(folder: RunFolder, config: RunConfig, *, ranks: Ranks, say: Say) -> Checkpoints:
+    """The checkpoints of a run; those of an earlier one also where this one makes none."""
+    keep = (config.checkpoints or CheckpointsConfig()).keep
+    return Checkpoints(folder.path / CHECKPOINTS, ranks=ranks, say=say, keep=keep)
+
+
+def take_up(
+    folder: RunFolder, config: RunConfig, checkpoints: Checkpoints, *, standing: Standing, resume: Resume | None,
+    accepted: Sequence[str], made_from: Mapping[str, str], ranks: Ranks, say: Say,
+) -> Resumed | None:  # fmt: skip
+    """Makes the folder ready; where the run goes on, None for one that begins. ``resume`` None begins in any case.
+
+    Raises ``CheckpointError`` where there is nothing to go on from though there must be, ``RunExists`` where what there
+    is comes from other models, data or settings; nothing is touched then.
+    """
+    text = dump_config(config)
+    chosen = None
+    if resume is not None and (standing == "unfinished" or resume != "auto"):
+        chosen = _chosen(checkpoints, resume, ranks=ranks)
+    if chosen is None:
+        if accepted:
+            raise ConfigError(
+                f"--accept-change {accepted[0]}: {folder.path} has nothing to go on from, so nothing has changed\n"
+                "  leave it out"
+            )
+        if resume is not None:
+            ranks.of_first(lambda: folder.require_own(text))
+        folder.begin(text)
+        ranks.barrier()
+        return None
+    words = _judged(chosen, config, accepted=accepted, made_from=made_from, ranks=ranks)
+    resumed = _read(chosen, ranks=ranks)
+    checkpoints.clean()
+    ranks.of_first(lambda: folder.go_on(text, log_bytes=resumed.log_bytes))
+    checkpoints.set_aside_after(chosen.manifest.step)
+    say(f"{folder.path}: goes on from step {resumed.progressed.step:,} of stage {resumed.stage} ({chosen.path.name})")
+    for line in words:
+        say(f"note: {line}")
+    return resumed
+
+
+def fingerprints(config: RunConfig, made_from: Mapping[str, str], *, ranks: Ranks) -> dict[str, Any]:
+    """What must be equal for a run to go on as if it had not stopped."""
+    return {"config": dump_config(config), "made_from": dict(made_from), "around": _around(ranks)}
+
+
+def told(resumed: Resumed | None) -> dict[str, Any]:
+    """What run.json says of the stages that are over."""
+    return {"seconds": {}, "stages": {}} if resumed is None else {
+        "seconds": resumed.behind.seconds, "stages": resumed.behind.stages,
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def told_as_ended(folder: RunFolder) -> Iterator[None]:
+    """How a run ended before its end, in run.json."""
+    try:
+        yield
+    except Stopped as stopped:
+        folder.set_status(state="stopped", reason=str(stopped).splitlines()[0])
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        folder.set_status(state="failed", reason=reason)
+        raise
+
+
+def _chosen(checkpoints: Checkpoints, resume: Resume, *, ranks: Ranks) -> Checkpoint | None:
+    if isinstance(resume, Path) and resume.absolute().parent != checkpoints.root.absolute():
+        raise CheckpointError(
+            f"{resume}: wanted a checkpoint of this run, in {checkpoints.root}\n"
+            "  name one of them ('minillm runs verify' lists them), or copy the whole folder of the other run"
+        )
+    return checkpoints.choose(resume, refuse=needs_its_ranks(ranks.size))
+
+
+def _judged(
+    chosen: Checkpoint, config: RunConfig, *, accepted: Sequence[str], made_from: Mapping[str, str], ranks: Ranks
+) -> list[str]:
+    """What is to be said of what differs between the run that was saved and the one that goes on."""
+    saved = chosen.manifest.fingerprints
+    try:
+        before = RunConfig(**read_yaml(str(saved["config"]), source=str(chosen.path)))
+        made, around = dict(saved["made_from"]), dict(saved["around"])
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{chosen.path}: not the checkpoint of a run that this version can go on with ({error})\n"
+            "  go on with the version that made it, or start over with --fresh"
+        ) from error
+    words = judge(changes(before, config), accepted=accepted, source=str(chosen.path))
+    if differs := [
+        name for name in made_from if not name.startswith("test") and may_differ(made.get(name), made_from[name])
+    ]:
+        raise RunExists(
+            f"{chosen.path} was made from another {', '.join(differs)}; nothing was touched.\n"
+            "  put back what it was made from, give this run another name (name=NAME), or start over with --fresh"
+        )
+    now = _around(ranks)
+    if moved := [f"{name} {now.get(name)}, was {around.get(name)}" for name in now if now[name] != around.get(name)]:
+        words.append(f"{'; '.join(moved)}: sums may differ in their last bits from those of the unbroken run")
+    return words
+
+
+def _around(ranks: Ranks) -> dict[str, Any]:
+    return {**versions(), "device": ranks.device.type, "threads": torch.get_num_threads()}
+
+
+def _read(chosen: Checkpoint, *, ranks: Ranks) -> Resumed:
+    """Raises on all ranks where one of them cannot read its share."""
+    found, reason = None, ""
+    try:
+        found = read(chosen, rank=ranks.rank)
+    except CheckpointError as error:
+        reason = str(error)
+    if reasons := [told for told in ranks.gather_objects([reason]) if told]:
+        raise CheckpointError(reasons[0])
+    assert found is not None
+    return found

@@ -1,0 +1,180 @@
+"""Breaks whole runs off and lets them go on: ``python -m tests.resume.broken_off FOLDER PLAN…``, each plan in a line of
+JSON on standard output.
+
+A process of its own that imports everything once and forks for every attempt. It has one thread and no process group,
+so that a fork is safe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from minillm import api, fault
+from minillm.config import RunConfig, load_config
+from minillm.errors import Stopped
+from minillm.publish import weights_sha256
+from minillm.ranks import prepare_deepspeed
+from minillm.run_listing import describe
+from minillm.saving import Resumed
+from minillm.store import RunFolder
+from tests import tiny
+
+ATTEMPTS = 80
+PARTS: dict[str, tuple[type, str]] = {"log": (RunFolder, "cut_log"), "best": (Resumed, "restore_best")}
+"""What a run does that goes on, and a control leaves out."""
+STAGES = """
+  - {kind: sft, steps: 4, batch: 8, validate_every: 2, optimiser: {lr: 1.0e-3}}
+  - kind: skew_fkl
+    steps: 4
+    batch: 8
+    validate_every: 1
+    loss_rise: 1.0e-9
+    share_step: 0.6
+    replay: 8
+    optimiser: {lr: 1.0e-2}
+  - kind: minillm
+    steps: 3
+    prompts: 8
+    inner_epochs: 2
+    inner_batches: 2
+    baseline: ridge
+    validate_every: 2
+    optimiser: {lr: 1.0e-3}
+"""
+
+
+def write_recipe(folder: Path) -> Path:
+    """Models, prompts and a run of three stages: dropout, a replay buffer, rollouts with four updates each."""
+    tiny.save_model(folder / "teacher", "llama", seed=1, rows=32)
+    tiny.save_model(folder / "student", "llama", seed=2)
+    tiny.save_prompts(folder / "train.jsonl", rows=64)
+    tiny.save_prompts(folder / "held-out.jsonl", rows=12)
+    recipe = folder / "run.yaml"
+    recipe.write_text(
+        f"""
+name: run
+out: {folder / "runs"}
+threads: 1
+student: {folder / "student"}
+teacher: {folder / "teacher"}
+data:
+  train: {folder / "train.jsonl"}
+  validation: {folder / "held-out.jsonl"}
+  test: {folder / "held-out.jsonl"}
+  max_prompt_tokens: 16
+decoding: {{max_new_tokens: 8}}
+engine: {{student: zero0}}
+evaluation: {{seeds: [1], bootstrap: 10}}
+checkpoints: {{every_minutes: 0, every_steps: 1}}
+stages:{STAGES}""",
+        encoding="utf-8",
+    )
+    return recipe
+
+
+def attempt(config: RunConfig, plan: fault.Plan, log: Path, **options: Any) -> int:
+    """How a run that follows the plan ends: its exit code, or minus the signal that ended it."""
+    child = os.fork()
+    if not child:
+        _live(config, plan, log, options)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _live(config: RunConfig, plan: fault.Plan, log: Path, options: dict[str, Any]) -> NoReturn:
+    code = 1
+    try:
+        with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            try:
+                with fault.planned(plan):
+                    api.distill(config, **options)
+                code = 0
+            except Stopped:
+                code = Stopped.exit_code
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def ends_at(number: int, how: signal.Signals) -> fault.Plan:
+    """Sends the process a signal at the fault point of this number, counted from 0."""
+    passed = [0]
+
+    def plan(name: str, detail: str) -> None:
+        if passed[0] == number:
+            os.kill(os.getpid(), how)
+        passed[0] += 1
+
+    return plan
+
+
+def outcome(config: RunConfig) -> dict[str, Any]:
+    """What a run left, but for what a clock says: its log, its students, its answers."""
+    folder = Path(config.out) / config.name
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    stages = {path.parent.name: weights_sha256(path) for path in sorted(folder.glob("stages/*/student"))}
+    return {
+        "log": [{name: value for name, value in line.items() if name != "seconds"} for line in lines],
+        "students": {**stages, "last": weights_sha256(folder / "student")},
+        "samples": (folder / "samples.jsonl").read_text(encoding="utf-8"),
+        "left": sorted(path.name for path in folder.glob("checkpoints/*")),
+        "state": describe(folder, root=folder).state,
+    }
+
+
+def broken(
+    recipe: Path, name: str, *, how: signal.Signals, seed: int, longest: int, without: str = ""
+) -> dict[str, Any]:
+    """A run that is ended over and over, each time 1 to ``longest`` fault points after it began, until it is done;
+    ``without`` one of ``PARTS`` of going on."""
+    if without:
+        owner, part = PARTS[without]
+        setattr(owner, part, lambda *_, **__: [])
+    config = load_config(recipe, [f"name={name}"])
+    draw, log, codes = random.Random(seed), recipe.parent / f"{name}.log", []
+    for _ in range(ATTEMPTS):
+        codes.append(attempt(config, ends_at(draw.randrange(1, longest), how), log))
+        if codes[-1] in {0, 1}:  # done, or failed as no kill lets it fail
+            break
+    return {"codes": codes, **outcome(config)}
+
+
+def main(folder: Path, plans: list[str]) -> None:
+    """``whole``, or ``SIGNAL:SEED:LONGEST``, or ``SIGNAL:SEED:LONGEST:PART`` for a control, which must come last; each
+    gives a line."""
+    torch.set_num_threads(1)
+    prepare_deepspeed()
+    recipe = write_recipe(folder)
+    for number, plan in enumerate(plans):
+        if plan == "whole":
+            config = load_config(recipe, [f"name=whole-{number}"])
+            passed = folder / "points"
+
+            def record(name: str, detail: str, passed: Path = passed) -> None:
+                with passed.open("a") as file:
+                    file.write(f"{name}\n")
+
+            code = attempt(config, record, folder / "whole.log")
+            found = {"codes": [code], "points": len(passed.read_text().splitlines()), **outcome(config)}
+        else:
+            how, seed, longest, *without = plan.split(":")
+            found = broken(
+                recipe, f"broken-{number}", how=signal.Signals[how], seed=int(seed), longest=int(longest),
+                without="".join(without),
+            )  # fmt: skip
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
