@@ -18,6 +18,7 @@ from pydantic import Field, PlainValidator, model_validator
 
 from minillm.errors import ConfigError, UnsupportedCombination, did_you_mean
 from minillm.settings import Count, Settings, Text, headed
+from minillm.stage_base import LONGEST_NAME
 from minillm.yaml_reader import MAX_BYTES, read_yaml
 
 Kind = Literal["teachers", "students"]
@@ -101,7 +102,11 @@ def load_card(name: str, *, kind: Kind) -> Card:
     ``ConfigError`` that names the nearest card.
     """
     folder = Path(name)
-    if name and (folder / "config.json").is_file():
+    try:
+        here = bool(name) and (folder / "config.json").is_file()
+    except OSError as error:  # longer than any path may be, or behind a folder that may not be looked into
+        raise ConfigError(f"{name[:LONGEST_NAME]!r}: cannot be looked up: {error.strerror}") from error
+    if here:
         return Card(name=folder.resolve().name, model=name)
     if name.endswith((".yaml", ".yml")) and folder.is_file():
         return _read_card(folder, source=name, stem=folder.stem)

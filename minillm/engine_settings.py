@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from minillm.cards import find_engine_settings
 from minillm.errors import ConfigError, UnsupportedCombination, did_you_mean
+from minillm.manifests import parsed
 from minillm.ranks import prepare_deepspeed
 
 DECIDED_BY_THE_RUN = {
@@ -17,9 +17,11 @@ ENGINE_SETTINGS = {
     *("zero_optimization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "communication_data_type"),
     *("prescale_gradients", "gradient_predivide_factor", "disable_allgather", "data_types"),
     *("comms_logger", "flops_profiler", "memory_breakdown", "dump_state"),
-    *("steps_per_print", "wall_clock_breakdown", "timers", "tensorboard", "wandb", "csv_monitor", "nebula"),
+    *("steps_per_print", "wall_clock_breakdown", "timers"),
 }
 """Sections of DeepSpeed's JSON file that a run may set; others are the run's own or of training that we do not do."""
+WRITES_ELSEWHERE = {"tensorboard", "wandb", "comet", "csv_monitor", "nebula"}
+"""Sections that name files, folders and accounts: an engine file that somebody else wrote must not."""
 
 
 def read_engine_settings(name: str) -> dict[str, Any]:
@@ -30,7 +32,7 @@ def read_engine_settings(name: str) -> dict[str, Any]:
     """
     file = find_engine_settings(name)
     try:
-        settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        settings: dict[str, Any] = parsed(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{file}: not JSON: {error}") from error
     if not isinstance(settings, dict):
@@ -39,6 +41,14 @@ def read_engine_settings(name: str) -> dict[str, Any]:
         raise ConfigError(
             f"{file}: {', '.join(taken)} is decided by the run's configuration, not by an engine file; take it out"
         )
+    if elsewhere := sorted(WRITES_ELSEWHERE & settings.keys()):
+        raise ConfigError(
+            f"{file}: {elsewhere[0]} says where files are written, which an engine file may not\n"
+            "  take it out; for curves set trackers in the run's configuration"
+        )
+    profiler = settings.get("flops_profiler")
+    if isinstance(profiler, dict) and profiler.get("output_file") is not None:
+        raise ConfigError(f"{file}: flops_profiler.output_file names a file to write; take it out, and it is printed")
     # DeepSpeed passes over a name that it does not know: a misspelt zero_optimization would be stage 0, silently.
     if unknown := sorted(settings.keys() - ENGINE_SETTINGS):
         raise ConfigError(

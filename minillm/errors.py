@@ -7,15 +7,29 @@ without a traceback and ends with ``exit_code``. Our own mistakes are ``assert``
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 from minillm import exits
+
+_STEERING = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)  # newline and tab stay
+
+
+def visible(text: str) -> str:
+    """The same text with control characters, marks of direction and halves of characters spelt out, ``\\x1b`` for one:
+    names out of files stand in messages, and must not steer the terminal that shows them."""
+    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class MinillmError(Exception):
     """Root of the errors that a user can mend."""
 
     exit_code = exits.MENDABLE
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
 
 
 class ConfigError(MinillmError, ValueError):

@@ -19,6 +19,7 @@ from minillm.config import RunConfig
 from minillm.engines import Teacher
 from minillm.errors import DataError
 from minillm.extras import require_extras
+from minillm.manifests import parsed
 from minillm.preflight import Pair, Split, read_split, with_checker
 from minillm.ranks import Ranks
 from minillm.records import listed
@@ -124,7 +125,7 @@ def stored_index(out: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parsed(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{file}: not JSON: {error}; move it away or give --fresh") from error
     if not isinstance(found, dict) or not isinstance(found.get("sets"), dict):

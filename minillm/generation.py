@@ -18,7 +18,7 @@ from typing import Any
 from minillm.batches import prompt_batch
 from minillm.config import RunConfig
 from minillm.decode import roll_out
-from minillm.errors import ConfigError, DataError, did_you_mean
+from minillm.errors import ConfigError, DataError, did_you_mean, visible
 from minillm.generated import (
     SUFFIX,
     Counts,
@@ -341,4 +341,4 @@ def _tell(out: Path, manifest: Manifest) -> None:
 
 def _say(ranks: Ranks, line: str) -> None:
     if ranks.first:
-        print(line, flush=True)
+        print(visible(line), flush=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 from minillm.errors import ConfigError, DataError
 from minillm.generated import Question, differences
+from minillm.manifests import parsed
 from minillm.store import write_text
 from minillm.types import Stop
 
@@ -56,7 +57,7 @@ class Parts:
         self._whole = sum(len(line) + 1 for line in lines)
         remedy = "nothing was touched.\n  give another --out, or --fresh to start over"
         try:
-            header, *records = [json.loads(line) for line in lines]
+            header, *records = [parsed(line) for line in lines]
             if header["format"] != _FORMAT:
                 raise KeyError("format")
             before = Question(**header["asked"])

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from minillm.cards import UNKNOWN_REVISION, BuildSpec, Card
 from minillm.errors import ModelError, PositionsExceeded, did_you_mean
@@ -69,6 +70,7 @@ def inspect(card: Card) -> ModelFacts:
     else:
         assert card.model is not None
         tokenizer, config, generation = _read_pretrained(card.model, revision=card.revision)
+    _require_known_code(card.name, config)
     positions = getattr(config, "max_position_embeddings", None)
     return ModelFacts(name=card.name, config=config, tokenizer=tokenizer, generation=generation, positions=positions)
 
@@ -183,12 +185,35 @@ def _read_pretrained(
     return tokenizer, config, generation
 
 
+def _require_known_code(name: str, config: PreTrainedConfig) -> None:
+    """Raise ``ModelError`` where a configuration asks for code that transformers would fetch.
+
+    It takes some names of attention, and of mixtures of experts, for repositories of compiled code, and runs them where
+    the package ``kernels`` is installed; FlashAttention too where its own package is not.
+    """
+    flash = {"flash_attention_2"} if is_flash_attn_2_available() else set()
+    known = {"attn": {"eager", "sdpa", "flex_attention"} | flash, "experts": {"eager", "grouped_mm", "batched_mm"}}
+    for part in (config, *(getattr(config, field, None) for field in config.sub_configs)):
+        for what, names in known.items():
+            wanted = getattr(part, f"_{what}_implementation", None)
+            if wanted is not None and wanted not in names:
+                raise ModelError(
+                    f"{name}: {what}_implementation {wanted!r} in its configuration may be code from elsewhere, and "
+                    f"minillm runs none of it.\n  take it out; wanted nothing, or one of {', '.join(sorted(names))}"
+                )
+
+
 def _load_tokenizer(name: str, *, revision: str | None) -> PreTrainedTokenizerBase:
     if name == "world":
         from minillm.world import build_tokenizer
 
         return build_tokenizer()
-    tokenizer: PreTrainedTokenizerBase = _hub_call(AutoTokenizer.from_pretrained, name, revision=revision)
+    tokenizer = _hub_call(AutoTokenizer.from_pretrained, name, revision=revision)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):  # some classes hold two, for models that are two
+        raise ModelError(
+            f"{name}: tokenizer_config.json names a {type(tokenizer).__name__}, which is no tokenizer of one text\n"
+            "  use the tokenizer that the model was trained with"
+        )
     return tokenizer
 
 

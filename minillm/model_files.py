@@ -8,11 +8,14 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from minillm.errors import ModelError
+from minillm.errors import ModelError, visible
+from minillm.manifests import parsed
 
 SHOWN = 3
 LONGEST_REASON = 300
 """Characters of another library's message that ours quotes."""
+_TEMPLATES = "additional_chat_templates"
+"""The only folder in a model's from which transformers reads."""
 _AGAIN = "\n  it is damaged, or its copying was broken off; fetch or write it again"
 
 
@@ -22,6 +25,12 @@ def require_safe_folder(folder: Path) -> None:
         raise ModelError(
             f"{folder}: no config.json in it.\n"
             "  give a folder that transformers' save_pretrained wrote, a card name, or a hub name"
+        )
+    _require_own_files(folder)
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(
+            f"{folder}: holds an adapter (adapter_config.json), which names a model elsewhere to be put on.\n"
+            "  merge it into that model where you trust both, and give the merged folder"
         )
     for name in ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"):
         if (folder / name).exists():
@@ -48,9 +57,29 @@ def require_safe_folder(folder: Path) -> None:
             raise ModelError(f"{file}: not a whole safetensors file: {in_short(error)}{_AGAIN}") from error
 
 
+def _require_own_files(folder: Path) -> None:
+    """Raise ``ModelError`` for a link that leads out of the folder: a copied folder could otherwise show a reader's own
+    files in what is published from it. The hub's cache keeps files of all revisions beside its snapshots."""
+    root = folder.resolve()
+    homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    for path in sorted((*folder.iterdir(), *folder.glob(f"{_TEMPLATES}/*"))):
+        if path.is_symlink() and not any(_leads_into(path, home) for home in homes):
+            raise ModelError(
+                f"{path}: a link that leads out of the model's folder.\n"
+                "  put what it leads to in its place, or name the folder that it leads to"
+            )
+
+
+def _leads_into(link: Path, home: Path) -> bool:
+    try:
+        return link.resolve().is_relative_to(home)
+    except (OSError, RuntimeError):  # links in a ring
+        return False
+
+
 def few(names: list[str]) -> str:
-    """The first few names, and how many more there are."""
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
+    """The first few names, and how many more there are; they are out of files."""
+    return visible(", ".join(names[:SHOWN])) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
 
 
 def in_short(error: Exception) -> str:
@@ -61,10 +90,10 @@ def in_short(error: Exception) -> str:
 
 def _json_object(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parsed(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ModelError(f"{file}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}{_AGAIN}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ModelError(f"{file}: cannot be read as JSON: {in_short(error)}{_AGAIN}") from error
     if not isinstance(found, dict):
         raise ModelError(f"{file}: holds a {type(found).__name__}, wanted a JSON object{_AGAIN}")

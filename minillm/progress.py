@@ -7,6 +7,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from minillm.errors import visible
+
 ROOM_FOR_A_BAR = 120
 """Columns of a terminal from which on a bar fits beside the figures."""
 LINE_EVERY_S = 10.0
@@ -18,6 +20,7 @@ class Progress:
 
     def __init__(self, title: str, *, total: int, unit: str = "steps", shown: bool = True, before: int = 0) -> None:
         """``before`` of the total were done by an earlier process, and are no part of the rate."""
+        title = visible(title)  # a model's folder may be called anything
         self._title, self._total, self._unit, self._shown = title, total, unit, shown
         self._start = self._last_line = time.monotonic()
         self._first: int | None = before or None
@@ -30,7 +33,7 @@ class Progress:
             # Where there is little room the figures matter more than the bar.
             bar: list[ProgressColumn] = [BarColumn(bar_width=24)] if console.width >= ROOM_FOR_A_BAR else []
             self._bar = Progress(
-                TextColumn("{task.description}"), *bar, TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.description}", markup=False), *bar, TextColumn("{task.completed}/{task.total}"),
                 TextColumn("{task.fields[rate]}"), TextColumn("left"), TimeRemainingColumn(compact=True),
                 TextColumn("{task.fields[numbers]}"), console=console,
             )  # fmt: skip
@@ -58,6 +61,7 @@ class Progress:
         """A line of its own, above the bar."""
         if not self._shown:
             return
+        line = visible(line)
         if self._bar is not None:
             self._bar.console.print(line, markup=False, highlight=False)
         else:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minillm.compare.evaluated import read_folders, require_comparable
-from minillm.errors import ConfigError, did_you_mean
+from minillm.errors import ConfigError, DataError, did_you_mean, visible
+from minillm.manifests import parsed
 from minillm.measures import MAIN, MAIN_TEMPERATURE, MEASURES, shown, temperature_key
 from minillm.report_files import SCHEMA, read_course, read_results, read_samples
 from minillm.report_html import body, page
@@ -78,7 +79,7 @@ def build_report(
     write_text(out / "results.json", json.dumps(whole, indent=2) + "\n")
     for name, found in combined.items():
         if name:
-            print(f"\n{name}")
+            print(f"\n{visible(name)}")
         print_tables(found, Console())
     if "" not in combined:
         print_overview(combined, Console())
@@ -160,6 +161,7 @@ def combine(
                 for key, found in changes.items()
             },
         }
+    _require_both(temperatures, pairs)
     main = _headline(results)
     headline = temperatures.get(main, {"models": {}, "differences": {}})
     return {
@@ -236,6 +238,18 @@ def _write_page(text: str, out: Path) -> Path:
     return out
 
 
+def _require_both(temperatures: Mapping[str, Any], pairs: Mapping[str, tuple[str, str]]) -> None:
+    """Raise ``DataError`` for a difference, of samples, in a measure that results.json of a model does not have."""
+    for at, found in temperatures.items():
+        for key, changes in found["differences"].items():
+            for model in pairs[key]:
+                if absent := sorted(changes.keys() - found["models"].get(model, {}).keys()):
+                    raise DataError(
+                        f"{model}: results.json has no {absent[0]!r} at temperature {at}, and samples.jsonl has; "
+                        "evaluate the model again"
+                    )
+
+
 def _named_pairs(
     differences: Sequence[tuple[str, str]], results: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, tuple[str, str]]:
@@ -271,7 +285,7 @@ def _headline(results: Mapping[str, Mapping[str, Any]]) -> str:
 def _require_no_evaluation(out: Path) -> None:
     """Raise ``ConfigError`` where a report would take the place of an evaluation's own results."""
     try:
-        there = json.loads((out / "results.json").read_text(encoding="utf-8"))
+        there = parsed((out / "results.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return
     if isinstance(there, dict) and ("model" in there or "measures" in there):

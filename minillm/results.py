@@ -14,11 +14,12 @@ import torch
 
 from minillm.config import MEMORY_ONLY, RunConfig
 from minillm.engines import Teacher
-from minillm.errors import DataError
+from minillm.errors import DataError, visible
 from minillm.evaluation import Judge, sample_and_judge, world_check
 from minillm.extras import asked_extras, idle_extras, measure_extras
 from minillm.length_buckets import by_length
 from minillm.loading import fingerprint, load
+from minillm.manifests import parsed
 from minillm.measures import infinite_rows, infinite_words, summarise
 from minillm.models import CausalLM, ModelReader
 from minillm.preflight import Pair, Split, decoding_record, limits_record
@@ -90,7 +91,7 @@ def evaluate_into(
     judge = judge_of(config, pair, split, teacher=teacher, purpose=Purpose.EVALUATION)
     if ranks.first and judge.teacher is not teacher:
         print("note: under decoding.repetition_penalty there is no reverse KL; set it to 1 to measure that", flush=True)
-    keeper = Keeper(out, asked=with_versions(asked), ranks=ranks, say=lambda line: print(line, flush=True))
+    keeper = Keeper(out, asked=with_versions(asked), ranks=ranks, say=lambda line: print(visible(line), flush=True))
     samples = sample_and_judge(
         reader,
         judge,
@@ -218,7 +219,7 @@ def stored_results(out: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        stored = parsed(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{file}: not JSON: {error}; move it away or give --fresh") from error
     if isinstance(stored, dict) and isinstance(stored.get("sets"), dict):

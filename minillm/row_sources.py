@@ -18,7 +18,7 @@ from typing import BinaryIO, Literal
 
 from minillm.errors import DataError, did_you_mean
 from minillm.hub import asked_once
-from minillm.records import TEXT_FIELD, RowFault, decode_line, listed, parse_line
+from minillm.records import TEXT_FIELD, RowFault, decode_line, listed, parse_line, shown
 from minillm.released import known_set
 
 Record = Mapping[str, object]
@@ -76,8 +76,12 @@ def locate(source: str, kind: Kind) -> Source:
 
 
 def _file(source: str, kind: Kind) -> Source:
-    path = Path(source).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(source).expanduser()
+        folder = path.is_dir()
+    except (OSError, RuntimeError) as error:  # longer than any path may be; a home of nobody
+        raise DataError(f"{shown(source)} cannot be looked up: {error}") from error
+    if folder:
         raise DataError(
             f"{source} is a folder, wanted a file{_files_in(path, kind)}\n  name one {' or '.join(kind.endings)} file"
         )

@@ -29,7 +29,9 @@ BETTER: dict[str, Literal["min", "max"] | None] = {
 """Every validation measure and which way is better; ``None`` where neither is."""
 WITHOUT_TEACHER = tuple(name for name in BETTER if not name.startswith("reverse_kl"))
 """Those that need no teacher."""
-_COMPONENT = re.compile(r"[A-Za-z0-9._-]+")
+LONGEST_NAME = 200
+"""Characters of a name that becomes part of a path: file systems give one 255, and beside it stand others with more."""
+_COMPONENT = re.compile(rf"[A-Za-z0-9._-]{{1,{LONGEST_NAME}}}")
 
 
 class OptimiserConfig(Settings):
@@ -205,5 +207,5 @@ def _is_set(stage: BaseStage, path: str) -> bool:
 
 
 def is_component(name: str) -> bool:
-    """Whether a name is safe as one part of a path: letters, digits, '.', '_' and '-', and not only dots."""
+    """Whether a name is safe as one part of a path: letters, digits, '.', '_', '-', not too many, not only dots."""
     return _COMPONENT.fullmatch(name) is not None and set(name) != {"."}

@@ -9,7 +9,6 @@ Legend: N tokens of some rows, K kept ids, J = K + 1 with the bucket.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 
 from minillm.errors import CacheError, DataError
 from minillm.kept import Kept
-from minillm.manifests import read_record, sha256_of
+from minillm.manifests import parsed, read_record, sha256_of
 from minillm.prompts import data_hash
 from minillm.settings import Count, NonNegative, Settings, Text
 from minillm.types import Example
@@ -178,12 +177,40 @@ def read_cache(folder: str | Path) -> TeacherCache:
                 f"{folder / name} is not the file that the manifest was written with: SHA-256 {found[:12]}, wanted "
                 f"{manifest.sha256.get(name, 'none')[:12]}\n  it was edited, cut or mixed up; {AGAIN}"
             )
-    places = {}
-    for line in (folder / ROWS).read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        places[row["uid"]] = Place(row["start"], row["tokens"], row["ids"])
-    ids, logp = (np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in (IDS, LOGP))
+    # The hashes say that nothing was changed since, and not who wrote it.
+    try:
+        places = _places(folder / ROWS)
+        ids, logp = (np.load(folder / name, mmap_mode="r", allow_pickle=False) for name in (IDS, LOGP))
+        _require_fitting(manifest, places, ids, logp)
+    except Exception as error:  # numpy's reader of headers alone has a dozen kinds
+        raise CacheError(f"{folder}: not what 'minillm cache' writes ({error})\n  {AGAIN}") from error
     return TeacherCache(folder, manifest, sha256_of(folder / MANIFEST), places, ids, logp)
+
+
+def _places(file: Path) -> dict[str, Place]:
+    places = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        row = parsed(line)
+        places[row["uid"]] = Place(row["start"], row["tokens"], row["ids"])
+    return places
+
+
+def _require_fitting(
+    manifest: Manifest, places: dict[str, Place], ids: np.ndarray[Any, Any], logp: np.ndarray[Any, Any]
+) -> None:
+    """Raise ``ValueError`` unless rows and arrays are those of the manifest: a slice beyond an array would be short
+    without a word, and an id beyond the vocabulary the end of a GPU's program."""
+    tokens, k, real_ids = manifest.tokens, manifest.asked.top_k, manifest.asked.real_ids
+    for array, kind, width in ((ids, "u", k), (logp, "f", k + 1)):
+        if array.dtype.kind != kind or array.shape != (tokens, width):
+            raise ValueError(f"an array of {array.dtype} {array.shape}, wanted {(tokens, width)}")
+    if len(places) != manifest.rows:
+        raise ValueError(f"{len(places):,} rows, wanted {manifest.rows:,}")
+    for uid, at in places.items():
+        if not (type(at.start) is type(at.tokens) is int and at.start >= 0 < at.tokens <= tokens - at.start):
+            raise ValueError(f"row {uid!r} at {at.start!r} with {at.tokens!r} tokens, and there are {tokens:,}")
+    if int(ids.max()) >= real_ids:
+        raise ValueError(f"id {int(ids.max()):,} of {real_ids:,}")
 
 
 def differences(one: Asked, other: Asked) -> list[str]:

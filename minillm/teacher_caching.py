@@ -25,7 +25,7 @@ from minillm.batches import example_batch
 from minillm.config import RunConfig
 from minillm.divergences import kept_and_rest
 from minillm.engines import Teacher
-from minillm.errors import ConfigError, DataError, NonFinite
+from minillm.errors import ConfigError, DataError, NonFinite, visible
 from minillm.kept import Kept
 from minillm.loading import fingerprint
 from minillm.manifests import sha256_of
@@ -264,4 +264,4 @@ def _tile(head: HeadWeights) -> int:
 
 def _say(ranks: Ranks, line: str) -> None:
     if ranks.first:
-        print(line, flush=True)
+        print(visible(line), flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from minillm.errors import DataError
+from minillm.model_files import in_short
 from minillm.records import Row, shown
 
 if TYPE_CHECKING:
@@ -74,8 +75,6 @@ def _alpaca(row: Row) -> str:
 
 
 def _chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
-    import jinja2  # the tokenizer's template engine; only this template needs it
-
     if not tokenizer.chat_template:
         raise DataError(
             f"template 'chat' needs a chat template, and tokenizer {shown(tokenizer.name_or_path)} has none\n"
@@ -85,10 +84,11 @@ def _chat(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
     messages = [{"role": role, "content": content} for role, content in turns]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except jinja2.TemplateError as error:
+    # The template is a program of the model folder's, in jinja's sandbox: it may divide by zero or want all memory.
+    except Exception as error:
         raise DataError(
             f"row {shown(row.uid)}: the tokenizer's chat template refuses the messages "
-            f"({', '.join(shown(role) for role, _ in turns)}): {error}\n  mend the roles of the row"
+            f"({', '.join(shown(role) for role, _ in turns)}): {in_short(error)}\n  mend the roles of the row"
         ) from error
     assert isinstance(text, str)
     return text

@@ -13,14 +13,16 @@ def print_table(
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
+    # Text, not str: a model named "[b]" is a name, not a style.
     table = Table(box=SIMPLE_HEAD)
     for place, column in enumerate(columns):
-        table.add_column(column, justify="right" if place else "left", no_wrap=place == 0, overflow="fold")
+        table.add_column(Text(column), justify="right" if place else "left", no_wrap=place == 0, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     if below:
         table.add_section()
     for row in below:
-        table.add_row(*row)
-    Console().print(title, table, sep="\n", highlight=False)
+        table.add_row(*map(Text, row))
+    Console().print(Text(title), table, sep="\n", highlight=False)

@@ -8,7 +8,6 @@ or not at all, by the first rank, and goes when the results are written.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 
 from minillm.cards import may_differ
 from minillm.errors import DataError
+from minillm.manifests import parsed
 from minillm.ranks import Ranks
 from minillm.store import UNFINISHED, write_jsonl
 
@@ -135,7 +135,7 @@ def _key(found: Any, part: str) -> Key:
 def _read(file: Path) -> tuple[dict[str, Any], dict[str, list[Keyed]]]:
     try:
         with file.open(encoding="utf-8") as text:
-            head, *lines = [json.loads(line) for line in text]
+            head, *lines = [parsed(line) for line in text]
         parts = _nothing()
         for line in lines:
             # Before there were other parts, lines did not name theirs.

@@ -100,12 +100,18 @@ def check_heads(*, real_ids: int, teacher_rows: int, student_rows: int) -> None:
 def eos_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> tuple[int, ...]:
     """Ids that end a response, the tokenizer's own first, then those of the generation config, each once.
 
-    Raises ``ModelError`` where there is none, or where one is no id of the tokenizer.
+    Raises ``ModelError`` where there is none, or where one is no number or no id of the tokenizer.
     """
     configured = None if generation_config is None else generation_config.eos_token_id
     listed = list(configured) if isinstance(configured, Sequence) else [configured]
-    found = tuple(dict.fromkeys(item for item in (tokenizer.eos_token_id, *listed) if item is not None))
+    given = [item for item in (tokenizer.eos_token_id, *listed) if item is not None]
     name = repr(tokenizer.name_or_path or "without a name")
+    if strange := [type(item).__name__ for item in given if type(item) is not int]:
+        raise ModelError(
+            f"an end-of-text id of tokenizer {name} is a {strange[0]}, wanted a whole number\n"
+            "  mend eos_token_id in generation_config.json"
+        )
+    found = tuple(dict.fromkeys(given))
     if not found:
         raise ModelError(
             f"tokenizer {name} has no end-of-text token and the generation config names none: no response would end\n"

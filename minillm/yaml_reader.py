@@ -1,9 +1,9 @@
 """Strict YAML: what a careful reader would accept, and nothing that can surprise or run.
 
 Refused: duplicate keys, tags, anchors and aliases, several documents, keys that are not words, nesting deeper than
-``MAX_DEPTH`` and files larger than ``MAX_BYTES``. Plain words are read as in YAML 1.2's core schema: ``1e-3`` is a
-number, while ``no``, ``on``, ``12:30`` and ``2024-01-01`` are text (YAML 1.1 makes a boolean, a number in base 60 and a
-date of them).
+``MAX_DEPTH``, more than ``MAX_NODES`` values, and files larger than ``MAX_BYTES``. Plain words are read as in YAML
+1.2's core schema: ``1e-3`` is a number, while ``no``, ``on``, ``12:30`` and ``2024-01-01`` are text (YAML 1.1 makes a
+boolean, a number in base 60 and a date of them).
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from minillm.errors import ConfigError
 
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 16
+MAX_NODES = 20_000
+"""Values, lists and mappings of a file: reading as many takes a second or two."""
 
 _NULL, _BOOL, _INT, _FLOAT, _STR = (f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str"))
 _NUMBER_START = list("-+.0123456789")
@@ -96,7 +98,7 @@ def write_yaml(value: Mapping[str, Any]) -> str:
 
 def _refuse_unwanted_syntax(text: str, *, source: str) -> None:
     """Walk the events, which costs no recursion, before anything nested is built from them."""
-    depth = documents = 0
+    depth = documents = nodes = 0
     for event in yaml.parse(text, Loader=_CoreLoader):
         where = _where(event.start_mark, source=source)
         if isinstance(event, yaml.DocumentStartEvent):
@@ -105,6 +107,9 @@ def _refuse_unwanted_syntax(text: str, *, source: str) -> None:
                 raise ConfigError(f"{where}: a second document starts here ('---'); wanted one")
         if isinstance(event, yaml.AliasEvent):
             raise ConfigError(f"{where}: alias '*{event.anchor}' is not allowed; write the value out")
+        nodes += isinstance(event, yaml.NodeEvent)
+        if nodes > MAX_NODES:
+            raise ConfigError(f"{where}: more than {MAX_NODES:,} values; wanted a configuration, not a data file")
         if isinstance(event, yaml.NodeEvent) and event.anchor is not None:
             raise ConfigError(f"{where}: anchor '&{event.anchor}' is not allowed; write the value out where it is used")
         tag = getattr(event, "tag", None)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.errors import DataError
+from minillm.manifests import parsed
 from minillm.results import versions
 from minillm.store import require_writable, write_text
 
@@ -35,7 +36,7 @@ def sections(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {"schema": SCHEMA}
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parsed(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}\n  name another file") from error
     except ValueError as error:

@@ -26,7 +26,7 @@ from minillm.bench import (  # noqa: F401 (each adds its benchmarks)
 )
 from minillm.bench.options import app as bench_app
 from minillm.cli import builtin, comparisons, kept, launching, runs
-from minillm.errors import MinillmError
+from minillm.errors import MinillmError, visible
 from minillm.lost import as_rank_lost, leave
 
 FIRST_RANK_SPEAKS_S = 10.0
@@ -160,7 +160,7 @@ def _tell(text: str) -> None:
         # The launcher ends all ranks as soon as one has ended, which must not be before rank 0 has spoken.
         time.sleep(FIRST_RANK_SPEAKS_S)
         text = f"rank {rank}: {text}"
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)
 
 
 def _is_usage_error(error: Exception) -> bool:

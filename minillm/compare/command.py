@@ -11,7 +11,7 @@ from minillm.compare.evaluated import read_all
 from minillm.compare.html import page
 from minillm.compare.summary import SCHEMA, Options, summary
 from minillm.compare.tables import print_comparison
-from minillm.errors import ConfigError, DataError
+from minillm.errors import ConfigError, DataError, visible
 from minillm.own_files import OwnFile
 from minillm.own_files import json_file as own_file
 from minillm.report_sets import by_set
@@ -68,13 +68,13 @@ def compare(
 
         for name, found in compared.items():
             if name:
-                print(f"\n=== {name} ===\n")
+                print(f"\n=== {visible(name)} ===\n")
             print_comparison(found, Console())
         for line in notes:
-            print(line)
+            print(visible(line))
         for written in (json_file, *pages):
             if written is not None:
-                print(f"written: {written}")
+                print(visible(f"written: {written}"))
     return record
 
 

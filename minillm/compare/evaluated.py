@@ -189,6 +189,9 @@ def _require_row(row: Mapping[str, Any], folder: Path) -> None:
             raise DataError(
                 f"{folder / 'samples.jsonl'}, prompt {row['uid']!r}: {field!r} is {row[field]!r}; evaluate again"
             )
+    counts = [row["measures"].get(name) or 0 for name in ("kl_tokens", "gold_tokens")]
+    if any(isinstance(count, int | float) and count < 0 for count in counts):
+        raise DataError(f"{folder / 'samples.jsonl'}, prompt {row['uid']!r}: fewer than 0 tokens; evaluate again")
     references = row.get("references") or []
     if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
         raise DataError(f"{folder / 'samples.jsonl'}, prompt {row['uid']!r}: 'references' is no list of texts")

@@ -16,6 +16,7 @@ from typing import Any
 from minillm.errors import ConfigError
 from minillm.judge.cost import Tokens
 from minillm.judge.settings import KEY_NAME, OPENAI, OPENAI_KEY_NAME, REAL_KEY, EndpointError, JudgeSettings
+from minillm.manifests import parsed
 from minillm.report_text import plain
 
 LONGEST_ANSWER = 8_000_000
@@ -188,7 +189,7 @@ class ChatClient:
         """An endpoint's own words about a failure, cut short, with ": " before them; "" where there are none."""
         text = raw.decode("utf-8", "replace")
         try:
-            found = json.loads(text)
+            found = parsed(text)
         except ValueError:
             found = None
         error = found.get("error", found.get("detail", found.get("message"))) if isinstance(found, dict) else None
@@ -215,8 +216,8 @@ def retry_after(value: str | None) -> float | None:
 
 def _reply(raw: bytes) -> Reply:
     try:
-        found = json.loads(raw)
-    except (ValueError, RecursionError):
+        found = parsed(raw)
+    except ValueError:
         raise Unreadable("an answer that is not JSON", charged=True) from None
     used = _usage(found.get("usage")) if isinstance(found, dict) else None
     try:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minillm.errors import DataError
+from minillm.errors import DataError, visible
 from minillm.judge.run import default_out, judge
 from minillm.judge.settings import JudgeSettings
 from minillm.own_files import OwnFile
@@ -53,13 +53,13 @@ def run(
         own_json(json_file, out=out).require()
     record = judge(
         *folders, settings=chosen, single=single, seed=seed, temperature=temperature, limit=limit, template=template,
-        out=out, fresh=fresh, say=lambda line: print(line, flush=True),
+        out=out, fresh=fresh, say=lambda line: print(visible(line), flush=True),
     )  # fmt: skip
     names = ", ".join(record["endpoint"]["returned"]) or record["endpoint"]["model"]
     print_table(plain(f"{record['prompts']} prompts, judged by {names}"), COLUMNS, table(record))
     for line in words(record):
         print(textwrap.fill(plain(line), width=WIDTH, subsequent_indent="  "))
-    print(f"{out / 'judge.json'}")
+    print(visible(f"{out / 'judge.json'}"))
     if json_file is not None:  # last: what is in the way by now costs no line of the above
         own_json(json_file, out=out).write((json.dumps(record, indent=2) + "\n").encode())
     return record

@@ -21,6 +21,7 @@ from minillm.judge.cost import Meter
 from minillm.judge.prompts import FORMS, question, read_template
 from minillm.judge.samples import Side, read_sides
 from minillm.judge.settings import EndpointError, JudgeSettings, read_key
+from minillm.manifests import parsed
 from minillm.progress import Progress
 from minillm.report_text import plain
 from minillm.store import Clock, make_folder, write_jsonl, write_text
@@ -173,7 +174,7 @@ def _stored(out: Path, work: Work) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        stored: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        stored: dict[str, Any] = parsed(file.read_text(encoding="utf-8"))
         differing = [name for name in work.asked if stored["asked"].get(name) != work.asked[name]]
         prompts, _ = int(stored["prompts"]), _judged(stored)
     except (ValueError, KeyError, TypeError, AttributeError):

@@ -19,6 +19,7 @@ from minillm.config import RunConfig
 from minillm.engine_settings import read_engine_settings
 from minillm.errors import ConfigError, DataError, ModelError
 from minillm.loading import by_name, names_a_folder
+from minillm.manifests import parsed
 from minillm.store import make_folder, record_text, write_text
 from minillm.study.config import StudyConfig
 from minillm.world import rows
@@ -111,7 +112,7 @@ def read_cell(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        stored = parsed(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{file}: not JSON: {error}; move it away") from error
     if not isinstance(stored, dict) or stored.get("schema") != SCHEMA or not stored.keys() >= NEEDED:

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from minillm.config import RunConfig, load_config
 from minillm.errors import ConfigError, DataError, UnsupportedCombination, did_you_mean
+from minillm.manifests import parsed
 from minillm.measures import MEASURES
 from minillm.settings import Count, Flag, Positive, Seed, Settings, Text, headed
 from minillm.stage_base import BETTER, is_component
@@ -259,7 +260,7 @@ class StudyConfig(Settings):
         if not self.tunes or not file.is_file():
             return {}
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))["settings"]
+            found = parsed(file.read_text(encoding="utf-8"))["settings"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{file}: not what tuning of a study found; move it away") from error
         return dict(found)

@@ -4,13 +4,13 @@ of one setting. Kept beside the cells, and not made again while what it was made
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from minillm.config import RunConfig
 from minillm.errors import ConfigError, DataError
+from minillm.manifests import parsed
 from minillm.measures import temperature_key
 from minillm.ranks import Ranks
 from minillm.stage_base import BETTER
@@ -121,7 +121,7 @@ def stored_tuning(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        stored = json.loads(file.read_text(encoding="utf-8"))
+        stored = parsed(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{file}: not JSON: {error}; move it away") from error
     if not isinstance(stored, dict) or not stored.keys() >= NEEDED:
