@@ -1,4 +1,4 @@
-"""A model as one root module: what it reads does not depend on the batch, and reading its files runs no code.
+"""A model as one root module: what it reads does not depend on the batch. (That its files run no code: tests/attacks.)
 
 Legend: B rows, L positions, V real ids.
 """
@@ -6,8 +6,6 @@ Legend: B rows, L positions, V real ids.
 from __future__ import annotations
 
 import json
-import pickle
-import runpy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -274,53 +272,6 @@ def card(folder: Path) -> Card:
     return Card(name="it", model=str(folder))
 
 
-class Bomb:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.marker,)
-
-
-def plant(file: Path, marker: Path) -> None:
-    """A pickle at ``file`` that makes ``marker`` when read; proved to work before it is used."""
-    file.write_bytes(pickle.dumps({"model.embed_tokens.weight": Bomb(marker)}))
-    pickle.loads(file.read_bytes())
-    assert marker.exists(), "the control: read as a pickle, it does run"
-    marker.unlink()
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth", "last.ckpt"])
-def test_a_folder_with_pickled_weights_only_is_refused_unread(
-    name: str, tmp_path: Path, folders: Callable[..., Path]
-) -> None:
-    folder = shutil.copytree(folders("llama"), tmp_path / "model")
-    (folder / "model.safetensors").unlink()
-    plant(folder / name, tmp_path / "marker")
-    with pytest.raises(ModelError, match=r"only pickled weights.*a pickle runs code"):
-        inspect(card(folder))
-    assert not (tmp_path / "marker").exists()
-
-
-def test_a_pickle_behind_some_other_safetensors_is_not_read(tmp_path: Path, folders: Callable[..., Path]) -> None:
-    folder = shutil.copytree(folders("llama"), tmp_path / "model")
-    (folder / "model.safetensors").rename(folder / "adapter.safetensors")
-    plant(folder / "pytorch_model.bin", tmp_path / "marker")
-    with pytest.raises(ModelError, match="cannot load it"):
-        load(card(folder), inspect(card(folder)), seed=0)
-    assert not (tmp_path / "marker").exists()
-
-
-def test_pickles_beside_good_weights_are_not_read(tmp_path: Path, folders: Callable[..., Path]) -> None:
-    folder = shutil.copytree(folders("llama"), tmp_path / "model")
-    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt"):
-        plant(folder / name, tmp_path / "marker")
-    load(card(folder), inspect(card(folder)), seed=0)
-    assert not (tmp_path / "marker").exists()
-
-
 @pytest.mark.parametrize(
     ("remove", "match"),
     [
@@ -337,46 +288,6 @@ def test_a_folder_without_a_part_is_refused_in_two_lines(
     with pytest.raises(ModelError, match=match) as caught:
         inspect(card(folder))
     assert len(str(caught.value).splitlines()) == 2
-
-
-EVIL = """
-from pathlib import Path
-Path({marker!r}).touch()
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-class EvilConfig(PreTrainedConfig): model_type = "evil"
-class EvilModel(PreTrainedModel): config_class = EvilConfig
-class EvilTokenizer(PreTrainedTokenizerFast): pass
-"""
-
-
-def plant_code(folder: Path, marker: Path, *, model_type: str) -> None:
-    """Remote code in the folder, named by its config and by its tokenizer; proved to work before it is used."""
-    (folder / "evil.py").write_text(EVIL.format(marker=str(marker)), encoding="utf-8")
-    runpy.run_path(str(folder / "evil.py"))
-    assert marker.exists(), "the control: run, it does leave its mark"
-    marker.unlink()
-    auto = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.EvilModel"}
-    for name, changes in (
-        ("config.json", {"model_type": model_type, "auto_map": auto}),
-        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": [None, "evil.EvilTokenizer"]}}),
-        ("generation_config.json", {"custom_generate": "evil.py"}),
-    ):
-        old = json.loads((folder / name).read_text(encoding="utf-8"))
-        (folder / name).write_text(json.dumps({**old, **changes}), encoding="utf-8")
-
-
-@pytest.mark.parametrize("model_type", ["evil", "llama"])
-def test_code_in_a_model_folder_is_never_run(model_type: str, tmp_path: Path, folders: Callable[..., Path]) -> None:
-    """A known architecture is read with the library's own class, an unknown one is refused."""
-    folder = shutil.copytree(folders("llama"), tmp_path / "model")
-    plant_code(folder, tmp_path / "marker", model_type=model_type)
-    if model_type == "evil":
-        with pytest.raises(ModelError, match="cannot load it"):
-            inspect(card(folder))
-    else:
-        model = load(card(folder), inspect(card(folder)), seed=0)
-        assert type(model).__module__.startswith("transformers.")
-    assert not (tmp_path / "marker").exists()
 
 
 def test_a_hub_name_that_cannot_be_reached_is_told_in_two_lines() -> None:
