@@ -14,6 +14,13 @@ from typing import Any
 
 import pytest
 
+from tests.counted import (  # noqa: F401 (pytest finds hooks here by their names)
+    pytest_collection_finish,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_xdist_node_collection_finished,
+)
+
 os.environ.update(
     HF_HUB_OFFLINE="1",
     HF_DATASETS_OFFLINE="1",
