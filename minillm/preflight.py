@@ -26,7 +26,7 @@ from minillm.teacher_cache import TeacherCache, read_cache
 from minillm.templates import raw_text
 from minillm.text_stages import KdStage
 from minillm.types import Decoding, Examples, Ids, Prompt
-from minillm.vocabulary import agree, check_heads, eos_ids, identity, real_ids
+from minillm.vocabulary import agree, agree_on_chat, check_heads, eos_ids, identity, real_ids
 
 BLOCK_TOKENS = 512
 """Of a corpus's text, where the run says nothing else."""
@@ -103,6 +103,8 @@ def check_pair(config: RunConfig, *, student: str | None = None) -> Pair:
     if teacher_facts is not None:
         teacher_facts.require_positions(longest, what="teacher")
         real = agree(teacher_facts.tokenizer, student_facts.tokenizer)
+        if config.data.template == "chat":
+            agree_on_chat(teacher_facts.tokenizer, student_facts.tokenizer)
     student_rows = student_facts.config.vocab_size
     check_heads(
         real_ids=real,

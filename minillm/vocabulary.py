@@ -25,6 +25,12 @@ PROBES = (
     "0 00 000 1234567890",
 )
 """Texts on which normalisers and pre-tokenisers are known to part ways: case, spaces, accents, digits, scripts."""
+CONVERSATIONS = (
+    (("user", "Hello, it's 5."),),
+    (("user", " Hello "), ("assistant", "Hi!\n"), ("user", "And now?")),
+    (("system", "Be brief."), ("user", "Hello")),
+)
+"""(role, content) of turns that show how a chat template wraps them."""
 OWN_WORDS = 200
 """How many of the vocabulary's own tokens make up one more probe."""
 _BRACKETS = set("<>[]|")
@@ -59,6 +65,33 @@ def agree(teacher_tokenizer: PreTrainedTokenizerBase, student_tokenizer: PreTrai
     _agree_on_specials(pair, teacher_tokenizer, student_tokenizer)
     _agree_on_probes(pair, teacher_tokenizer, student_tokenizer)
     return count
+
+
+def agree_on_chat(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
+    """Raise ``VocabularyMismatch`` where the two wrap a conversation in other text.
+
+    Prompts are wrapped by the student's template, and the teacher would be asked in a form that it was not made for. A
+    tokenizer without a template says nothing.
+    """
+    for turns in CONVERSATIONS:
+        texts = [_chat(tokenizer, turns) for tokenizer in (teacher, student)]
+        if None not in texts and texts[0] != texts[1]:
+            lines = [f"{whose}: {_short(str(text))}" for whose, text in zip(("teacher", "student"), texts, strict=True)]
+            head = f"{_pair(teacher, student)} have other chat templates"
+            raise VocabularyMismatch(
+                "\n  ".join([f"{head}.", *lines, "set data.template: plain or alpaca, or give both the same template"])
+            )
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, turns: Sequence[tuple[str, str]]) -> str | None:
+    """A conversation in the tokenizer's own template; None where it has none, or refuses these turns."""
+    if not tokenizer.chat_template:
+        return None
+    messages = [{"role": role, "content": content} for role, content in turns]
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception:  # a program of the model's folder, see templates.render
+        return None
 
 
 def identity(tokenizer: PreTrainedTokenizerBase) -> str:
