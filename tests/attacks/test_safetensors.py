@@ -57,13 +57,19 @@ HEADERS: dict[str, Callable[[], bytes]] = {
 @pytest.mark.parametrize("what", HEADERS)
 def test_a_header_that_lies_is_refused(what: str, place: Place, run: Run) -> None:
     (place.student / "model.safetensors").write_bytes(HEADERS[what]())
+    outcome = run("evaluate", place.student, "--config", place.config, "--out", place.top / "e")
+    refused(outcome, "ModelError", "model.safetensors")
+
+
+@pytest.mark.parametrize("what", [what for what in HEADERS if "2^6" in what or "MB" in what or "beyond" in what])
+def test_nothing_is_made_as_large_as_a_header_says(what: str, place: Place, run: Run) -> None:
+    (place.student / "model.safetensors").write_bytes(HEADERS[what]())
     tracemalloc.start()
     try:
-        outcome = run("evaluate", place.student, "--config", place.config, "--out", place.top / "e")
+        assert run("evaluate", place.student, "--config", place.config, "--out", place.top / "e").code == 2
         assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
     finally:
         tracemalloc.stop()
-    refused(outcome, "ModelError", "model.safetensors")
 
 
 def test_control_a_header_that_is_true_is_read(place: Place) -> None:

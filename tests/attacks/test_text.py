@@ -142,8 +142,10 @@ ERRORS: dict[str, Callable[[Place, str], tuple[object, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("where", ERRORS)
-@pytest.mark.parametrize("text", ESCAPES)
+@pytest.mark.parametrize(
+    ("where", "text"),
+    [*((where, "".join(ESCAPES)) for where in ERRORS), *(("a model's name", text) for text in ESCAPES)],
+)
 def test_what_the_command_line_or_a_file_names_is_told_without_effect(
     where: str, text: str, place: Place, run: Run
 ) -> None:
