@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import threading
@@ -37,12 +38,12 @@ class Server:
                     outer.busy += 1
                     outer.most_busy = max(outer.most_busy, outer.busy)
                 try:
-                    self._reply(outer.answer(body))
-                except (BrokenPipeError, ConnectionResetError):
-                    pass  # a client that did not wait
+                    found = outer.answer(body)
                 finally:
-                    with lock:
+                    with lock:  # before the reply: a client that has it may ask again at once
                         outer.busy -= 1
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a client that did not wait
+                    self._reply(found)
 
             def _reply(self, found: Any) -> None:
                 if isinstance(found, str):
