@@ -14,7 +14,7 @@ from minillm.cards import may_differ
 from minillm.checkpoints import Checkpoints, Resume
 from minillm.config import RunConfig, Stage, dump_config
 from minillm.engines import Student, Teacher
-from minillm.errors import DataError, RunExists, Stopped
+from minillm.errors import DataError, RunExists, Stopped, visible
 from minillm.evaluation import Record, validator
 from minillm.evaluation_sets import evaluate_sets, forget_unfinished, read_sets, shared_words, stored_index, unanswered
 from minillm.generation import generate
@@ -407,7 +407,7 @@ def _introduce(
 
 def _say(ranks: Ranks, line: str) -> None:
     if ranks.first:
-        print(line, flush=True)
+        print(visible(line), flush=True)
 
 
 __all__ = ["Record", "build_report", "cache_teacher", "distill", "evaluate", "generate"]

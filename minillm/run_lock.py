@@ -9,8 +9,9 @@ import socket
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import TextIO
 
-from minillm.errors import RunInUse
+from minillm.errors import DataError, RunInUse
 
 LOCK = ".lock"
 """The file that is locked. It stays, and says who held it last."""
@@ -22,7 +23,7 @@ def run_lock(folder: Path) -> Iterator[None]:
 
     One rank holds it for all. A process forked in the block holds it too, until both have ended.
     """
-    with (folder / LOCK).open("a+", encoding="utf-8", errors="replace") as file:
+    with _opened(folder / LOCK) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # closing the file lets go of it
         except BlockingIOError as error:
@@ -36,6 +37,15 @@ def run_lock(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
         file.flush()
         yield
+
+
+def _opened(lock: Path) -> TextIO:
+    try:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        what = "a link, wanted a file" if lock.is_symlink() else f"cannot be opened: {error.strerror}"
+        raise DataError(f"{lock}: {what}\n  remove it, or give this run another name (name=NAME)") from error
+    return os.fdopen(handle, "r+", encoding="utf-8", errors="replace")
 
 
 def owner(folder: Path) -> str:

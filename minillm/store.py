@@ -85,7 +85,7 @@ class RunFolder:
             for name in ("config.yaml", *RESULTS):
                 (self.path / name).unlink(missing_ok=True)
             for name in ("student", "stages", "tensorboard", CHECKPOINTS):
-                shutil.rmtree(self.path / name, ignore_errors=True)
+                _remove(self.path / name)
             write_text(self.path / "config.yaml", config_text)
 
     def go_on(self, config_text: str, *, log_bytes: int) -> None:
@@ -98,7 +98,7 @@ class RunFolder:
         """Removes the results of the test sets that results.json lists; a folder that holds more stays."""
         try:
             sets = json.loads((self.path / "results.json").read_text(encoding="utf-8")).get("sets", {})
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             return  # none, or not this class's
         for name in sets:
             try:
@@ -123,7 +123,7 @@ class RunFolder:
             return {}
         try:
             status = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # records within records without end
             raise DataError(f"{file}: not JSON: {error}\n  move it away, or start over with --fresh") from error
         if not isinstance(status, dict) or not isinstance(status.get("seconds", {}), dict):
             raise DataError(f"{file}: not the status of a run\n  move it away, or start over with --fresh")
@@ -165,6 +165,8 @@ class RunFolder:
             return
         file = self.path / "metrics.jsonl"
         remedy = "put the file back as the run left it, or start over with --fresh"
+        if file.is_symlink():
+            raise CheckpointError(f"{file}: a link, wanted the checkpoint's log\n  {remedy}")
         found = file.stat().st_size if file.is_file() else 0
         if found < length:
             raise CheckpointError(f"{file}: {found:,} bytes, wanted the {length:,} of the checkpoint\n  {remedy}")
@@ -205,7 +207,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     if old.exists() and not folder.exists():
         old.rename(folder)  # a process died between the two renames below
     for left_over in (staging, old):
-        shutil.rmtree(left_over, ignore_errors=True)
+        _remove(left_over)
     staging.mkdir(parents=True)
     try:
         yield staging
@@ -271,6 +273,14 @@ def require_writable(file: Path) -> None:
         raise DataError(f"{file} cannot be written: {error.strerror}\n  name another file") from error
 
 
+def _remove(path: Path) -> None:
+    """Removes a folder; of a link, the link."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     write_bytes(path, text.encode("utf-8"))
@@ -279,7 +289,8 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """The same of what is no text."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    temporary.unlink(missing_ok=True)  # of a process that was killed; or a link, which would lead elsewhere
+    with temporary.open("xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -147,7 +147,8 @@ def _guarded(command: Callable[..., object]) -> int:
     if result == exits.INTERRUPTED:
         print(
             "interrupted; the same command goes on from what is saved "
-            "(a run's checkpoints, a study's finished cells, the answers of an evaluation, of generate, of a judge)",
+            "(a run its checkpoints, a study its finished cells, an evaluation and generate their answers, "
+            "a judge its answers)",
             file=sys.stderr,
         )
     return result if isinstance(result, int) else 0

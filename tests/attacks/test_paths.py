@@ -13,10 +13,11 @@ import pytest
 from minillm import inside as inside_module
 from minillm import model_files
 from minillm.cards import Card, load_card
-from minillm.errors import ConfigError, MinillmError
+from minillm.errors import CheckpointError, ConfigError, MinillmError
 from minillm.generated import read_generated
 from minillm.loading import inspect
 from minillm.report_files import set_folders
+from minillm.store import RunFolder
 from minillm.teacher_cache import read_cache
 from minillm.yaml_reader import read_yaml_file
 from tests.attacks.hostile import Place, Run, change, quiet, refused
@@ -265,3 +266,44 @@ def test_an_engine_file_cannot_name_a_profile_to_write(place: Place, run: Run) -
     (place.top / "engine.json").write_text(json.dumps(settings))
     outcome = run("distill", "--config", place.config, f"engine.student={place.top / 'engine.json'}")
     refused(outcome, "ConfigError", "flops_profiler.output_file")
+
+
+def test_links_in_a_runs_folder_lead_nowhere(place: Place, run: Run) -> None:
+    """Whoever made the folder may wait for a run to empty, or write into, what it links to."""
+    outside, folder = place.top / "others", place.top / "out" / "r"
+    (outside / "kept").mkdir(parents=True)
+    (outside / "kept" / "file").write_text("mine")
+    (outside / "file").write_text("mine")
+    folder.mkdir(parents=True)
+    for name in ("student", "stages", "tensorboard", "checkpoints", ".staging-student"):
+        (folder / name).symlink_to(outside)
+    for name in (".run.json.tmp", ".config.yaml.tmp", "metrics.jsonl", "run.json"):
+        (folder / name).symlink_to(outside / "file")
+    config = configured(place, name="r")
+    assert run("distill", "--config", config, "--fresh").code == 0
+    left = {path: path.read_text() for path in outside.rglob("*") if path.is_file()}
+    assert left == {outside / "kept" / "file": "mine", outside / "file": "mine"}
+    assert (folder / "student").is_dir() and not (folder / "student").is_symlink()
+
+
+def test_a_lock_that_is_a_link_is_refused(place: Place, run: Run) -> None:
+    folder, other = place.top / "out" / "r", place.top / "other"
+    folder.mkdir(parents=True)
+    other.write_text("mine")
+    (folder / ".lock").symlink_to(other)
+    refused(run("distill", "--config", configured(place, name="r"), "--fresh"), "DataError")
+    assert other.read_text() == "mine"
+
+
+def test_a_log_that_is_a_link_is_not_cut_back(place: Place) -> None:
+    other = place.top / "other"
+    other.write_text("mine\nand more\n")
+    (place.top / "r").mkdir()
+    (place.top / "r" / "metrics.jsonl").symlink_to(other)
+    with pytest.raises(CheckpointError, match="a link, wanted the checkpoint's log"):
+        RunFolder(place.top / "r", writes=True).cut_log(5)
+    assert other.read_text() == "mine\nand more\n"
+    (place.top / "r" / "metrics.jsonl").unlink()
+    (place.top / "r" / "metrics.jsonl").write_text(other.read_text())
+    RunFolder(place.top / "r", writes=True).cut_log(5)  # the control
+    assert (place.top / "r" / "metrics.jsonl").read_text() == "mine\n"

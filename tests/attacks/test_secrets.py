@@ -64,7 +64,7 @@ def test_no_file_of_a_run_holds_a_token_of_the_environment(planted: list[Any], p
 
 def test_control_a_run_that_kept_its_environment_would_be_seen(planted: list[Any], place: Place) -> None:
     folder = RunFolder(place.top / "made", writes=True)
-    folder.open(config_text="seed: 1\n", fresh=False)
+    folder.begin("seed: 1\n")
     folder.set_status(environment=dict(os.environ))
     assert showing(place.top / "made") == ["run.json"]
 

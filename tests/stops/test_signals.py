@@ -151,6 +151,14 @@ def test_a_signal_that_nobody_answered_is_not_lost() -> None:
 
 
 def test_nothing_is_installed_where_signals_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        _nothing_is_installed(monkeypatch)
+    finally:
+        signal.signal(signal.SIGINT, ours)
+
+
+def _nothing_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     inside = list[object]()
 

@@ -26,7 +26,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from minillm import api, cli, hub, stages
+from minillm import api, cli, hub
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -489,7 +489,7 @@ def test_an_interruption_ends_with_130_and_no_traceback(run: Run, monkeypatch: p
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
 
-    monkeypatch.setattr(stages, "run_steps", interrupted)
+    monkeypatch.setattr(api, "read_splits", interrupted)  # before there is anything to save
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     outcome = run("distill", "--config", "{place}/good.yaml")
     signal.signal(signal.SIGINT, before)
