@@ -22,9 +22,11 @@ from minillm.compare.command import compare
 from minillm.compare.summary import Options
 from minillm.errors import DataError
 from minillm.loading import by_name, fingerprint
+from minillm.measures import ratios_of
 from minillm.preflight import Split
 from minillm.prompts import data_hash
 from minillm.report import combine
+from minillm.report_files import read_samples
 from minillm.results import already, asked_of, judged_by
 from minillm.types import Prompt
 from tests.unit.test_compare_command import evaluation
@@ -190,9 +192,10 @@ def test_a_study_names_models_by_their_cards_whatever_is_in_the_cache() -> None:
 def test_older_evaluations_are_read_by_report_and_compare(tmp_path: Path) -> None:
     given = {name: evaluation(tmp_path / name) for name in "ab"}
     for folder in given.values():  # "asked" came later than the first results
+        measures = {name: {} for name in ratios_of([row for row in read_samples(folder) if row["temperature"] == 1.0])}
         told = json.loads((folder / "results.json").read_text(encoding="utf-8"))
         (folder / "results.json").write_text(
-            json.dumps({name: value for name, value in told.items() if name != "asked"} | {"measures": {"x": {}}}),
+            json.dumps({name: value for name, value in told.items() if name != "asked"} | {"measures": measures}),
             encoding="utf-8",
         )
     assert compare(given, options=Options(resamples=100), quiet=True)["notes"] == []
