@@ -14,7 +14,7 @@ from minillm.cards import may_differ
 from minillm.checkpoints import Checkpoints, Resume
 from minillm.config import RunConfig, Stage, dump_config
 from minillm.engines import Student, Teacher
-from minillm.errors import DataError, RunExists, Stopped, visible
+from minillm.errors import ConfigError, DataError, RunExists, Stopped, visible
 from minillm.evaluation import Record, validator
 from minillm.evaluation_sets import evaluate_sets, forget_unfinished, read_sets, shared_words, stored_index, unanswered
 from minillm.generation import generate
@@ -61,6 +61,8 @@ def distill(
     Errors are those of ``minillm.errors``, and anything wrong with files or settings is found before any model is
     loaded.
     """
+    if resume not in ("auto", True) and not isinstance(resume, Path):
+        raise ConfigError(f"resume: got {resume!r}, wanted 'auto', True or the pathlib.Path of a checkpoint")
     require_packages(config.trackers)
     pair = check_pair(config)
     splits = read_splits(config, pair)
@@ -98,9 +100,8 @@ def distill(
             )  # fmt: skip
             behind = _train(run, checkpoints, resumed, fingerprints=fingerprints(config, made_from, ranks=ranks))
             seconds = _evaluate(run, behind, anew=resumed is None or not resumed.over)
-        phases.enter("report")
-        if ranks.first:
-            _write_run_report(config, folder, seconds)
+            phases.enter("report")
+            ranks.of_first(lambda: _write_run_report(config, folder, seconds))
         folder.set_status(state="done", seconds=seconds)
         checkpoints.remove()
         ranks.barrier()
@@ -196,7 +197,7 @@ def _run_stage(
 ) -> Progressed:
     config, pair, ranks, teacher = run.config, run.pair, run.ranks, run.teacher
     split, keeping = run.splits[stage.reads], None
-    if saver is not None:
+    if saver is not None or resumed is not None:
         keeping = Keeping(saver=saver, behind=behind, resumed=resumed, ranks=ranks, say=partial(_say, ranks))
     validation = run.splits.get("validation")
     return run_stage(

@@ -32,7 +32,7 @@ EFFECTS = {
     Effect.TRAINING: ("decoding", "engine.precision", "stages"),
     Effect.ANOTHER_RUN: (
         "seed", "student", "teacher", "data", "stages.kind", "stages.name", "stages.keep", "stages.optimiser.name",
-        "stages.teacher_cache",
+        "stages.teacher_cache", "stages.student_share", "stages.replay",
     ),
 }  # fmt: skip
 """By the path of a setting, without the numbers of stages, or of a section whose settings are all alike; the longest
@@ -68,7 +68,8 @@ def effect_of(path: str) -> Effect:
 
 
 def changes(before: RunConfig, now: RunConfig) -> list[Change]:
-    """Every setting that differs, in the order of the configuration; of a list that grew or shrank, the list."""
+    """Every setting that differs, in the order of the configuration; of stages that were added, all their
+    names."""
     return list(_changes(before.model_dump(mode="json"), now.model_dump(mode="json"), ""))
 
 
@@ -78,9 +79,13 @@ def _changes(before: Any, now: Any, at: str) -> Iterator[Change]:
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for name in dict.fromkeys((*before, *now)):
             yield from _changes(before.get(name), now.get(name), f"{at}.{name}" if at else name)
-    elif at == "stages" and len(before) == len(now):
-        for number, (one, other) in enumerate(zip(before, now, strict=True)):
+    elif at == "stages":
+        for number, (one, other) in enumerate(zip(before, now, strict=False)):
             yield from _changes(one, other, f"{at}.{number}")
+        if len(now) > len(before):
+            yield Change(at, [stage["name"] for stage in before], [stage["name"] for stage in now])
+        for number, gone in enumerate(before[len(now) :], start=len(now)):
+            yield Change(f"{at}.{number}.name", gone["name"], None)
     else:
         yield Change(at, before, now)
 

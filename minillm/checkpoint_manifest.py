@@ -38,7 +38,7 @@ class Manifest(Settings):
     format: Literal["minillm checkpoint 1"] = "minillm checkpoint 1"
     """Which form of record this is."""
     step: Whole
-    """Steps of the stage that were done."""
+    """Updates that were made by then, of all stages; numbers the folder."""
     stage: Text
     """Name of the stage."""
     ranks: Count

@@ -134,30 +134,29 @@ class Checkpoints:
 
         ``"auto"`` and ``True`` take the newest that verifies, and say of each newer one which file is wrong. Where none
         does, ``"auto"`` says so and gives None; ``True`` and a path that does not verify raise ``CheckpointError``.
-        ``refuse`` says why one that verifies is of no use, "" where it is; where no other can be used, that is an
-        error too.
+        ``refuse`` says why one that verifies is of no use, "" where it is. The newest that verifies is then an error as
+        well: going on from an older one would give up what it has.
         """
         if isinstance(resume, Path):
             try:
                 return self._useful(resume.absolute(), refuse)
             except CheckpointError as error:
                 raise CheckpointError(f"{error}\n  {REMEDY}") from error
-        steps, refused = self.steps(), ""
+        steps = self.steps()
         for step in steps:
             try:
                 found = self._verified(self.root / folder_name(step))
             except CheckpointError as error:
                 self._say(f"note: {folder_name(step)} is not used: {error}")
                 continue
-            if not (reason := refuse(found.manifest)):
-                return found
-            refused = refused or reason
-            self._say(f"note: {folder_name(step)} is not used: {reason}")
-        if refused:  # starting over would give up what the right number of ranks can go on from
-            raise CheckpointError(f"{self.root}: no checkpoint can be used here: {refused}\n  {REMEDY}")
+            if reason := refuse(found.manifest):
+                raise CheckpointError(f"{found.path}: {reason}")
+            return found
         what = f"{self.root}: {f'none of {len(steps):,} checkpoints can be used' if steps else 'no checkpoint'}"
         if resume is True:
-            raise CheckpointError(f"{what}, wanted one to resume from\n  resume=auto starts over where there is none")
+            raise CheckpointError(
+                f"{what}, wanted one to resume from\n  mend or put back what is named, or start over with --fresh"
+            )
         self._say(f"{what}; starting from the beginning")
         return None
 
@@ -278,6 +277,15 @@ class Checkpoints:
     def remove_all_but(self, keep: int) -> None:
         """Removes all but the ``keep`` newest, and never one of the newest two that verify."""
         self._remove_old(keep)
+
+    def remove_set_aside(self) -> None:
+        """Removes those that a run which went back has set aside."""
+
+        def remove() -> None:
+            names = sorted(os.listdir(self.root)) if self.root.is_dir() else []
+            self._remove(self.root / name for name in names if name.startswith(ASIDE))
+
+        self._ranks.of_first(remove)
 
     def remove(self) -> None:
         """Removes them all, with what was set aside and their folder, for a run that is done."""

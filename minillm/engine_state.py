@@ -206,5 +206,5 @@ def _unexpected(found: str) -> CheckpointError:
 
     return CheckpointError(
         f"DeepSpeed {deepspeed.__version__}, torch {torch.__version__}: {found}, which checkpoints do not know\n"
-        "  use the versions in constraints.txt and the engine files of ds_configs, or train without checkpoints"
+        "  use the versions in constraints.txt and the engine files of ds_configs, or save nothing: checkpoints=null"
     )

@@ -90,7 +90,7 @@ def run_steps(
             elif validate is not None and _due(done.step, steps=steps, every=validate_every):
                 phases.enter("validation")
                 _weigh(validate(student), objective, tell, keep=keep, patience=patience, publish=publish)
-            done.over = done.stopped_early or done.step == steps
+            done.over = done.stopped_early or done.step >= steps
             if done.over and done.best is None:
                 _hand_on_the_last(tell, metric=keep.metric, publish=publish)
             if ends(None):

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from minillm.cards import may_differ
-from minillm.changed_run import changes, judge
+from minillm.changed_run import Change, Effect, changes, judge
 from minillm.checkpoints import Checkpoint, Checkpoints, Resume
 from minillm.config import CheckpointsConfig, RunConfig, dump_config
-from minillm.errors import CheckpointError, ConfigError, RunExists, Stopped
+from minillm.errors import CheckpointError, ConfigError, DataError, RunExists, Stopped
 from minillm.ranks import Ranks
 from minillm.results import versions
 from minillm.run_lock import run_lock
@@ -78,11 +78,11 @@ def take_up(
         folder.begin(text)
         ranks.barrier()
         return None
-    words = _judged(chosen, config, accepted=accepted, made_from=made_from, ranks=ranks)
     resumed = _read(chosen, ranks=ranks)
+    words = _judged(resumed, config, accepted=accepted, made_from=made_from, ranks=ranks)
     checkpoints.clean()
+    checkpoints.set_aside_after(chosen.manifest.step)  # before the log is cut, which the newer ones need whole
     ranks.of_first(lambda: folder.go_on(text, log_bytes=resumed.log_bytes))
-    checkpoints.set_aside_after(chosen.manifest.step)
     say(f"{folder.path}: goes on from step {resumed.progressed.step:,} of stage {resumed.stage} ({chosen.path.name})")
     for line in words:
         say(f"note: {line}")
@@ -106,12 +106,12 @@ def told_as_ended(folder: RunFolder) -> Iterator[None]:
     """How a run ended before its end, in run.json."""
     try:
         yield
-    except Stopped as stopped:
-        folder.set_status(state="stopped", reason=str(stopped).splitlines()[0])
-        raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        folder.set_status(state="failed", reason=reason)
+        state, reason = "stopped", str(error)
+        if not isinstance(error, Stopped):
+            state, reason = "failed", f"{type(error).__name__}: {error}"
+        with contextlib.suppress(OSError):  # a full disk: what happened first says more
+            folder.set_status(state=state, reason=reason.splitlines()[0])
         raise
 
 
@@ -121,13 +121,18 @@ def _chosen(checkpoints: Checkpoints, resume: Resume, *, ranks: Ranks) -> Checkp
             f"{resume}: wanted a checkpoint of this run, in {checkpoints.root}\n"
             "  name one of them ('minillm runs verify' lists them), or copy the whole folder of the other run"
         )
+    if resume == "auto":
+        if not checkpoints.steps():
+            return None
+        resume = True  # where there are some, and none can be used, starting over would throw them away
     return checkpoints.choose(resume, refuse=needs_its_ranks(ranks.size))
 
 
 def _judged(
-    chosen: Checkpoint, config: RunConfig, *, accepted: Sequence[str], made_from: Mapping[str, str], ranks: Ranks
+    resumed: Resumed, config: RunConfig, *, accepted: Sequence[str], made_from: Mapping[str, str], ranks: Ranks
 ) -> list[str]:
     """What is to be said of what differs between the run that was saved and the one that goes on."""
+    chosen = resumed.checkpoint
     saved = chosen.manifest.fingerprints
     try:
         before = RunConfig(**read_yaml(str(saved["config"]), source=str(chosen.path)))
@@ -137,7 +142,9 @@ def _judged(
             f"{chosen.path}: not the checkpoint of a run that this version can go on with ({error})\n"
             "  go on with the version that made it, or start over with --fresh"
         ) from error
-    words = judge(changes(before, config), accepted=accepted, source=str(chosen.path))
+    found = changes(before, config)
+    words = judge(found, accepted=accepted, source=str(chosen.path))
+    _require_of_use(found, config, resumed)
     if differs := [
         name for name in made_from if not name.startswith("test") and may_differ(made.get(name), made_from[name])
     ]:
@@ -151,8 +158,24 @@ def _judged(
     return words
 
 
+def _require_of_use(found: Sequence[Change], config: RunConfig, resumed: Resumed) -> None:
+    """``RunExists`` for a change of training that would do nothing, or that what was saved does not allow."""
+    back = "set it back, go back to an older checkpoint by --resume FOLDER, or start over with --fresh"
+    over = {*resumed.behind.stages, *([resumed.stage] if resumed.over else [])}
+    for change in (change for change in found if change.effect is Effect.TRAINING):
+        number = next((int(part) for part in change.path.split(".") if part.isdigit()), None)
+        stage = None if number is None else config.stages[number]
+        if stage is not None and stage.name in over:
+            raise RunExists(f"{change}, but stage {stage.name} is over: it would change nothing\n  {back}")
+        if resumed.checkpoint.manifest.fingerprints.get("inside"):
+            raise RunExists(f"{change}, but the run was stopped between two updates of one step\n  {back}")
+        if stage is not None and stage.name == resumed.stage and stage.steps <= resumed.progressed.step:
+            raise RunExists(f"{change}, but {resumed.progressed.step:,} steps of {stage.name} are done\n  {back}")
+
+
 def _around(ranks: Ranks) -> dict[str, Any]:
-    return {**versions(), "device": ranks.device.type, "threads": torch.get_num_threads()}
+    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ranks.device.type
+    return {**versions(), "device": device, "threads": torch.get_num_threads()}
 
 
 def _read(chosen: Checkpoint, *, ranks: Ranks) -> Resumed:
@@ -160,7 +183,7 @@ def _read(chosen: Checkpoint, *, ranks: Ranks) -> Resumed:
     found, reason = None, ""
     try:
         found = read(chosen, rank=ranks.rank)
-    except CheckpointError as error:
+    except DataError as error:
         reason = str(error)
     if reasons := [told for told in ranks.gather_objects([reason]) if told]:
         raise CheckpointError(reasons[0])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -62,7 +63,7 @@ def find_runs(root: Path) -> list[Path]:
         raise DataError(f"{root}: no such folder, wanted one that holds runs\n  name it: minillm runs DIR")
     found = []
     for at, folders, files in os.walk(root):
-        is_run = "run.json" in files and "config.yaml" in files
+        is_run = _is_run(files)
         folders[:] = sorted(name for name in folders if not name.startswith(".") and not (is_run and name in _OF_A_RUN))
         if is_run:
             found.append(Path(at))
@@ -110,6 +111,7 @@ def clean(folder: Path, *, keep: int, say: Callable[[str], None]) -> int:
         if done:
             checkpoints.remove()
         else:
+            checkpoints.remove_set_aside()
             checkpoints.remove_all_but(keep)
         return before - sum(_sizes(folder))
 
@@ -163,8 +165,13 @@ def _last_lines(log: Path) -> dict[str, dict[str, Any]]:
 def _sizes(folder: Path) -> Iterator[int]:
     """Of every file of a run, links not followed."""
     for at, folders, files in os.walk(folder):
-        if Path(at) != folder and "run.json" in files:
+        if Path(at) != folder and _is_run(files):
             folders.clear()
             continue
         for name in files:
-            yield (Path(at) / name).lstat().st_size
+            with contextlib.suppress(FileNotFoundError):  # somebody works there
+                yield (Path(at) / name).lstat().st_size
+
+
+def _is_run(files: Collection[str]) -> bool:
+    return "run.json" in files and "config.yaml" in files

@@ -7,6 +7,7 @@ handed on as things stand, file by file.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import shutil
 import time
@@ -22,7 +23,8 @@ from minillm.config import CheckpointsConfig
 from minillm.disk import Sink
 from minillm.engines import Student
 from minillm.errors import CheckpointError, SaveFailed
-from minillm.moments import Boundary, Moment, Progressed
+from minillm.inside import inside
+from minillm.moments import Boundary, Moment, Progressed, never
 from minillm.publish import weights_sha256
 from minillm.ranks import Ranks
 from minillm.state import State, States, from_json, to_json
@@ -71,7 +73,7 @@ class Resumed:
     behind: Behind
     log_bytes: int
     """Length of metrics.jsonl then."""
-    texts: Mapping[str, str]
+    others: Mapping[str, bytes]
     """Files of the best student that are neither weights nor JSON."""
     states: States
 
@@ -109,9 +111,10 @@ class Resumed:
         with replaced_folder(into) as folder:
             for name in self.checkpoint.manifest.files:
                 if name.startswith(BEST):
-                    shutil.copyfile(self.checkpoint.file(name), folder / name.removeprefix(BEST))
-            for name, text in self.texts.items():
-                (folder / name).write_text(text, encoding="utf-8")
+                    target = inside(folder, name.removeprefix(BEST), source=self.checkpoint.path / RUN)
+                    shutil.copyfile(self.checkpoint.file(name), target)
+            for name, content in self.others.items():
+                inside(folder, name, source=self.checkpoint.path / RUN).write_bytes(content)
         return True
 
 
@@ -126,11 +129,16 @@ def read(checkpoint: Checkpoint, *, rank: int) -> Resumed:
                 from_json(checkpoint.file(name).read_text(encoding="utf-8")),
                 _tensors(checkpoint, name.replace(".json", ".safetensors")),
             )
-        return Resumed(
+        found = Resumed(
             checkpoint=checkpoint, stage=checkpoint.manifest.stage, behind=Behind(**record["behind"]),
-            log_bytes=record["log_bytes"], texts=record["texts"], states=States(shared, own),
+            log_bytes=int(record["log_bytes"]), states=States(shared, own),
+            others={name: base64.b64decode(content, validate=True) for name, content in record["others"].items()},
         )  # fmt: skip
-    except (KeyError, TypeError, ValueError) as error:
+        for name in found.others:
+            inside(checkpoint.path, name, source=checkpoint.path / RUN)
+        assert found.progressed.step >= 0 and found.updates >= 0
+        return found
+    except (AssertionError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise CheckpointError(f"{checkpoint.path / RUN}: not the state of a run ({error!r})\n  {REMEDY}") from error
 
 
@@ -139,7 +147,10 @@ def needs_its_ranks(ranks: int) -> Callable[[Manifest], str]:
 
     def refuse(manifest: Manifest) -> str:
         if manifest.fingerprints.get("inside") and manifest.ranks != ranks:
-            return f"saved inside a step on {manifest.ranks} ranks, and of no use to {ranks}"
+            return (
+                f"saved inside a step on {manifest.ranks} ranks, and of no use to {ranks}\n"
+                f"  start {manifest.ranks} ranks, go back to an older one (--resume FOLDER), or start over (--fresh)"
+            )
         return ""
 
     return refuse
@@ -231,15 +242,15 @@ class Saver:
             files[f"{own}.safetensors"] = lambda sink: write_tensors(sink, states.own.tensors)
         if not self._ranks.first:
             return files
-        texts = {}
+        others = {}
         if states.shared.part("progress").record["published"]:
             for file in sorted(path for path in into.iterdir() if path.is_file()):
                 if file.name.endswith(SUFFIXES):
                     files[BEST + file.name] = _copy(file)
                 else:
-                    texts[file.name] = file.read_text(encoding="utf-8")
+                    others[file.name] = base64.b64encode(file.read_bytes()).decode()
         record = {
-            "behind": dataclasses.asdict(behind), "log_bytes": self._folder.log_length(), "texts": texts,
+            "behind": dataclasses.asdict(behind), "log_bytes": self._folder.log_length(), "others": others,
             "shared": states.shared.record,
         }  # fmt: skip
         files[RUN] = _text(to_json(record))
@@ -251,7 +262,8 @@ class Saver:
 class Keeping:
     """How a stage is saved, and where it goes on if it was begun before."""
 
-    saver: Saver
+    saver: Saver | None
+    """None saves nothing."""
     behind: Behind
     resumed: Resumed | None
     """Of this stage."""
@@ -260,7 +272,8 @@ class Keeping:
 
     def restore(self, student: Student, *, into: Path) -> States | None:
         """Puts the student, and the one that was handed on, where they stood; what the loop is to begin with."""
-        student.state_files()  # an engine that cannot be saved is found before it has worked for hours
+        if self.saver is not None:
+            student.state_files()  # an engine that cannot be saved is found before it has worked for hours
         if self.resumed is None:
             return None
         differs = student.restore(self.resumed.checkpoint)
@@ -269,6 +282,10 @@ class Keeping:
             self.say(f"note: {what}; text and order stay the same, sums may differ in their last bits")
         self.ranks.of_first(lambda: self.resumed is not None and self.resumed.restore_best(into))
         return self.resumed.states
+
+    def boundary(self, stage: str, student: Student, *, into: Path) -> Boundary:
+        """What the stage's loop is to call after every update."""
+        return never if self.saver is None else self.saver.at(stage, student, into=into, behind=self.behind)
 
 
 def _text(content: str) -> Write:

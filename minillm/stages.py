@@ -65,7 +65,7 @@ def run_stage(
         boundary: Boundary = never
         if keeping is not None:
             begin = keeping.restore(student, into=into)
-            boundary = keeping.saver.at(stage.name, student, into=into, behind=keeping.behind)
+            boundary = keeping.boundary(stage.name, student, into=into)
         objective = _objective(
             config, stage, pair=pair, prompts=prompts, teacher=teacher, ranks=ranks, corpus=corpus, cache=cache
         )

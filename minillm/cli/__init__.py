@@ -26,7 +26,7 @@ from minillm.bench import (  # noqa: F401 (each adds its benchmarks)
 )
 from minillm.bench.options import app as bench_app
 from minillm.cli import builtin, comparisons, kept, launching, runs
-from minillm.errors import MinillmError, visible
+from minillm.errors import MinillmError, Stopped, visible
 from minillm.lost import as_rank_lost, leave
 
 FIRST_RANK_SPEAKS_S = 10.0
@@ -126,6 +126,10 @@ def _guarded(command: Callable[..., object]) -> int:
     """Runs a command; its exit code, with an error of the user's told in a few lines."""
     try:
         result = command(standalone_mode=False)
+    except Stopped as error:  # all ranks have it, and the time to end in may be short
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
     except MinillmError as error:
         _tell(f"{type(error).__name__}: {error}")
         return error.exit_code

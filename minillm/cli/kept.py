@@ -67,14 +67,14 @@ def _asked(words: list[str]) -> tuple[str, Path]:
 
 
 def _clean(found: list[Path], *, root: Path, keep: int) -> None:
-    from minillm.errors import RunInUse
+    from minillm.errors import MinillmError
     from minillm.run_listing import clean
 
     freed = 0
     for path in found:
         try:
             here = clean(path, keep=keep, say=print)
-        except RunInUse as error:
+        except MinillmError as error:  # somebody works there, or it is broken: the others are cleaned nevertheless
             print(f"left alone: {str(error).splitlines()[0]}")
             continue
         freed += here

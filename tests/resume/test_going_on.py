@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -18,12 +19,14 @@ from typer.testing import CliRunner
 
 from minillm import exits
 from minillm.api import distill
+from minillm.checkpoint_manifest import MANIFEST, FileEntry, manifest_text, read_manifest
 from minillm.checkpoints import Checkpoints
 from minillm.config import RunConfig
 from minillm.disk import RealDisk
 from minillm.engines import Student
 from minillm.errors import CheckpointError, ConfigError, NonFinite, RunExists, RunInUse, SaveFailed, Stopped
 from minillm.publish import weights_sha256
+from minillm.run_listing import describe
 from minillm.stops import Stops
 from minillm.updates import Sums
 from tests import tiny
@@ -181,6 +184,99 @@ def test_changed_settings_are_told_refused_or_accepted(
     told = capfd.readouterr().out
     assert "stages.0.steps was 3, is 4; this is no longer the unbroken run" in told and "checkpoints.keep was 2" in told
     assert [line["step"] for line in log(folder) if line["kind"] == "train"] == [1, 2, 3, 4, 1, 2, 3]
+
+
+def test_changes_that_would_do_nothing_or_never_end_are_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = config(place, "x").stages
+    stopped(config(place, "idle"), monkeypatch, after=5)
+    longer = config(place, "idle", stages=(one.model_copy(update={"steps": 9}), two))
+    with pytest.raises(RunExists, match=r"stages.0.steps was 3, is 9, but stage one is over: it would change nothing"):
+        distill(longer, accept_changes=["stages.0.steps"])
+    shorter = config(place, "idle", stages=(one, two.model_copy(update={"steps": 2, "validate_every": 1})))
+    with pytest.raises(RunExists, match=r"is 2, but 2 steps of two are done"):
+        distill(shorter, accept_changes=["stages.1.steps", "stages.1.validate_every"])
+    other = config(place, "idle", stages=(one, two.model_copy(update={"name": "three"})))
+    with pytest.raises(RunExists, match=r"another run: stages.1.name was 'two'"):
+        distill(other, accept_changes=["stages.1.name"])
+    more = config(place, "idle", stages=(one, two, two.model_copy(update={"name": "three"})))
+    distill(more, accept_changes=["stages"])
+    trained = [line["stage"] for line in log(place / "runs/idle") if line["kind"] == "train"]
+    assert trained == ["one"] * 3 + ["two"] * 3 + ["three"] * 3
+
+
+def test_a_run_that_no_longer_saves_goes_on_all_the_same(
+    place: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = stopped(config(place, "unsaving"), monkeypatch, after=2)
+    distill(config(place, "unsaving", checkpoints=None))
+    assert log(folder) == log(unbroken)
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_thrown_away(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(place, "broken")
+    folder = stopped(settings, monkeypatch, after=2)
+    for file in (folder / "checkpoints").glob("*/run.json"):
+        file.write_bytes(file.read_bytes()[:-1])
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    with pytest.raises(CheckpointError, match=r"none of 2 checkpoints can be used.*\n.*--fresh"):
+        distill(settings)
+    assert {path: path.read_bytes() for path in before} == before
+    distill(settings, fresh=True)
+
+
+def test_runs_counts_what_checkpoints_take(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = stopped(config(place, "counted"), monkeypatch, after=2)
+    saved = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
+    assert describe(folder, root=folder).bytes > saved > 0
+
+
+@pytest.mark.parametrize("name", ["../outside.md", "/tmp/outside.md", "..", "a/b"])
+def test_a_checkpoint_writes_nothing_outside_its_student(
+    name: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever made the folder made its hashes too."""
+    settings = config(place, "hostile")
+    folder = stopped(settings, monkeypatch, after=2, fresh=True)
+    shutil.rmtree(folder / "stages/one/student")  # so that it is put back
+    for at in (folder / "checkpoints").iterdir():
+        change_run(at, lambda record: record["others"].update({name: "bWluZQ=="}))
+    before = sorted(folder.parent.rglob("*"))
+    with pytest.raises(CheckpointError, match="names '"):
+        distill(settings)
+    assert sorted(folder.parent.rglob("*")) == before
+
+
+def test_control_an_honest_file_is_put_back(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(place, "honest")
+    folder = stopped(settings, monkeypatch, after=2)
+    shutil.rmtree(folder / "stages/one/student")
+    for at in (folder / "checkpoints").iterdir():
+        change_run(at, lambda record: record["others"].update({"NOTES.md": "bWluZQ=="}))
+
+    def never(self: Student, losses: Any) -> Any:
+        raise NonFinite("before a better student takes the folder's place")
+
+    monkeypatch.setattr(Student, "update", never)
+    with pytest.raises(NonFinite):
+        distill(settings)
+    assert (folder / "stages/one/student/NOTES.md").read_text(encoding="utf-8") == "mine"
+
+
+def change_run(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Another run.json, with hashes that fit."""
+    file = checkpoint / "run.json"
+    record = json.loads(file.read_text(encoding="utf-8"))
+    change(record)
+    file.write_text(json.dumps(record), encoding="utf-8")
+    manifest = read_manifest(checkpoint)
+    entry = FileEntry(bytes=file.stat().st_size, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+    manifest = manifest.model_copy(update={"files": {**manifest.files, "run.json": entry}})
+    (checkpoint / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
+
+
+def test_what_is_no_way_to_resume_is_told(place: Path) -> None:
+    with pytest.raises(ConfigError, match=r"wanted 'auto', True or the pathlib.Path"):
+        distill(config(place, "odd"), resume="runs/odd/checkpoints/step-00000001")  # type: ignore[arg-type]
 
 
 def test_other_data_is_another_run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

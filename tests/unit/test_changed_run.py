@@ -42,7 +42,7 @@ NOTHING = {
 LAST_BITS = {"threads", "engine.student", "stages.micro_batch", "stages.micro_tokens"}
 ANOTHER = {
     "seed", "student", "teacher", "stages.kind", "stages.name", "stages.keep.metric", "stages.keep.mode",
-    "stages.optimiser.name", "stages.teacher_cache",
+    "stages.optimiser.name", "stages.teacher_cache", "stages.student_share", "stages.replay",
     *(path for path in EVERY if path.startswith("data.") and not path.startswith("data.test")),
 }  # fmt: skip
 
@@ -113,6 +113,14 @@ def test_a_stage_more_is_one_change() -> None:
     stages = (*config.stages, config.stages[0].model_copy(update={"name": "more"}))
     (change,) = changes(config, config.model_copy(update={"stages": stages}))
     assert change.path == "stages" and change.effect is Effect.TRAINING
+    assert change.now == [*change.before, "more"]
+
+
+def test_a_stage_less_is_another_run() -> None:
+    config = load_config(RECIPE)
+    longer = config.model_copy(update={"stages": (*config.stages, config.stages[0].model_copy(update={"name": "b"}))})
+    (change,) = changes(longer, config)
+    assert change.path == f"stages.{len(config.stages)}.name" and change.effect is Effect.ANOTHER_RUN
 
 
 def test_accepting_what_has_not_changed_is_a_slip() -> None:
