@@ -14,7 +14,7 @@ from minillm.cards import may_differ
 from minillm.checkpoints import Checkpoints, Resume
 from minillm.config import RunConfig, Stage, dump_config
 from minillm.engines import Student, Teacher
-from minillm.errors import ConfigError, DataError, RunExists, Stopped, visible
+from minillm.errors import DataError, RunExists, Stopped, visible
 from minillm.evaluation import Record, validator
 from minillm.evaluation_sets import evaluate_sets, forget_unfinished, read_sets, shared_words, stored_index, unanswered
 from minillm.generation import generate
@@ -34,7 +34,7 @@ from minillm.report import build_report, combine, write_reports
 from minillm.report_files import sets_in
 from minillm.report_sets import by_set
 from minillm.results import judge_of, stored_results, versions
-from minillm.resuming import checkpoints_of, fingerprints, take_up, taken, told, told_as_ended
+from minillm.resuming import checkpoints_of, fingerprints, require_resume, take_up, taken, told, told_as_ended
 from minillm.run_splits import evaluated_sets, read_splits
 from minillm.saving import Behind, Keeping, Resumed, Saver
 from minillm.stages import Start, check_rows, idle_words, load_teacher, run_stage, unbiased_words
@@ -61,8 +61,7 @@ def distill(
     Errors are those of ``minillm.errors``, and anything wrong with files or settings is found before any model is
     loaded.
     """
-    if resume not in ("auto", True) and not isinstance(resume, Path):
-        raise ConfigError(f"resume: got {resume!r}, wanted 'auto', True or the pathlib.Path of a checkpoint")
+    require_resume(resume)
     require_packages(config.trackers)
     pair = check_pair(config)
     splits = read_splits(config, pair)
@@ -75,11 +74,12 @@ def distill(
     made_from = _made_from(config, pair, splits, anchor, caches)
     say = partial(_say, ranks)
     with taken(folder, config, ranks=ranks, fresh=fresh) as standing:
+        checkpoints = checkpoints_of(folder, config, ranks=ranks, say=say)
         if standing == "done":
             _require_made_from(folder, made_from)
+            checkpoints.remove()  # of a run that was killed between its last two acts
             say(f"{folder.path}: done already; --fresh starts over")
             return folder.path
-        checkpoints = checkpoints_of(folder, config, ranks=ranks, say=say)
         resumed = take_up(
             folder, config, checkpoints, standing=standing, resume=None if fresh else resume,
             accepted=accept_changes, made_from=made_from, ranks=ranks, say=say,

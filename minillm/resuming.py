@@ -24,6 +24,12 @@ from minillm.yaml_reader import read_yaml
 Say = Callable[[str], None]
 
 
+def require_resume(resume: object) -> None:
+    """``ConfigError`` for what is no ``Resume``: another value would be taken for one of them."""
+    if resume != "auto" and resume is not True and not isinstance(resume, Path):
+        raise ConfigError(f"resume: got {resume!r}, wanted 'auto', True or the pathlib.Path of a checkpoint")
+
+
 @contextlib.contextmanager
 def taken(folder: RunFolder, config: RunConfig, *, ranks: Ranks, fresh: bool) -> Iterator[Standing]:
     """Nobody else works in the folder for the time of the block; what it holds for this configuration.

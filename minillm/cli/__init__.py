@@ -10,6 +10,7 @@ In help texts, ``\\b`` keeps a paragraph's lines as they are, so that an example
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from minillm.bench.options import app as bench_app
 from minillm.cli import builtin, comparisons, kept, launching, runs
 from minillm.errors import MinillmError, Stopped, visible
 from minillm.lost import as_rank_lost, leave
+from minillm.stops import SIGNALS
 
 FIRST_RANK_SPEAKS_S = 10.0
 """How long the other ranks leave rank 0 to tell an error that all of them have; the launcher ends them once it did."""
@@ -127,6 +129,8 @@ def _guarded(command: Callable[..., object]) -> int:
     try:
         result = command(standalone_mode=False)
     except Stopped as error:  # all ranks have it, and the time to end in may be short
+        for number in SIGNALS:  # it is saved: a signal more must not take the place of the code that says so
+            signal.signal(number, signal.SIG_IGN)
         if os.environ.get("RANK", "0") == "0":
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return error.exit_code

@@ -27,7 +27,7 @@ from minillm.engines import Student
 from minillm.errors import CheckpointError, ConfigError, NonFinite, RunExists, RunInUse, SaveFailed, Stopped
 from minillm.publish import weights_sha256
 from minillm.run_listing import describe
-from minillm.stops import Stops
+from minillm.stops import SIGNALS, Stops
 from minillm.updates import Sums
 from tests import tiny
 from tests.unit.test_runs import HOLDER
@@ -109,6 +109,16 @@ def test_a_run_stopped_after_any_update_goes_on_by_the_same_command(
     assert weights_sha256(folder / "stages/one/student") == weights_sha256(unbroken / "stages/one/student")
     assert state(folder)["state"] == "done" and state(folder)["reason"] is None
     assert not (folder / "checkpoints").exists(), "a run that is done needs none"
+
+
+def test_a_run_killed_after_its_end_leaves_no_checkpoints(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(place, "ended")
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "remove", lambda self: None)
+        folder = distill(settings)
+    assert steps(folder) == ["step-00000005", "step-00000006"]
+    distill(settings)
+    assert not (folder / "checkpoints").exists()
 
 
 def test_where_there_is_nothing_to_go_on_from(place: Path, tmp_path: Path) -> None:
@@ -411,7 +421,11 @@ def test_the_command_line_ends_with_its_code_and_takes_the_options(
     with monkeypatch.context() as patch:
         patch.setattr(Stops, "agreed", lambda self, ranks: "SIGTERM")
         patch.setattr(sys, "argv", ["minillm", "distill", "--config", str(recipe)])
+        before = [signal.getsignal(number) for number in SIGNALS]
         assert cli._guarded(cli.app) == exits.STOPPED
+        assert all(signal.getsignal(number) is signal.SIG_IGN for number in SIGNALS), "it is saved, whatever comes"
+        for number, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(number, handler)
     changed = ["distill", "--config", str(recipe), "stages.0.optimiser.lr=0.5"]
     with pytest.raises(RunExists):
         CliRunner().invoke(cli.app, changed, catch_exceptions=False)

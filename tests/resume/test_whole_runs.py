@@ -44,7 +44,7 @@ def test_killed_and_stopped_runs_end_as_the_unbroken_one(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_a_hundred_kills_at_random_points(tmp_path: Path) -> None:
-    plans = [f"SIGKILL:{seed}:120" for seed in range(4)] + ["SIGTERM:9:60"]
+    plans = [f"SIGKILL:{seed}:300" for seed in range(10)] + ["SIGTERM:10:300", "SIGTERM:11:300"]
     whole, *broken = lives(tmp_path, "whole", *plans, limit_s=3000)
     for life in broken:
         assert [name for name in SAME if life[name] != whole[name]] == [], life["codes"]
