@@ -54,8 +54,7 @@ def distill(
 
     Works for a single process and for every rank of a launcher alike. A run that is done already is left as it is;
     one that was interrupted goes on from its newest checkpoint that is whole, bit for bit as if nothing had happened
-    on the same number of ranks (``resume``: ``"auto"`` starts over where there is none, True does not, a path names
-    one). Settings that change training are refused then, unless their paths are in ``accept_changes``. ``fresh``
+    on the same number of ranks (``resume``: ``"auto"`` begins where there is none, True does not, a path names one). Settings that change training are refused then, unless their paths are in ``accept_changes``. ``fresh``
     starts over. SIGTERM and SIGINT save after the present update and raise ``Stopped``.
 
     Errors are those of ``minillm.errors``, and anything wrong with files or settings is found before any model is
@@ -173,7 +172,7 @@ def _train(run: _Run, checkpoints: Checkpoints, resumed: Resumed | None, *, fing
         for stage in config.stages:
             into = run.into(stage)
             if resumed is not None and resumed.stage == stage.name and resumed.over:
-                ranks.of_first(lambda into=into: resumed.restore_best(into))  # type: ignore[misc]
+                resumed.restore_best(into, ranks=ranks, say=partial(_say, ranks))
                 behind.add(stage.name, resumed.progressed, updates=resumed.updates)
             elif stage.name not in behind.stages:
                 own = resumed if resumed is not None and resumed.stage == stage.name else None

@@ -121,7 +121,7 @@ class Checkpoints:
                 with contextlib.suppress(OSError):  # the first error says more; what is left, ``clean`` removes
                     remove_tree(self._disk, staging)
             raise
-        self._remove_old(self._keep)
+        self.remove_all_but(self._keep)
         return Checkpoint(target, manifest)
 
     def steps(self) -> list[int]:
@@ -132,8 +132,9 @@ class Checkpoints:
     def choose(self, resume: Resume, *, refuse: Callable[[Manifest], str] = lambda manifest: "") -> Checkpoint | None:
         """What to resume from, every byte of it read and found as it was written.
 
-        ``"auto"`` and ``True`` take the newest that verifies, and say of each newer one which file is wrong. Where none
-        does, ``"auto"`` says so and gives None; ``True`` and a path that does not verify raise ``CheckpointError``.
+        ``"auto"`` and ``True`` take the newest that verifies, and say of each newer one which file is wrong. Where there
+        is none, ``"auto"`` says so and gives None. ``CheckpointError`` for ``True`` then, for a path that does not
+        verify, and where there are some and none verifies: starting over would throw away what may be mended.
         ``refuse`` says why one that verifies is of no use, "" where it is. The newest that verifies is then an error as
         well: going on from an older one would give up what it has.
         """
@@ -153,7 +154,7 @@ class Checkpoints:
                 raise CheckpointError(f"{found.path}: {reason}")
             return found
         what = f"{self.root}: {f'none of {len(steps):,} checkpoints can be used' if steps else 'no checkpoint'}"
-        if resume is True:
+        if steps or resume is True:
             raise CheckpointError(
                 f"{what}, wanted one to resume from\n  mend or put back what is named, or start over with --fresh"
             )
@@ -274,10 +275,6 @@ class Checkpoints:
             self._disk.sync_folder(self.root)
         fault.point("checkpoint.published", target.name)
 
-    def remove_all_but(self, keep: int) -> None:
-        """Removes all but the ``keep`` newest, and never one of the newest two that verify."""
-        self._remove_old(keep)
-
     def remove_set_aside(self) -> None:
         """Removes those that a run which went back has set aside."""
 
@@ -299,8 +296,9 @@ class Checkpoints:
 
         self._ranks.of_first(remove)
 
-    def _remove_old(self, keep: int) -> None:
-        """Removes all but the newest, never one of the newest that verify: those are read again before."""
+    def remove_all_but(self, keep: int) -> None:
+        """Removes all but the ``keep`` newest, and never one of the newest two that verify: those are read again
+        before."""
         newest = [self.root / folder_name(step) for step in self.steps()]
         old, whole = newest[keep:], 0
         while old and whole < SPARED and newest:

@@ -127,10 +127,6 @@ def _chosen(checkpoints: Checkpoints, resume: Resume, *, ranks: Ranks) -> Checkp
             f"{resume}: wanted a checkpoint of this run, in {checkpoints.root}\n"
             "  name one of them ('minillm runs verify' lists them), or copy the whole folder of the other run"
         )
-    if resume == "auto":
-        if not checkpoints.steps():
-            return None
-        resume = True  # where there are some, and none can be used, starting over would throw them away
     return checkpoints.choose(resume, refuse=needs_its_ranks(ranks.size))
 
 

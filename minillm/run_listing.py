@@ -70,9 +70,8 @@ def find_runs(root: Path) -> list[Path]:
     return found
 
 
-def describe(folder: Path, *, root: Path, check: Callable[[Path], str] | None = None) -> RunInfo:
-    """How a run stands. ``check`` says why a checkpoint is not whole, "" where it is; by default by every byte."""
-    check = fault_of if check is None else check
+def describe(folder: Path, *, root: Path) -> RunInfo:
+    """How a run stands; every byte of its checkpoints is read for it."""
     name = str(folder.relative_to(root)) if folder != root else folder.name
     works, status = owner(folder), dict[str, Any]()
     state: State
@@ -86,7 +85,7 @@ def describe(folder: Path, *, root: Path, check: Callable[[Path], str] | None = 
     return RunInfo(
         path=folder, name=name, state=state, owner=works, at=_at(folder, last.get("train", {})),
         best=_best(status, last.get("validation", {})),
-        checkpoints=tuple(Kept(path=path, fault=check(path)) for path in kept),
+        checkpoints=tuple(Kept(path=path, fault=fault_of(path)) for path in kept),
         bytes=sum(_sizes(folder)), reason=str(status.get("reason") or ""),
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 Beside the engine's files (``engine_files``): run.json, what every rank knows alike; shared.safetensors, its tensors;
 own-rank00000.json and .safetensors, what one rank has of a step that is under way; best-…, the student that is to be
-handed on as things stand, file by file.
+handed on as things stand, file by file (what is neither weights nor JSON stands in run.json).
 """
 
 from __future__ import annotations
@@ -45,19 +45,16 @@ class Behind:
     seconds: dict[str, float] = field(default_factory=dict)
     stages: dict[str, Any] = field(default_factory=dict)
     """Of each what its loop knew at the end, in order."""
-    students: dict[str, str] = field(default_factory=dict)
-    """Of each ``weights_sha256`` of the student that it handed on."""
 
     def add(self, stage: str, done: Progressed, *, updates: int) -> None:
         """One more is over."""
         self.updates += updates
         self.seconds[stage] = round(done.seconds, 2)
         self.stages[stage] = dataclasses.asdict(done)
-        self.students[stage] = done.published
 
     def require_student(self, stage: str, folder: Path) -> None:
         """``CheckpointError`` unless the student that a stage handed on stands there as it was."""
-        if weights_sha256(folder) != self.students[stage]:
+        if weights_sha256(folder) != self.stages[stage]["published"]:
             raise CheckpointError(
                 f"{folder}: not the student that stage {stage} handed on, and the checkpoint is of a later one\n"
                 "  put the folder back as the run left it, or start over with --fresh"
@@ -99,15 +96,18 @@ class Resumed:
         """What the checkpoint takes of the disk."""
         return sum(entry.bytes for entry in self.checkpoint.manifest.files.values())
 
-    def restore_best(self, into: Path) -> bool:
-        """Puts the student that was best then where it stood, unless it stands there still; whether it had to.
+    def restore_best(self, into: Path, *, ranks: Ranks, say: Callable[[str], None]) -> None:
+        """Puts the student that was best then where it stood, unless it stands there still.
 
         A run that broke off may have published a better one after its last save, of which the run that goes on knows
-        nothing. For the rank that writes.
+        nothing.
         """
-        wanted = self.progressed.published
-        if not wanted or weights_sha256(into) == wanted:
-            return False
+        best = self.progressed.published
+        if best and ranks.of_first(lambda: weights_sha256(into)) != best:
+            say(f"note: {into} is put back as it was at step {self.progressed.step:,}")
+            ranks.of_first(lambda: self._write_best(into))
+
+    def _write_best(self, into: Path) -> None:
         with replaced_folder(into) as folder:
             for name in self.checkpoint.manifest.files:
                 if name.startswith(BEST):
@@ -115,7 +115,6 @@ class Resumed:
                     shutil.copyfile(self.checkpoint.file(name), target)
             for name, content in self.others.items():
                 inside(folder, name, source=self.checkpoint.path / RUN).write_bytes(content)
-        return True
 
 
 def read(checkpoint: Checkpoint, *, rank: int) -> Resumed:
@@ -223,7 +222,6 @@ class Saver:
         """``SaveFailed`` where the disk has less room than the last save took: nothing is begun that cannot end."""
 
         def look() -> None:
-            self._folder.path.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self._folder.path).free
             if free < self._bytes:
                 raise SaveFailed(
@@ -280,7 +278,7 @@ class Keeping:
         if differs:
             what = ", ".join(differs)
             self.say(f"note: {what}; text and order stay the same, sums may differ in their last bits")
-        self.ranks.of_first(lambda: self.resumed is not None and self.resumed.restore_best(into))
+        self.resumed.restore_best(into, ranks=self.ranks, say=self.say)
         return self.resumed.states
 
     def boundary(self, stage: str, student: Student, *, into: Path) -> Boundary:

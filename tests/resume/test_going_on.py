@@ -145,7 +145,7 @@ def test_a_run_goes_back_to_an_older_checkpoint(
 
 
 def test_a_better_student_published_after_the_last_save_is_taken_back(
-    place: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: Out
 ) -> None:
     """Killed between publishing and saving; with other ranks the run that goes on might not publish it again."""
     settings = config(place, "published")
@@ -161,8 +161,9 @@ def test_a_better_student_published_after_the_last_save_is_taken_back(
         return update(self, losses)
 
     monkeypatch.setattr(Student, "update", looking)
+    capfd.readouterr()
     distill(settings)
-    assert seen[0] == before
+    assert seen[0] == before and "stages/one/student is put back as it was at step 2" in capfd.readouterr().out
 
 
 def test_a_student_of_a_stage_that_is_over_must_be_there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
