@@ -52,10 +52,11 @@ def distill(
 ) -> Path:
     """Runs all stages of a configuration and its final evaluation; the run's folder.
 
-    Works for a single process and for every rank of a launcher alike. A run that is done already is left as it is;
-    one that was interrupted goes on from its newest checkpoint that is whole, bit for bit as if nothing had happened
-    on the same number of ranks (``resume``: ``"auto"`` begins where there is none, True does not, a path names one). Settings that change training are refused then, unless their paths are in ``accept_changes``. ``fresh``
-    starts over. SIGTERM and SIGINT save after the present update and raise ``Stopped``.
+    Works for a single process and for every rank of a launcher alike. A run that is done already is left as it is; one
+    that was interrupted goes on from its newest checkpoint that is whole, bit for bit as if nothing had happened on the
+    same number of ranks (``resume``: ``"auto"`` begins where there is none, True does not, a path names one). Settings
+    that change training are refused then, unless their paths are in ``accept_changes``. ``fresh`` starts over. SIGTERM
+    and SIGINT save after the present update and raise ``Stopped``.
 
     Errors are those of ``minillm.errors``, and anything wrong with files or settings is found before any model is
     loaded.

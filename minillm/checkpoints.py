@@ -132,9 +132,9 @@ class Checkpoints:
     def choose(self, resume: Resume, *, refuse: Callable[[Manifest], str] = lambda manifest: "") -> Checkpoint | None:
         """What to resume from, every byte of it read and found as it was written.
 
-        ``"auto"`` and ``True`` take the newest that verifies, and say of each newer one which file is wrong. Where there
-        is none, ``"auto"`` says so and gives None. ``CheckpointError`` for ``True`` then, for a path that does not
-        verify, and where there are some and none verifies: starting over would throw away what may be mended.
+        ``"auto"`` and ``True`` take the newest that verifies, and say of each newer one which file is wrong. Where
+        there is none, ``"auto"`` says so and gives None. ``CheckpointError`` for ``True`` then, for a path that does
+        not verify, and where there are some and none verifies: starting over would throw away what may be mended.
         ``refuse`` says why one that verifies is of no use, "" where it is. The newest that verifies is then an error as
         well: going on from an older one would give up what it has.
         """
