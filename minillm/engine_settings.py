@@ -76,6 +76,11 @@ def _check_zero(section: Any, *, file: str) -> None:
         if first["type"] == "extra_forbidden":
             raise ConfigError(f"{file}: {at}: no setting of this name in DeepSpeed{near}") from error
         raise ConfigError(f"{file}: {at}: got {first['input']!r}: {first['msg'].lower()}") from error
+    if not zero.compute_grad_norm:
+        raise UnsupportedCombination(
+            f"{file}: zero_optimization.compute_grad_norm: false: a gradient that is not finite would be stepped on, "
+            "unseen; take it out"
+        )
     for part in ("offload_optimizer", "offload_param"):
         if (device := getattr(getattr(zero, part), "device", "none")) != "none":
             raise UnsupportedCombination(

@@ -106,7 +106,8 @@ class Student:
         Each callable runs one forward and returns its share of the step's loss, already divided by *global*
         denominators; all ranks must pass the same number. Raises ``NonFinite`` on every rank if a loss is not finite,
         before the step, or the gradient is not: at stage 0 before the step too, above it once the engine, which alone
-        knows the norm, has passed the step over.
+        knows the norm, has passed the step over. Weights, moments and counts are then what they were, bit for bit; what
+        was to be a gradient may be left, so the student is not to be updated again.
         """
         total = 0.0
         if self._dropout:  # like every other draw, keyed: neither a restart nor what ran before changes a mask
@@ -132,6 +133,7 @@ class Student:
             self._engine.step()
         norm = float(self._engine.get_global_grad_norm()) if norm is None else norm
         if not math.isfinite(norm):
+            self._tell_monitors()
             raise NonFinite(f"the gradient's norm is {norm} at update {self.updates_done}; no update was made from it")
         self.updates_done += 1
         return total, norm
@@ -172,15 +174,18 @@ class Student:
         """
         saved = restore_engine(checkpoint, layout_of(self._engine), self.ranks)
         self.updates_done = saved.updates_done
-        # What DeepSpeed's own monitors count by.
-        self._engine.global_steps = saved.updates_done
-        self._engine.global_samples = saved.updates_done * self.ranks.size
+        self._tell_monitors()
         pairs = {
             "ranks": (self.ranks.size, checkpoint.manifest.ranks),
             "ZeRO stage": (self.stage, saved.stage),
             "precision": (self._precision, saved.precision),
         }
         return [f"{what} {now}, saved with {then}" for what, (now, then) in pairs.items() if now != then]
+
+    def _tell_monitors(self) -> None:
+        """DeepSpeed's own monitors count by these, steps that were passed over included."""
+        self._engine.global_steps = self.updates_done
+        self._engine.global_samples = self.updates_done * self.ranks.size
 
     def _probe_packing(self) -> None:
         with self.whole():  # without the hooks of ZeRO-3, whose record of the first forward is that of a training step

@@ -1,7 +1,8 @@
 """One rank of the tests of an engine's state: trains, saves and trains on; or restores, in a fresh process, and trains.
 
 ``save CELL`` makes three updates, a checkpoint and three more; ``resume CELL SOURCE`` goes on from the checkpoint of
-``save`` by SOURCE (CELL@RANKS) with three updates. Both leave what they have met in files of the folder.
+``save`` by SOURCE (CELL@RANKS) with three updates. Both leave what they have met in files of the folder. At last
+``save`` poisons updates of the last rank.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from minillm.checkpoints import Checkpoints
 from minillm.config import OptimiserConfig
 from minillm.engine_state import layout_of
 from minillm.engines import Student
+from minillm.errors import NonFinite
 from minillm.loading import inspect, load
 from minillm.ranks import Ranks
 from tests import tiny
@@ -91,23 +94,62 @@ def student(folder: Path, cell: Cell, ranks: Ranks) -> Student:
     )  # fmt: skip
 
 
-def learn(it: Student, update: int) -> tuple[float, float]:
+POISONS = {
+    "gradient nan": (1.0, math.nan),
+    "gradient inf": (1.0, math.inf),
+    "loss inf": (math.inf, 1.0),
+    "loss nan": (math.nan, 1.0),
+}
+"""What the last rank's last micro-batch multiplies: its loss, and the gradient of a loss that stays."""
+
+
+class Poisoned(torch.autograd.Function):
+    """Numbers as they are, whose gradient is another."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, from_above: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return from_above * ctx.factor, None
+
+
+def learn(it: Student, update: int, *, poison: tuple[float, float] = (1.0, 1.0)) -> tuple[float, float]:
     """One update of six rows of letters, in two micro-batches; its loss and norm."""
     draw = torch.Generator().manual_seed(100 + update)
     ids_BL = torch.randint(2, VOCABULARY - 1, (ROWS, COLUMNS), generator=draw)
     mine = ids_BL[it.ranks.rank :: it.ranks.size]
 
-    def loss_of(rows_BL: Tensor) -> Callable[[], Tensor]:
+    def loss_of(rows_BL: Tensor, value: float = 1.0, slope: float = 1.0) -> Callable[[], Tensor]:
         def loss() -> Tensor:
-            return it.loss(
+            return value * it.loss(
                 ids_BL=rows_BL, mask_BL=torch.ones_like(rows_BL, dtype=torch.bool),
                 predict_BL=torch.arange(COLUMNS).expand_as(rows_BL) > 1, wanted=("logq",),
-                loss=lambda numbers, _: -numbers["logq"].sum() / (ROWS * (COLUMNS - 2)),
+                loss=lambda numbers, _: -Poisoned.apply(numbers["logq"], slope).sum() / (ROWS * (COLUMNS - 2)),
             )[0]  # fmt: skip
 
         return loss
 
-    return it.update([loss_of(part) for part in mine.chunk(2)])
+    losses = [loss_of(part) for part in mine.chunk(2)]
+    if it.ranks.rank == it.ranks.size - 1:
+        losses[-1] = loss_of(mine.chunk(2)[-1], *poison)
+    return it.update(losses)
+
+
+def refused(it: Student) -> dict[str, Any]:
+    """What each poison was answered with, and what it left otherwise than it was."""
+    found = {}
+    for name, poison in POISONS.items():
+        before, words = kept(it), "no error"
+        try:
+            learn(it, it.updates_done, poison=poison)
+        except NonFinite as error:
+            words = str(error)
+        after = kept(it)
+        found[name] = {"words": words, "changed": [key for key, value in before.items() if after[key] != value]}
+    return found
 
 
 def sha256(tensor: Tensor) -> str:
@@ -197,6 +239,8 @@ def work(folder: Path, task: str, ranks: Ranks) -> None:
     (folder / f"{name}.{ranks.rank}.json").write_text(json.dumps(told), encoding="utf-8")
     keep(folder, f"{name}.end", it)
     require_gathered(it)
+    if kind == "save":
+        (folder / f"{name}.refused.{ranks.rank}.json").write_text(json.dumps(refused(it)), encoding="utf-8")
     it.close()
 
 

@@ -3,6 +3,7 @@
 1. The same number of ranks and the same stage: bit for bit, at every stage and precision, in a fresh process.
 2. Another number of ranks or another stage: weights and moments bit for bit, later updates to rounding.
 3. Each part of the state is needed: without it the later updates are others.
+4. An update that is refused for its numbers is none.
 """
 
 from __future__ import annotations
@@ -80,6 +81,17 @@ def test_it_goes_on_bit_for_bit(folder: Path, cell: str, ranks: int) -> None:
         for update, (mine, theirs) in enumerate(zip(again["trace"], never["trace"], strict=True)):
             assert mine == theirs, update
         assert len(never["trace"]) == AFTER + 1 and again == never
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("cell", CELLS)
+def test_numbers_that_are_not_finite_change_no_bit_on_any_rank(folder: Path, cell: str, ranks: int) -> None:
+    """Of losses and of gradients whose loss is finite, on the last rank alone."""
+    for rank in range(ranks):
+        for poison, found in told(folder, f"{cell}@{ranks}.refused", rank).items():
+            what = "loss is" if poison.startswith("loss") else "the gradient's norm is"
+            assert found["words"].startswith(what) and "no update was made" in found["words"], (poison, found)
+            assert found["changed"] == [], poison
 
 
 @pytest.mark.parametrize("cell", CELLS)
