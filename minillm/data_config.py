@@ -15,7 +15,7 @@ from minillm.stage_base import is_component
 
 LEAST_BLOCK = 2
 """Tokens of a block of a corpus: its first is not learnt."""
-NOT_SETS = ("student", "stages", "tensorboard", "checkpoints", "")
+NOT_SETS = ("student", "stages", "tensorboard", "checkpoints", "bad-batches", "")
 """Folders of a run that no set may be called."""
 
 

@@ -20,7 +20,7 @@ from minillm.state import State, States, together
 from minillm.text_mix import FollowedShare, Replay, Source, Written, packed, sources, unpacked
 from minillm.text_stages import DistilStage
 from minillm.types import Decoding, DrawKey, Example, Ids, Prompt, Purpose, Rollout
-from minillm.updates import Update, limits_of
+from minillm.updates import News, Update, limits_of, shown_text
 
 
 class Distil:
@@ -100,6 +100,14 @@ class Distil:
         """The share of the student's own text may follow the validation loss."""
         if self._stage.plan.student_share is None:
             self._followed.hear(measured["loss"])
+
+    def news(self) -> list[News]:
+        """Nothing ever does."""
+        return []
+
+    def shown(self, collected: Sequence[Example]) -> State:
+        """The step's text."""
+        return shown_text(collected)
 
     def state(self) -> State:
         """How much of the text is the student's own by now, and what of it is kept to be learnt from again."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from minillm import exits
 
@@ -86,6 +87,12 @@ class NonFinite(MinillmError, ArithmeticError):
     """A loss, a gradient or a teacher score is not a finite number; no update was made from it."""
 
     exit_code = exits.NON_FINITE
+
+    def __init__(self, words: str, *, rows: Sequence[int] = (), batch: Any = None) -> None:
+        """``rows`` are those of a batch in which it was found; ``batch`` is what a person may want to look at, a
+        ``state.State``."""
+        super().__init__(words)
+        self.rows, self.batch = tuple(rows), batch
 
 
 class Alarmed(MinillmError):

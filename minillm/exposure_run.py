@@ -20,7 +20,8 @@ from minillm.evaluation import Judge, batches_of_rank
 from minillm.exposure import LEAST_ALIVE, LEAST_PROMPTS, Texts, exposure_curve
 from minillm.models import ModelReader
 from minillm.ranks import Ranks
-from minillm.scoring import TeacherView, spread
+from minillm.scored_rows import spread
+from minillm.scoring import TeacherView
 from minillm.sweep import in_batches
 from minillm.types import Decoding, DrawKey, Prompt, PromptBatch, Purpose, Rollout
 from minillm.unfinished import Keeper, Key

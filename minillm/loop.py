@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from minillm import phases
 from minillm.alarms import Alarms, Raised
+from minillm.bad_batches import written_down
 from minillm.engines import Student
 from minillm.errors import Alarmed
 from minillm.moments import Boundary, Progressed, Step, moment_at, never, taken_up
 from minillm.progress import Progress
 from minillm.ranks import Ranks
-from minillm.state import States
+from minillm.state import State, States
 from minillm.store import Clock, RunFolder
 from minillm.updates import Objective, over_updates
 
@@ -67,8 +69,9 @@ def run_steps(
     now = None if begin is None else taken_up(begin, done=done, objective=objective, alarms=alarms)
     bar = Progress(stage, total=steps, shown=ranks.first, before=done.step)
     tell = _Teller(
-        stage=stage, steps=steps, done=done, student=student, folder=folder, bar=bar, clock=Clock(done.seconds)
-    )
+        stage=stage, steps=steps, done=done, student=student, ranks=ranks, folder=folder, bar=bar,
+        clock=Clock(done.seconds),
+    )  # fmt: skip
 
     def ends(now: Step | None) -> bool:
         done.seconds = tell.clock()
@@ -78,8 +81,12 @@ def run_steps(
     try:
         while not done.over:
             phases.enter("rollout")
-            now = now or Step(*objective.collect(done.step, student))  # prompts -> (rollout -> scored -> targets)
-            figures = _learn(now, objective, student, ends=ends)  # targets -> loss -> step
+            if now is None:
+                with tell.bad_batches():
+                    now = Step(*objective.collect(done.step, student))  # prompts -> (rollout -> scored -> targets)
+                tell.news(objective)
+            with tell.bad_batches(lambda step=now: objective.shown(step.collected)):  # type: ignore[misc]
+                figures = _learn(now, objective, student, ends=ends)  # targets -> loss -> step
             if figures is None:
                 break
             now, done.step = None, done.step + 1
@@ -108,6 +115,7 @@ class _Teller:
     steps: int
     done: Progressed
     student: Student
+    ranks: Ranks
     folder: RunFolder
     bar: Progress
     clock: Clock
@@ -124,6 +132,16 @@ class _Teller:
     def say(self, words: str) -> None:
         """A line for a person."""
         self.bar.say(f"{self.stage} {self.done.step}/{self.steps}  {words}")
+
+    def news(self, objective: Objective) -> None:
+        """Logs and says what came up."""
+        for one in objective.news():
+            self.log(one.kind, one.record)
+            self.say(one.words)
+
+    def bad_batches(self, batch: Callable[[], State] | None = None) -> AbstractContextManager[None]:
+        """A batch whose numbers are not finite is written down."""
+        return written_down(self.folder, ranks=self.ranks, place=self.place, batch=batch)
 
 
 def _learn(

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,13 +26,16 @@ from minillm.batches import prompt_batch
 from minillm.config import MinillmStage
 from minillm.decode import roll_out
 from minillm.engines import Student, Teacher
+from minillm.errors import NonFinite
+from minillm.left_out import LeftOut
 from minillm.models import ModelReader
 from minillm.order import GlobalOrder, occurrences, parts, share
 from minillm.policy_loss import clipped_surrogate
 from minillm.practice import Practice, rollout_inputs
 from minillm.ranks import Ranks
 from minillm.references import Lesson, TeacherText, learnt_tokens, likelihood, soft_labels, text_losses
-from minillm.repetition import repetition_rewards
+from minillm.rollout_figures import rollout_figures, text_figures
+from minillm.scored_rows import prompts_of, shown
 from minillm.scoring import HeadWeights, TeacherView, score
 from minillm.state import State, States
 from minillm.types import (
@@ -44,13 +48,11 @@ from minillm.types import (
     PromptBatch,
     Purpose,
     Rollout,
-    Stop,
+    Scored,
     Targets,
 )
-from minillm.updates import Loss, Sums, Update, in_step, limits_of
+from minillm.updates import Loss, News, Sums, Update, in_step, limits_of
 
-_SHOWN_NGRAM = 3
-"""Length of the n-grams, in tokens, whose return the log counts, whatever is rewarded."""
 _TEACHER_ROWS = 64
 """Responses of all ranks, at most, from which the teacher's own level of repetition and length is told."""
 
@@ -67,7 +69,9 @@ class Collected:
     mine: list[int]
     """This rank's rows among those of all ranks."""
     sequences: int
-    """Rows of all ranks."""
+    """Rows of all ranks, those that are gone included."""
+    gone: frozenset[int]
+    """Rows of all ranks that were left out."""
     judged: Targets | None
     """All that is known of the rollout; None in one that was taken up again."""
 
@@ -91,6 +95,7 @@ class Minillm:
         self._stage, self._prompts, self._decoding = stage, prompts, decoding
         self._teacher, self._ids, self._ranks, self._seed = teacher, ids, ranks, seed
         self._order = GlobalOrder(len(prompts), seed, f"{stage.name}/rows")
+        self._left_out = LeftOut(stage, ranks)
         self._constant = stage.expected_length or float(decoding.max_new_tokens)
         self._anchor_order = None
         if stage.lm_coefficient > 0.0:
@@ -110,52 +115,69 @@ class Minillm:
         with student.whole() as reader, self._teacher.head() as head:
             own = [rows[i] for i in mine]
             rollout = self._ranks.together(
-                lambda: self._roll_out(reader, own, step=step, policy_step=student.updates_done)
-            )
+                lambda: self._roll_out(
+                    reader, own, purpose=Purpose.TOKEN, rollout=step, teacher=self._teacher.reader,
+                    teacher_mix=stage.teacher_mix, coin_groups=stage.coin_groups, keep_hidden=True,
+                    policy_step=student.updates_done,
+                )
+            )  # fmt: skip
             phases.enter("scoring")
-            scored = self._ranks.together(
-                lambda: score(rollout, student=reader, teacher_head=head, temperature=self._decoding.temperature)
+            kept = self._ranks.together(
+                lambda: self._left_out.scored(rollout, lambda left: self._scores(left, reader, head))
             )
             level = {}
             if step == 0 and stage.alarms.repetition is not None:
                 level = self._teacher_level([rows[i] for i in mine if i < _TEACHER_ROWS])
-            untempered = None
-            if stage.published.untempered_reward and self._decoding.temperature != 1.0:
-                untempered = self._ranks.together(
-                    lambda: score(rollout, student=reader, teacher_head=head, temperature=1.0)
-                )
-        names = RowNames.of(rollout, prompt=[rows[i][0] for i in mine], row=mine, coin_groups=stage.coin_groups)
+        gone = self._left_out.agreed(kept, mine=mine, uid_B=rollout.prompts.uid_B, sequences=len(rows))
+        mine, (scored, reward_logp_BT) = [mine[row] for row in kept.rows], kept.scores
+        names = RowNames.of(kept.rollout, prompt=[rows[i][0] for i in mine], row=mine, coin_groups=stage.coin_groups)
         targets = targets_of(
             scored, stage, names=names, ranks=self._ranks, longest=self._decoding.max_new_tokens,
-            reward_logp_BT=None if untempered is None else untempered.logp_BT,
+            reward_logp_BT=reward_logp_BT,
         )  # fmt: skip
         collected = Collected(
             practice=Practice.of(targets), anchor=self._anchor(step), step=step, mine=mine, sequences=len(rows),
-            judged=targets,
+            gone=gone, judged=targets,
         )  # fmt: skip
-        return collected, {**self._rollout_figures(targets, len(rows)), **level}
+        return collected, {**rollout_figures(targets, sequences=len(rows) - len(gone), ranks=self._ranks), **level}
 
     def hear(self, measured: Mapping[str, float]) -> None:
         """Validation changes nothing here."""
 
+    def news(self) -> list[News]:
+        """Rows that were left out."""
+        return self._left_out.news()
+
+    def shown(self, collected: Collected) -> State:
+        """This rank's rows, and what is learnt of each token."""
+        practice = collected.practice
+        names = ("logq_BT", "advantage_BT", "importance_BT")
+        return shown(practice.prompts, practice, {name: getattr(practice, name) for name in names})
+
     def state(self) -> State:
-        """Nothing: what a step does is a function of its number and the student's weights."""
-        return State()
+        """How many rows were left out; what else a step does is a function of its number and the student's weights."""
+        return self._left_out.state()
 
     def restore(self, state: State) -> None:
-        """Nothing to take up."""
+        """Takes that up."""
+        self._left_out.restore(state)
 
     def pack(self, collected: Collected) -> States:
         """This rank's rows, as its passes read them; the rest a step has by its number."""
-        return States(State(), collected.practice.state())
+        gone = {"gone": sorted(collected.gone)} if collected.gone else {}
+        return States(State(gone), collected.practice.state())
 
     def unpack(self, states: States, *, step: int) -> Collected:
         """The same rows again; the teacher and the student are not asked."""
         rows, mine = self._rows(step)
-        practice = Practice.from_state(states.own, prompts=self._prompt_batch([rows[i] for i in mine]))
+        gone = frozenset(states.shared.record.get("gone", ()))
+        left = [at for at, row in enumerate(mine) if row not in gone]
+        prompts = prompts_of(self._prompt_batch([rows[row] for row in mine]), left)  # as wide as they were
+        practice, mine = Practice.from_state(states.own, prompts=prompts), [mine[at] for at in left]
         return Collected(
-            practice=practice, anchor=self._anchor(step), step=step, mine=mine, sequences=len(rows), judged=None
-        )
+            practice=practice, anchor=self._anchor(step), step=step, mine=mine, sequences=len(rows), gone=gone,
+            judged=None,
+        )  # fmt: skip
 
     @contextmanager
     def learning(self, collected: Collected, student: Student, *, made: int = 0) -> Iterator[Iterator[Update]]:
@@ -190,9 +212,12 @@ class Minillm:
                 collected.sequences, stage.inner_batches, seed=self._seed, purpose=f"{stage.name}/inner",
                 epoch=collected.step * stage.inner_epochs + epoch,
             )  # fmt: skip
-            for number, part in enumerate(map(set, dealt)):
+            for number, numbers in enumerate(dealt):
                 if epoch * stage.inner_batches + number < made:
                     continue
+                part = {*numbers} - collected.gone
+                if not part:
+                    raise NonFinite("no row is left of an update: all of its rows were left out; none was made")
                 rows = [at for at, row in enumerate(collected.mine) if row in part]
                 cuts = in_step(length_B[rows].tolist(), limits=limits_of(stage), student=student, ranks=self._ranks)
                 anchor = _in_turn(collected.anchor, epoch * stage.inner_batches + number, size=stage.lm_batch)
@@ -237,19 +262,18 @@ class Minillm:
     def _teacher_level(self, rows: Sequence[tuple[int, int]]) -> dict[str, float]:
         """How long the teacher's own responses to some of the first prompts are, and how much they repeat: grammar
         repeats itself too, so the student's repetition says something beside the teacher's only."""
-        batch = self._prompt_batch(rows)
         text = self._ranks.together(
-            lambda: roll_out(
-                batch, student=self._teacher.reader, decoding=self._decoding,
-                key=DrawKey(seed=self._seed, stage=self._stage.name, purpose=Purpose.VALIDATION, rollout=0),
-                eos_ids=self._ids.eos, pad_id=self._ids.pad,
-                anyone=self._ranks.anyone if self._teacher.reader.lockstep else bool,
-            )
-        )  # fmt: skip
-        sums = _text_sums(text)
-        sums.add(rows=len(text.stop_B))
-        figures = _text_figures(sums.over_ranks(self._ranks))
-        return {f"teacher_{name}": value for name, value in figures.items()}
+            lambda: self._roll_out(self._teacher.reader, rows, purpose=Purpose.VALIDATION, rollout=0)
+        )
+        return {f"teacher_{name}": value for name, value in text_figures(text, ranks=self._ranks).items()}
+
+    def _scores(self, rollout: Rollout, reader: ModelReader, head: HeadWeights) -> tuple[Scored, Tensor | None]:
+        """Of a rollout, or a part of it; and what stands in for the teacher's log-probabilities in rewards."""
+        temperature = self._decoding.temperature
+        scored = score(rollout, student=reader, teacher_head=head, temperature=temperature)
+        if not self._stage.published.untempered_reward or temperature == 1.0:
+            return scored, None
+        return scored, score(rollout, student=reader, teacher_head=head, temperature=1.0).logp_BT
 
     def _prompt_batch(self, rows: Sequence[tuple[int, int]]) -> PromptBatch:
         return prompt_batch(
@@ -260,23 +284,25 @@ class Minillm:
         )
 
     def _roll_out(
-        self, reader: ModelReader, rows: Sequence[tuple[int, int]], *, step: int, policy_step: int
+        self, reader: ModelReader, rows: Sequence[tuple[int, int]], *, purpose: Purpose, rollout: int, **more: Any
     ) -> Rollout:
-        return roll_out(
-            self._prompt_batch(rows),
-            student=reader,
-            teacher=self._teacher.reader,
-            decoding=self._decoding,
-            key=DrawKey(seed=self._seed, stage=self._stage.name, purpose=Purpose.TOKEN, rollout=step),
-            eos_ids=self._ids.eos,
-            pad_id=self._ids.pad,
-            teacher_mix=self._stage.teacher_mix,
-            coin_groups=self._stage.coin_groups,
-            keep_hidden=True,
-            # Ranks need not stay in step token by token unless the teacher's weights are shared among them.
-            anyone=self._ranks.anyone if self._teacher.reader.lockstep else bool,
-            policy_step=policy_step,
-        )
+        """Responses to these rows; a ``NonFinite`` brings their prompts."""
+        prompts = self._prompt_batch(rows)
+        try:
+            return roll_out(
+                prompts,
+                student=reader,
+                decoding=self._decoding,
+                key=DrawKey(seed=self._seed, stage=self._stage.name, purpose=purpose, rollout=rollout),
+                eos_ids=self._ids.eos,
+                pad_id=self._ids.pad,
+                # Ranks need not stay in step token by token unless the teacher's weights are shared among them.
+                anyone=self._ranks.anyone if self._teacher.reader.lockstep else bool,
+                **more,
+            )
+        except NonFinite as error:
+            error.batch = shown(prompts, None, {})
+            raise
 
     def _loss(
         self,
@@ -336,70 +362,11 @@ class Minillm:
             loss += stage.lm_coefficient * figures["lm_loss"]
         return {"loss": loss, **figures}
 
-    def _rollout_figures(self, targets: Targets, sequences: int) -> dict[str, float]:
-        scored = targets.scored
-        rollout, mask_BT = scored.rollout, scored.rollout.mask_BT
-        sums = _text_sums(rollout)
-        sums.add(
-            rows=len(rollout.stop_B),
-            kl=scored.reverse_kl_BT.sum(),
-            entropy=scored.entropy_BT.sum(),
-            square=targets.advantage_BT.square().sum(),
-            mass=torch.where(mask_BT, scored.logp_BT.exp(), 0.0).sum(),
-            leak=_leaks(targets),
-            weight=targets.importance_BT.sum(),
-            weight_square=targets.importance_BT.square().sum(),
-            teacher_forwards=rollout.teacher_forwards,
-        )
-        total = sums.over_ranks(self._ranks)
-        tokens = max(total["tokens"], 1.0)
-        return {
-            "tokens": total["tokens"],
-            "reverse_kl": total["kl"] / sequences,
-            "reverse_kl_per_token": total["kl"] / tokens,
-            "entropy": total["entropy"] / tokens,
-            **_text_figures(total),
-            "teacher_mass": total["mass"] / tokens,
-            "padding_leak": total["leak"],
-            "advantage_std": (total["square"] / tokens) ** 0.5,
-            "importance_ess": total["weight"] ** 2 / max(tokens * total["weight_square"], 1e-30),
-            "teacher_forwards": total["teacher_forwards"] / self._ranks.size,
-        }
-
-
-def _text_sums(rollout: Rollout) -> Sums:
-    """What this rank's responses are as text, before the models' numbers."""
-    again_BT = repetition_rewards(rollout.response_BT, rollout.mask_BT, ngram=_SHOWN_NGRAM)
-    sums = Sums()
-    sums.add(
-        tokens=rollout.mask_BT.sum(), cut=sum(stop is Stop.LENGTH for stop in rollout.stop_B),
-        repeating=again_BT.any(dim=1).sum(), again=again_BT.sum(),
-    )  # fmt: skip
-    return sums
-
-
-def _text_figures(total: Mapping[str, float]) -> dict[str, float]:
-    """Lengths without the end token, shares of responses and of tokens, from the sums of all ranks."""
-    rows = max(total["rows"], 1.0)
-    return {
-        "mean_length": (total["tokens"] - (rows - total["cut"])) / rows,
-        "cut_share": total["cut"] / rows,
-        "repeated_tokens": total["again"] / max(total["tokens"], 1.0),
-        f"repetition_{_SHOWN_NGRAM}": total["repeating"] / rows,
-    }
-
 
 def _in_turn(rows: Sequence[Example], update: int, *, size: int) -> Sequence[Example]:
     """The ``size`` rows of an update, counted from 0; from the first again where they have all been taken."""
     first = update * size % max(len(rows), 1)
     return rows[first : first + size]
-
-
-def _leaks(targets: Targets) -> Tensor:
-    """How many places without a token carry credit or a score: there is no right number but 0."""
-    scored, off_BT = targets.scored, ~targets.scored.rollout.mask_BT
-    values = (targets.advantage_BT, targets.importance_BT, scored.logq_BT, scored.logp_BT, scored.reverse_kl_BT)
-    return torch.stack([(value[off_BT] != 0).sum() for value in values]).sum()
 
 
 def _kept_rows(mask_BT: Tensor, rows: Sequence[int]) -> Tensor:

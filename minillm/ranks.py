@@ -120,7 +120,8 @@ class Ranks:
         except NonFinite as error:
             found = error
         if self.anyone(found is not None):
-            raise found or NonFinite("another rank found a number that is not finite; no update was made from it")
+            rank, words = self.gather_objects([] if found is None else [(self.rank, str(found))])[0]
+            raise found or NonFinite(f"on rank {rank}: {words}")
         return cast(Result, result)
 
     def barrier(self) -> None:

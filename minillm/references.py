@@ -24,7 +24,7 @@ from minillm.state import State, States
 from minillm.teacher_cache import TeacherCache
 from minillm.text_stages import KdStage, ReferenceStage
 from minillm.types import Example, Ids, Prompt
-from minillm.updates import Loss, Sums, Update, in_step, limits_of, nobody
+from minillm.updates import Loss, News, Sums, Update, in_step, limits_of, nobody, shown_text
 
 
 class References:
@@ -70,6 +70,14 @@ class References:
 
     def hear(self, measured: Mapping[str, float]) -> None:
         """Validation changes nothing here."""
+
+    def news(self) -> list[News]:
+        """Nothing ever does."""
+        return []
+
+    def shown(self, collected: list[Prompt]) -> State:
+        """The step's text."""
+        return shown_text(collected)
 
     def state(self) -> State:
         """Nothing: a step is a function of its number and the student's weights."""

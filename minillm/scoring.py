@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from minillm.by_definition import tile_statistics
-from minillm.errors import NonFinite
 from minillm.kept import Kept, kept_forward_kl_
 from minillm.sampling import unpack_support
+from minillm.scored_rows import require_finite, spread
 from minillm.types import Rollout, Scored
 
 WORKING_BYTES = {"cpu": 192 * 2**20, "cuda": 512 * 2**20}
@@ -378,13 +378,6 @@ def _finite(logits_nV: Tensor, temperature: float) -> bool:
     return logits_nV.numel() == 0 or bool(logits_nV.amin() / temperature > -torch.inf)
 
 
-def spread(values_N: Tensor, mask_BT: Tensor) -> Tensor:
-    """Per-token values laid back onto [B, T] in row order; 0 off the mask."""
-    out_BT = values_N.new_zeros(mask_BT.shape)
-    out_BT[mask_BT] = values_N
-    return out_BT
-
-
 class StatisticsReader(Protocol):
     """A model whose head can be applied to hidden states."""
 
@@ -403,8 +396,8 @@ def score(
     ``forward_kl`` adds KL(teacher || student); infinite where the student forbids what the teacher allows.
 
     Raises ``NonFinite`` if a score of a sampled token is not a finite number: a teacher that forbids a token which the
-    student drew has an infinite reverse KL, and a policy gradient from it would be meaningless. ``infinite`` lets the
-    teacher's infinities through, for those who only measure; NaN is refused always.
+    student drew has an infinite reverse KL, and a policy gradient from it would be meaningless. The error names the
+    rows. ``infinite`` lets the teacher's infinities through, for those who only measure; NaN is refused always.
     """
     assert rollout.student_hidden_BTH is not None and rollout.teacher_hidden_BTH is not None, (
         "the rollout kept no states"
@@ -419,11 +412,7 @@ def score(
         teacher=TeacherView(head=teacher_head, hidden_NH=rollout.teacher_hidden_BTH[mask_BT]),
         support_NC=None if rollout.support_BTC is None else rollout.support_BTC[mask_BT],
     )
-    passing = {"forward_kl", *(("logp", "reverse_kl") if infinite else ())}
-    for name, value_N in values.items():
-        bad_N = value_N.isnan() if name in passing else ~value_N.isfinite()
-        if bool(bad_N.any()):
-            raise NonFinite(_where_not_finite(name, value_N, bad_N, rollout))
+    require_finite(values, rollout, may_be_infinite={"forward_kl", *(("logp", "reverse_kl") if infinite else ())})
     return Scored(
         rollout=rollout,
         logq_BT=spread(values["logq"], mask_BT),
@@ -431,13 +420,4 @@ def score(
         reverse_kl_BT=spread(values["reverse_kl"], mask_BT),
         entropy_BT=spread(values["entropy"], mask_BT),
         forward_kl_BT=spread(values["forward_kl"], mask_BT) if forward_kl else None,
-    )
-
-
-def _where_not_finite(name: str, value_N: Tensor, bad_N: Tensor, rollout: Rollout) -> str:
-    row, position = rollout.mask_BT.nonzero()[int(bad_N.nonzero()[0])].tolist()
-    return (
-        f"{name} is {float(value_N[bad_N][0])} for row {rollout.prompts.uid_B[row]!r}, "
-        f"response position {position}; no update was made from it.\n"
-        "  look at the teacher's and student's dtype (fp16 overflows) and at the row itself"
     )

@@ -65,6 +65,7 @@ def idle_settings(stage: MinillmSettings, *, tempered: bool) -> dict[str, list[s
         "one update on each rollout": (not several and not stage.published.weight_in_clip, ["clip"]),
         "lm_coefficient 0": (stage.lm_coefficient == 0, ["lm_batch"]),
         "repetition_weight 0": (stage.repetition_weight == 0, ["repetition_ngram"]),
+        "non_finite 'stop'": (stage.non_finite == "stop", ["max_dropped_rows"]),
         "decoding.temperature 1": (not tempered, ["published.untempered_reward"]),
     }
     return told_idle(stage, why)

@@ -25,6 +25,8 @@ from minillm.yaml_reader import read_yaml
 Standing = Literal["new", "unfinished", "done"]
 CHECKPOINTS = "checkpoints"
 """The folder of what an interrupted run goes on from."""
+BAD_BATCHES = "bad-batches"
+"""The folder of batches in which a number was not finite."""
 UNFINISHED = "samples.partial.jsonl"
 """What an evaluation has before it is done: of samples.jsonl, and of what exposure and calibration read."""
 RESULTS = ("run.json", "metrics.jsonl", "samples.jsonl", UNFINISHED, "results.json", "report.html")
@@ -84,7 +86,7 @@ class RunFolder:
             self._forget_sets()
             for name in ("config.yaml", *RESULTS):
                 (self.path / name).unlink(missing_ok=True)
-            for name in ("student", "stages", "tensorboard", CHECKPOINTS):
+            for name in ("student", "stages", "tensorboard", CHECKPOINTS, BAD_BATCHES):
                 _remove(self.path / name)
             write_text(self.path / "config.yaml", config_text)
 

@@ -18,6 +18,7 @@ from minillm.micro_batches import Limits, cut
 from minillm.ranks import Ranks
 from minillm.stage_base import BaseStage
 from minillm.state import State, States
+from minillm.types import Example
 
 Loss = Callable[[], Tensor]
 
@@ -49,6 +50,15 @@ class Update:
     """Figures of which a step tells the largest of its updates; of all others the mean. The same in each of them."""
 
 
+@dataclass(frozen=True, slots=True)
+class News:
+    """Something that came up, the same on every rank: a line of the log, and one for a person."""
+
+    kind: str
+    record: Mapping[str, Any]
+    words: str
+
+
 def over_updates(each: Sequence[Mapping[str, float]], *, largest: Collection[str]) -> dict[str, float]:
     """The figures of a step from those of its updates, which have the same names: the largest of those named, of the
     others the mean."""
@@ -70,6 +80,12 @@ class Objective(Protocol):
     def hear(self, measured: Mapping[str, float]) -> None:
         """What validation found, for an objective that follows it."""
 
+    def news(self) -> list[News]:
+        """What came up since it was last asked."""
+
+    def shown(self, collected: Any) -> State:
+        """The rows that ``collect`` gave, for a person who looks for what is wrong with them: names and tokens."""
+
     def state(self) -> State:
         """What a step must know of those before it beside the student's weights; the same on every rank."""
 
@@ -81,6 +97,11 @@ class Objective(Protocol):
 
     def unpack(self, states: States, *, step: int) -> Any:
         """The same for ``learning`` again; nothing is sampled or scored for it."""
+
+
+def shown_text(rows: Sequence[Example]) -> State:
+    """Rows of text for a person to look at."""
+    return State({"rows": [{"uid": r.uid, "ids": [*r.ids], "response_ids": [*r.response_ids]} for r in rows]})
 
 
 def in_step(lengths: Sequence[int], *, limits: Limits, student: Student, ranks: Ranks) -> list[list[int]]:

@@ -33,6 +33,7 @@ would count as others.)"""
 SINCE = {
     "data.teacher_text": None, "data.train_limit": None, "data.train_responses": None,
     "data.checker": None, "evaluation.exposure": None, "evaluation.calibration": False,
+    "stages.non_finite": "stop", "stages.max_dropped_rows": 8,
 }  # fmt: skip
 """Settings that came after the first cells were committed, and the values at which they change nothing. At these they
 have no part in the digest of a recipe, or every model that a study made before them would count as another."""
@@ -225,8 +226,9 @@ def _recipe_digest(config: RunConfig) -> str:
     settings = _settings(config)
     for path, nothing in SINCE.items():
         section, name = path.split(".")
-        if settings[section][name] == nothing:
-            del settings[section][name]
+        for place in settings[section] if section == "stages" else [settings[section]]:
+            if name in place and place[name] == nothing:
+                del place[name]
     return _digest([settings, made_from(config, student=None, teacher=None)])
 
 

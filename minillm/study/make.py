@@ -85,7 +85,8 @@ def _course(config: RunConfig, metrics: Path) -> dict[str, Any]:
         before = tokens
         for line in lines:
             tokens += line.get("response_tokens", line["tokens"]) if line["kind"] == "train" else 0.0
-            kinds[line["kind"]].append({**line, "tokens": tokens} if line["kind"] == "validation" else line)
+            kind: str = line["kind"]
+            kinds.setdefault(kind, []).append({**line, "tokens": tokens} if kind == "validation" else line)
         updates = [line["update"] for line in lines if line["kind"] == "train"]
         took.append({"updates": updates[-1] if updates else 0, "tokens": round(tokens - before)})
     alarms: dict[str, int] = {}

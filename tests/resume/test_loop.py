@@ -21,7 +21,7 @@ from minillm.moments import Moment, Progressed
 from minillm.ranks import Ranks
 from minillm.state import State, States
 from minillm.store import RunFolder
-from minillm.updates import Update
+from minillm.updates import News, Update
 from tests.resume.toy import from_bytes, to_bytes
 
 
@@ -49,6 +49,12 @@ class Counting:
 
     def hear(self, measured: Mapping[str, float]) -> None:
         self.order.append("hear")
+
+    def news(self) -> list[News]:
+        return []
+
+    def shown(self, collected: int) -> State:
+        return State({"rows": [{"uid": str(collected)}]})
 
     def state(self) -> State:
         return State()

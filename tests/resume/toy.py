@@ -108,6 +108,7 @@ class Watched:
         self.objective, self.ran, self.text = objective, ran, ""
         self.hear, self.state, self.restore = objective.hear, objective.state, objective.restore
         self.pack, self.unpack = objective.pack, objective.unpack
+        self.news, self.shown = objective.news, objective.shown
 
     def collect(self, step: int, student: Student) -> tuple[Any, dict[str, float]]:
         self.ran.collected.append(step)
@@ -148,6 +149,7 @@ def engine_of(student: Student) -> Any:
 def put_back(student: Student, engine: Any) -> None:
     """The same again, in an engine that had others."""
     weights, optimiser, updates = engine
+    student._engine.optimizer.zero_grad()  # of an update that was refused
     student.root.load_state_dict(weights)
     student._engine.optimizer.load_state_dict(copy.deepcopy(optimiser))
     student.updates_done, student.learning_rate = updates, 0.0

@@ -45,7 +45,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         ),
         *("order", "templates", "vocabulary", "world"),
     ),
-    4: ("loading", "models", "probes", "reading", "decode", "scoring", "token_loss"),
+    4: ("loading", "models", "probes", "reading", "decode", "scored_rows", "scoring", "token_loss"),
     5: (
         "ranks",
         "engine_settings",
@@ -78,6 +78,9 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "alarms",
         "updates",
         "practice",
+        "left_out",
+        "rollout_figures",
+        "bad_batches",
         "references",
         "distillation",
         "objectives",

@@ -14,7 +14,7 @@ from minillm.alarm_config import AlarmConfig, AlarmsConfig
 from minillm.alarms import WATCHES, WINDOW, Alarms
 from minillm.config import dump_config
 from minillm.errors import Alarmed, ConfigError, UnsupportedCombination
-from minillm.objectives import _leaks
+from minillm.rollout_figures import _leaks
 from minillm.store import RunFolder
 from minillm.types import Targets
 from tests import tiny

@@ -21,7 +21,7 @@ from minillm.manifests import sha256_of
 from minillm.moments import Progressed
 from minillm.ranks import Ranks
 from minillm.store import RunFolder
-from minillm.updates import Update, over_updates
+from minillm.updates import News, Update, over_updates
 from tests import tiny
 
 
@@ -54,6 +54,9 @@ class FakeObjective:
 
     def hear(self, measured: Mapping[str, float]) -> None:
         self.order.append("hear")
+
+    def news(self) -> list[News]:
+        return []
 
     def _update(self, collected: int, n: int) -> Update:
         self.order.append(f"losses {collected}.{n}")

@@ -1,0 +1,55 @@
+"""The batch in which a number was not finite, written down before the run ends.
+
+RUN/bad-batches/STAGE-000012/rank00000.json: where it was, why, and a line for each row (uid, tokens); beside it
+rank00000.safetensors: what is known of each token. Each rank writes its own rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+
+from minillm.errors import NonFinite
+from minillm.ranks import Ranks
+from minillm.state import State
+from minillm.store import BAD_BATCHES, RunFolder, write_bytes, write_text
+
+
+@contextmanager
+def written_down(
+    folder: RunFolder, *, ranks: Ranks, place: Callable[[], Mapping[str, Any]], batch: Callable[[], State] | None = None
+) -> Iterator[None]:
+    """A ``NonFinite`` out of the block leaves its batch in the run's folder, and says where.
+
+    ``place`` has ``stage``, ``step`` (steps done) and ``update``; ``batch`` is for errors that bring none.
+    """
+    try:
+        yield
+    except NonFinite as error:
+        found = error.batch if error.batch is not None else batch and batch()
+        at = place()
+        into = folder.path / BAD_BATCHES / f"{at['stage']}-{at['step'] + 1:06d}"
+        if found is None:
+            raise
+        try:
+            _write(into, found, {**at, "rank": ranks.rank, "reason": str(error)})
+            words = f"the batch stands in {into}"
+        except OSError as failed:
+            words = f"the batch could not be written to {into}: {failed.strerror}"
+        raise NonFinite(f"{error}\n  {words}", rows=error.rows, batch=found) from error
+
+
+def _write(into: Path, batch: State, about: Mapping[str, Any]) -> None:
+    into.mkdir(parents=True, exist_ok=True)
+    stem = f"rank{about['rank']:05d}"
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in batch.record["rows"])
+    entries = [f'"{name}": {json.dumps(value)}' for name, value in about.items()]
+    if batch.tensors:
+        tensors = {name: value.detach().to("cpu").contiguous() for name, value in batch.tensors.items()}
+        write_bytes(into / f"{stem}.safetensors", save(tensors))
+    write_text(into / f"{stem}.json", "{\n" + ",\n".join([*entries, f'"rows": [\n{rows}\n]']) + "\n}\n")
