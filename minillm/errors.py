@@ -7,12 +7,14 @@ without a traceback and ends with ``exit_code``. Our own mistakes are ``assert``
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from minillm import exits
 
+_OF_RUST = re.compile(r"\(os error (\d+)\)")
 _STEERING = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )  # newline and tab stay
@@ -53,10 +55,15 @@ class CheckpointError(DataError):
     """A checkpoint is not as it was written, or there is none to resume from."""
 
 
-class SaveFailed(MinillmError, OSError):
-    """A checkpoint could not be written, on any rank; those before it are untouched."""
+class DiskError(MinillmError, OSError):
+    """The disk refuses something in the middle of the work: it is full, read-only, broken or gone. Checkpoints and
+    published students are as they were."""
 
     exit_code = exits.SAVE_FAILED
+
+
+class SaveFailed(DiskError):
+    """A checkpoint could not be written, on any rank; those before it are untouched."""
 
 
 class ModelError(MinillmError, ValueError):
@@ -123,6 +130,37 @@ class RunExists(MinillmError, FileExistsError):
 
 class RunInUse(MinillmError, BlockingIOError):
     """Another process works in the run folder."""
+
+
+def as_disk_error(error: BaseException, *, what: str = "") -> DiskError | None:
+    """What the system refuses, in words for the user; None where the error is another one. ``what`` says what it was
+    wanted for.
+
+    Libraries that are written in Rust (safetensors, tokenizers) raise no ``OSError``: the system's number stands in
+    their text.
+    """
+    of_rust = _OF_RUST.search(str(error))
+    if isinstance(error, OSError):
+        named, reason = error.filename, error.strerror or str(error)
+    elif of_rust is not None:
+        named, reason = None, os.strerror(int(of_rust[1]))
+    else:
+        return None
+    where = ": ".join(str(one) for one in (what, named) if one)
+    return DiskError(
+        f"{f'{where}: ' if where else ''}{reason}\n"
+        "  make room there, or mend what is named; what was saved or published before is untouched"
+    )
+
+
+def told_to_all(error: Exception) -> MinillmError:
+    """What ranks raise, of which another one failed alone, so that none waits for it: its own error where the user can
+    mend that, and otherwise that it is lost, since it tells its error itself."""
+    if isinstance(error, MinillmError):
+        return error
+    refused = None if isinstance(error, ConnectionError) else as_disk_error(error)
+    words = f"rank 0 failed ({type(error).__name__}: {error})".partition("\n")[0]
+    return refused or RankLost(f"{words}\n  see what it said last")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

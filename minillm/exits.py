@@ -18,7 +18,8 @@ ALARMED = 4
 RANK_LOST = 5
 """A rank was killed, gave no sign of life or left a collective; nothing was published after its last checkpoint."""
 SAVE_FAILED = 6
-"""A checkpoint could not be written; those before it are whole."""
+"""The disk refused a checkpoint, a student, the log or results: it is full, read-only or gone. What was saved or
+published before is whole."""
 STOPPED = 75
 """Stopped by a signal, with all that is needed to go on saved. (EX_TEMPFAIL of sysexits.h: try again.)"""
 INTERRUPTED = 130

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from minillm import phases
-from minillm.errors import ConfigError, MinillmError, NonFinite
+from minillm.errors import ConfigError, DiskError, MinillmError, NonFinite, told_to_all
 
 COLLECTIVE_LIMIT_S = 60.0 * int(os.environ.get("DEEPSPEED_TIMEOUT", "30"))
 """Seconds that a rank waits for the others in a collective. Long, since rank 0 may work alone meanwhile and rollouts
@@ -93,19 +93,23 @@ class Ranks:
         return [item for part in everyone for item in part]
 
     def of_first(self, work: Callable[[], Result]) -> Result:
-        """What ``work`` gives on the first rank, told to all, and so is an error that the user can mend: for what
-        stands on a disk that the others need not see."""
-        if self.size == 1:
-            return work()
+        """What ``work`` gives on the first rank, told to all: for what stands on a disk that the others need not see.
+
+        An error of it ends all ranks: one that the user can mend, and what the disk refuses (``DiskError``), is raised
+        on each of them; with any other the first rank raises that and the others ``RankLost``.
+        """
         told: list[tuple[Result | None, MinillmError | None]] = []
+        mine: Exception | None = None
         if self.first:
             try:
                 told = [(work(), None)]
-            except MinillmError as error:
-                told = [(None, error)]
+            except Exception as error:  # whatever it is, the others must hear of it or wait
+                mine, told = error, [(None, told_to_all(error))]
         result, found = self.gather_objects(told)[0]
+        if mine is not None and (isinstance(mine, MinillmError) or not isinstance(found, DiskError)):
+            raise mine
         if found is not None:
-            raise found
+            raise found from mine
         return cast(Result, result)
 
     def together(self, work: Callable[[], Result]) -> Result:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
-from minillm.errors import MinillmError
+from minillm.errors import told_to_all
 
 if TYPE_CHECKING:
     from minillm.ranks import Ranks  # brings torch, which a parent that forks does without
@@ -37,8 +37,8 @@ class Side:
         if self.first:
             try:
                 told = (work(), None)
-            except MinillmError as error:
-                told = (None, error)
+            except Exception as error:
+                told = (None, told_to_all(error))
         result, found = self.exchange(told)[0]
         if found is not None:
             raise found
