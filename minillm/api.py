@@ -85,7 +85,7 @@ def distill(
             accepted=accept_changes, made_from=made_from, ranks=ranks, say=say,
         )  # fmt: skip
         status = {"state": "running", "reason": None, "made_from": made_from, "ranks": ranks.size}
-        folder.set_status(**status, versions=versions(), **told(resumed))
+        ranks.of_first(lambda: folder.set_status(**status, versions=versions(), **told(resumed)))
         _introduce(config, pair, splits, anchor, caches=caches, ranks=ranks)
         phases.enter("loading")
         with told_as_ended(folder), contextlib.ExitStack() as stack:
@@ -99,10 +99,11 @@ def distill(
                 folder=folder,
             )  # fmt: skip
             behind = _train(run, checkpoints, resumed, fingerprints=fingerprints(config, made_from, ranks=ranks))
+            ranks.of_first(folder.require_log)  # its lines are made now or never
             seconds = _evaluate(run, behind, anew=resumed is None or not resumed.over)
             phases.enter("report")
             ranks.of_first(lambda: _write_run_report(config, folder, seconds))
-        folder.set_status(state="done", seconds=seconds)
+            ranks.of_first(lambda: folder.set_status(state="done", seconds=seconds))
         checkpoints.remove()
         ranks.barrier()
     say(f"student: {folder.student}   report: {folder.path / 'report.html'}")
@@ -185,7 +186,7 @@ def _train(run: _Run, checkpoints: Checkpoints, resumed: Resumed | None, *, fing
                         "  the same command goes on from there"
                     )
                 behind.add(stage.name, done, updates=0 if saver is None else saver.updates)
-            folder.set_status(seconds=behind.seconds, stages=behind.stages)
+            ranks.of_first(lambda: folder.tell_status(seconds=behind.seconds, stages=behind.stages))
             ranks.of_first(lambda stage=stage, into=into: behind.require_student(stage.name, into))  # type: ignore[misc]
             card = run.pair.student_card.model_copy(update={"model": str(into), "build": None, "revision": None})
             start = Start(card=card, facts=inspect(card))
@@ -234,9 +235,9 @@ def _evaluate(run: _Run, behind: Behind, *, anew: bool) -> dict[str, float]:
         card = pair.student_card.model_copy(update={"model": str(run.folder.student), "build": None, "revision": None})
         start = Start(card=card, facts=inspect(card))
         missing = list(sets)
-        if anew and ranks.first:
-            forget_unfinished(out, sets)
-        if not anew:
+        if anew:
+            ranks.of_first(lambda: forget_unfinished(out, sets))
+        else:
             missing = ranks.of_first(lambda: unanswered(config, pair, sets, start=start, out=out))
         if missing:
             phases.enter("evaluation")
@@ -273,10 +274,9 @@ def evaluate(model: str | Path, config: RunConfig, *, out: str | Path, fresh: bo
         if stored is not None and len(sets_in(stored)) in {0, len(sets)}:
             _say(ranks, f"{out}: evaluated already; --fresh starts over")
             return stored
-    if ranks.first:
-        make_folder(out, setting="--out")
-        if fresh:
-            forget_unfinished(out, sets)
+    ranks.of_first(lambda: make_folder(out, setting="--out"))
+    if fresh:
+        ranks.of_first(lambda: forget_unfinished(out, sets))
     for line in [line for split in sets.values() for line in split.words] + shared_words(sets):
         _say(ranks, line)
     for name in sets:

@@ -44,6 +44,8 @@ _NAME = re.compile(r"step-([0-9]{8,})")
 
 Write = Callable[[Sink], None]
 """Writes the content of one file."""
+Files = Mapping[str, Write] | Callable[[], Mapping[str, Write]]
+"""By name; or what makes them, without a collective, where a rank may fail at that alone."""
 Resume = Literal["auto", True] | Path
 """What to go on from: the newest that verifies if there is one, the newest that verifies, or this one."""
 
@@ -97,11 +99,12 @@ class Checkpoints:
         self._ranks, self._keep, self._disk = ranks, keep, disk
         self._say: Callable[[str], None] = say if ranks.first else lambda line: None
 
-    def save(self, *, step: int, stage: str, fingerprints: Mapping[str, Any], files: Mapping[str, Write]) -> Checkpoint:
+    def save(self, *, step: int, stage: str, fingerprints: Mapping[str, Any], files: Files) -> Checkpoint:
         """Writes the checkpoint of a step, then removes the oldest; it survives a power cut once this returns.
 
         Each rank gives the ``files`` that it writes, under names of its own. ``SaveFailed`` on all ranks if one of them
-        cannot write; nothing is left of the attempt then (if the last sync alone failed: a checkpoint that is whole).
+        cannot write, or what makes its files cannot read; nothing is left of the attempt then (if the last sync alone
+        failed: a checkpoint that is whole).
         """
         target = self.root / folder_name(step)
         self._make_way(target)
@@ -230,18 +233,18 @@ class Checkpoints:
             self._disk.make_folder(staging)
         return staging
 
-    def _write(self, staging: Path, files: Mapping[str, Write]) -> dict[str, FileEntry]:
+    def _write(self, staging: Path, files: Files) -> dict[str, FileEntry]:
         """Every rank's files, once all are on the disk; raises on all ranks if one could not write its own."""
-        entries, failure, name = dict[str, FileEntry](), None, ""
+        entries, failure, name = dict[str, FileEntry](), None, "preparing"
         try:
-            for name, write in files.items():
+            for name, write in (files() if callable(files) else files).items():
                 entries[name] = self._write_one(staging, name, write)
                 fault.point("checkpoint.file.synced", name)
         except Exception as error:  # whatever it is, the others must hear of it or wait for ever
             failure = error
         # Two ranks that give one name are a mistake of ours: the staging folder was new.
         of_disk = isinstance(failure, OSError) and not isinstance(failure, FileExistsError)
-        reason = f"{name}: {type(failure).__name__}: {failure}" if failure else ""
+        reason = f"{name}: {type(failure).__name__}: {failure}".splitlines()[0] if failure else ""
         mine = (self._ranks.rank, entries, reason, of_disk)
         told = self._ranks.gather_objects([mine])
         fault.point("checkpoint.agreed")

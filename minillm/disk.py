@@ -137,3 +137,12 @@ def remove_tree(disk: Disk, folder: Path) -> None:
         for name in sorted([*folders, *files]):
             disk.remove(Path(at) / name)
     disk.remove(folder)
+
+
+def sync(path: Path) -> None:
+    """Brings a file's bytes, or a folder's names, to the disk: a rename alone survives a crash of the program only."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 
 from minillm.loading import quiet_transformers
 from minillm.models import CausalLM
-from minillm.store import replaced_folder, write_text
+from minillm.store import replaced_folder, told_as_disk_error, write_text
 from minillm.types import Decoding
 
 
@@ -33,7 +33,8 @@ def publish_student(
     Comes back with its ``weights_sha256``.
 
     Head and embedding rows beyond ``real_ids`` are cut off, so that plain transformers samples from the distribution
-    that was trained (design D9). The folder appears under its name only when it is whole.
+    that was trained (design D9). The folder appears under its name only when it is whole; ``DiskError`` where it cannot
+    be written, with the one before as it was.
     """
     # Made without storage, then given the real tensors: an initialisation would draw from the global random stream.
     with torch.device("meta"):
@@ -59,7 +60,8 @@ def publish_student(
         pad_token_id=pad_id,
         bos_token_id=tokenizer.bos_token_id,
     )
-    with replaced_folder(folder) as staging:
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    with told_as_disk_error(f"{folder}: a student of {size:,} bytes"), replaced_folder(folder) as staging:
         with quiet_transformers():
             model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)

@@ -11,9 +11,10 @@ import torch
 
 from minillm.cards import may_differ
 from minillm.changed_run import Change, Effect, changes, judge
-from minillm.checkpoints import Checkpoint, Checkpoints, Resume
+from minillm.checkpoint_manifest import folder_name
+from minillm.checkpoints import Checkpoint, Checkpoints, Resume, steps_in
 from minillm.config import CheckpointsConfig, RunConfig, dump_config
-from minillm.errors import CheckpointError, ConfigError, DataError, RunExists, Stopped
+from minillm.errors import CheckpointError, ConfigError, DataError, DiskError, RunExists, Stopped
 from minillm.ranks import Ranks
 from minillm.results import versions
 from minillm.run_lock import run_lock
@@ -81,8 +82,7 @@ def take_up(
             )
         if resume is not None:
             ranks.of_first(lambda: folder.require_own(text))
-        folder.begin(text)
-        ranks.barrier()
+        ranks.of_first(lambda: folder.begin(text))
         return None
     resumed = _read(chosen, ranks=ranks)
     words = _judged(resumed, config, accepted=accepted, made_from=made_from, ranks=ranks)
@@ -109,16 +109,26 @@ def told(resumed: Resumed | None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def told_as_ended(folder: RunFolder) -> Iterator[None]:
-    """How a run ended before its end, in run.json."""
+    """How a run ended before its end, in run.json; where the disk ended it, the error says also where it goes on."""
     try:
         yield
     except Exception as error:
         state, reason = "stopped", str(error)
         if not isinstance(error, Stopped):
             state, reason = "failed", f"{type(error).__name__}: {error}"
-        with contextlib.suppress(OSError):  # a full disk: what happened first says more
+        with contextlib.suppress(OSError, DataError):  # what happened first says more
             folder.set_status(state=state, reason=reason.splitlines()[0])
+        if isinstance(error, DiskError):
+            raise type(error)(f"{error}\n  {_way_on(folder)}") from error
         raise
+
+
+def _way_on(folder: RunFolder) -> str:
+    try:
+        newest = steps_in(folder.path / CHECKPOINTS)[:1]
+    except OSError:
+        return f"what {folder.path} holds cannot be read now"
+    return f"the same command goes on from {folder_name(newest[0])}" if newest else "no checkpoint was saved before it"
 
 
 def _chosen(checkpoints: Checkpoints, resume: Resume, *, ranks: Ranks) -> Checkpoint | None:

@@ -33,9 +33,13 @@ def run_lock(folder: Path) -> Iterator[None]:
                 f"{folder}: {owner} works in it, wanted a folder that nobody works in\n"
                 "  wait for it or end it, or give this run another name (name=NAME)"
             ) from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
-        file.flush()
+        owner = f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n"
+        try:
+            file.truncate(0)
+            os.write(file.fileno(), owner.encode())
+        except OSError as error:
+            error.filename = str(folder / LOCK)  # the system names no file in which there was no room
+            raise
         yield
 
 

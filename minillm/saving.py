@@ -22,7 +22,7 @@ from minillm.checkpoints import Checkpoint, Checkpoints, Write
 from minillm.config import CheckpointsConfig
 from minillm.disk import Sink
 from minillm.engines import Student
-from minillm.errors import CheckpointError, SaveFailed
+from minillm.errors import CheckpointError, DiskError, SaveFailed
 from minillm.inside import inside
 from minillm.moments import Boundary, Moment, Progressed, never
 from minillm.publish import weights_sha256
@@ -199,16 +199,18 @@ class Saver:
         return self._ranks.anyone(late and self._ranks.first) if self._ranks.size > 1 else late
 
     def _save(self, moment: Moment, stage: str, student: Student, *, into: Path, behind: Behind) -> None:
-        states = moment.state()
+        def files() -> dict[str, Write]:
+            return {**student.state_files(), **self._files(moment.state(), into=into, behind=behind)}
+
         try:
             self._require_room()
             saved = self._checkpoints.save(
                 step=behind.updates + moment.update,
                 stage=stage,
                 fingerprints={**self._fingerprints, "inside": moment.inside, "over": moment.over},
-                files={**student.state_files(), **self._files(states, into=into, behind=behind)},
+                files=files,
             )
-        except SaveFailed as error:
+        except DiskError as error:
             self._failed += 1
             if self.stopped or self._failed > self._settings.max_failed:
                 raise

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minillm.config import RunConfig, dump_config
-from minillm.errors import CheckpointError, ConfigError, DataError, RunExists
+from minillm.disk import sync
+from minillm.errors import ConfigError, DataError, DiskError, MinillmError, RunExists, as_disk_error
 from minillm.inside import inside
+from minillm.run_log import RunLog, note
 from minillm.yaml_reader import read_yaml
 
 Standing = Literal["new", "unfinished", "done"]
@@ -40,6 +42,9 @@ class RunFolder:
         self.path = path
         self._writes = writes
         self._listeners: list[Callable[[Mapping[str, Any]], None]] = []
+        self._log = RunLog(path / "metrics.jsonl")
+        self._untold: dict[str, Any] = {}
+        """Fields of ``run.json`` that the disk did not take."""
 
     @property
     def student(self) -> Path:
@@ -132,30 +137,39 @@ class RunFolder:
         return status
 
     def set_status(self, **fields: Any) -> None:
-        """Merges fields into ``run.json``."""
+        """Merges fields into ``run.json``; ``DiskError``, with the file as it was, where it cannot be written."""
         if self._writes:
-            write_text(
-                self.path / "run.json",
-                json.dumps(_strict({**self.status(), **fields}), indent=2, allow_nan=False) + "\n",
-            )
+            with told_as_disk_error():
+                merged = _strict({**self.status(), **self._untold, **fields})
+                write_text(self.path / "run.json", json.dumps(merged, indent=2, allow_nan=False) + "\n")
+            self._untold = {}
+
+    def tell_status(self, **fields: Any) -> None:
+        """The same of what a run says on its way: where it cannot be written that is told, and it comes with what is
+        written next."""
+        try:
+            self.set_status(**fields)
+        except DiskError as error:
+            self._untold |= fields
+            note(f"{str(error).splitlines()[0]}; the run goes on, and this is written later")
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """One line of ``metrics.jsonl``. Numbers that are not finite become null: JSON has no NaN."""
+        """One line of ``metrics.jsonl``; where the disk refuses it, it is kept and written with a later one. Numbers
+        that are not finite become null: JSON has no NaN."""
         if self._writes:
-            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(_strict(record), allow_nan=False) + "\n")
+            self._log.add(json.dumps(_strict(record), allow_nan=False) + "\n")
             for hear in self._listeners:
                 hear(record)
 
+    def require_log(self) -> None:
+        """``DiskError``, on the rank that writes, where lines of ``metrics.jsonl`` cannot be written."""
+        if self._writes:
+            self._log.flush()
+
     def log_length(self) -> int:
         """Bytes of ``metrics.jsonl``, all of them on the disk once this returns; 0 where there is none, and on ranks
-        that do not write."""
-        file = self.path / "metrics.jsonl"
-        if not (self._writes and file.is_file()):
-            return 0
-        _sync(file)
-        _sync(self.path)
-        return file.stat().st_size
+        that do not write. ``DiskError`` where lines cannot be written."""
+        return self._log.length() if self._writes else 0
 
     def cut_log(self, length: int) -> None:
         """Takes away what was logged after ``log_length`` gave this length.
@@ -163,28 +177,11 @@ class RunFolder:
         Raises ``CheckpointError``, on the rank that writes, where the file is not one that was so long at the end of a
         line.
         """
-        if not self._writes:
-            return
-        file = self.path / "metrics.jsonl"
-        remedy = "put the file back as the run left it, or start over with --fresh"
-        if file.is_symlink():
-            raise CheckpointError(f"{file}: a link, wanted the checkpoint's log\n  {remedy}")
-        found = file.stat().st_size if file.is_file() else 0
-        if found < length:
-            raise CheckpointError(f"{file}: {found:,} bytes, wanted the {length:,} of the checkpoint\n  {remedy}")
-        if found == 0:
-            return
-        with file.open("r+b") as log:
-            log.seek(max(0, length - 1))
-            if length and log.read(1) != b"\n":
-                raise CheckpointError(
-                    f"{file}: no line ends at byte {length:,}, wanted the checkpoint's log\n  {remedy}"
-                )
-            log.truncate(length)
-            os.fsync(log.fileno())
+        if self._writes:
+            self._log.cut(length)
 
     def listen(self, hear: Callable[[Mapping[str, Any]], None]) -> None:
-        """Calls ``hear`` with each record that is logged from now on, once its line is written."""
+        """Calls ``hear`` with each record that is logged from now on, once its line is written or kept."""
         self._listeners.append(hear)
 
 
@@ -213,23 +210,20 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     staging.mkdir(parents=True)
     try:
         yield staging
+        for path in sorted(staging.rglob("*")):
+            if path.is_file():
+                path.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
+            sync(path)
+        sync(staging)
+        if folder.exists():
+            folder.rename(old)
+        staging.rename(folder)
     except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    for path in sorted(staging.rglob("*")):
-        if path.is_file():
-            path.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
-        _sync(path)
-    _sync(staging)
-    if folder.exists():
-        folder.rename(old)
-    try:
-        staging.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
-        raise
-    _sync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -238,15 +232,6 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
-
-
-def _sync(path: Path) -> None:
-    """Brings a file's bytes, or a folder's names, to the disk: a rename alone survives a crash of the program only."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def make_folder(path: Path, *, setting: str) -> None:
@@ -291,13 +276,33 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """The same of what is no text."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)  # of a process that was killed; or a link, which would lead elsewhere
-    with temporary.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync(path.parent)
+    try:
+        temporary.unlink(missing_ok=True)  # of a process that was killed; or a link, which would lead elsewhere
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # on a full disk it would keep the room that others need
+            temporary.unlink(missing_ok=True)
+        if error.errno is not None:
+            error.filename = str(path)  # the system names no file in which there was no room
+        raise
+
+
+@contextlib.contextmanager
+def told_as_disk_error(what: str = "") -> Iterator[None]:
+    """What the disk refuses in the block, as a ``DiskError`` that says what it was wanted for."""
+    try:
+        yield
+    except MinillmError:
+        raise
+    except Exception as error:
+        if refused := as_disk_error(error, what=what):
+            raise refused from error
+        raise
 
 
 def record_text(record: Mapping[str, Any]) -> str:

@@ -56,7 +56,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "optimisers",
         "store",
         "changed_run",
-        *("fault", "disk", "run_lock", "checkpoint_manifest", "checkpoints", "run_listing"),
+        *("fault", "disk", "run_lock", "run_log", "checkpoint_manifest", "checkpoints", "run_listing"),
         "tensor_files",
         "board",
         "phases",
