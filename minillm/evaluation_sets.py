@@ -155,20 +155,26 @@ def evaluate_sets(
         return evaluate_into(config, pair, sets[""], start=start, teacher=teacher, ranks=ranks, out=out, shown=shown)
     asked = list(sets) if only is None else only
     model = opened(config, pair, start=start, ranks=ranks) if asked else None
-    for name in asked if ranks.first else ():
-        make_folder(out / name, setting="--out")
-        # Or an interruption would leave results that are to be replaced, and nothing that says so.
-        begin(out / name, with_versions(asked_of(config, pair, sets[name], start=start)))
+
+    def ready() -> None:
+        for name in asked:
+            make_folder(out / name, setting="--out")
+            # Or an interruption would leave results that are to be replaced, and nothing that says so.
+            begin(out / name, with_versions(asked_of(config, pair, sets[name], start=start)))
+
+    ranks.of_first(ready)
     for name in asked:
         evaluate_into(
             config, pair, sets[name], start=start, teacher=teacher, ranks=ranks, out=out / name,
             shown=f"{shown}, {name}", model=model,
         )  # fmt: skip
-    index = ranks.of_first(lambda: _index(sets, out))  # the others may not see the disk
-    if ranks.first:
+
+    def listed_sets() -> dict[str, Any]:
+        index = _index(sets, out)
         write_text(out / "results.json", json.dumps(index, indent=2) + "\n")
-    ranks.barrier()
-    return index
+        return index
+
+    return ranks.of_first(listed_sets)  # the others may not see the disk
 
 
 def _index(sets: Sets, out: Path) -> dict[str, Any]:

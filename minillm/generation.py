@@ -81,22 +81,26 @@ def generate(
         _say(ranks, f"{out}: generated already; --fresh starts over")
         return read_generated(out)
     answers, let_go = _left(parts, asked, fresh=fresh)
-    if ranks.first:
+
+    def ready() -> None:
         make_folder(out.parent, setting="--out")
         require_writable(out)
-    ranks.barrier()  # every rank has read what is there
+
+    ranks.of_first(ready)  # every rank has read what is there
     for line in let_go:
         _say(ranks, line)
     _introduce(config, pair, prompts, rows, answers, ranks=ranks)
-    parts.open(asked, keep=bool(answers))
+    ranks.of_first(lambda: parts.open(asked, keep=bool(answers)))
     cells = [(place, sample) for place in range(len(prompts.prompts)) for sample in range(samples)]
     if missing := [cell for cell in cells if cell not in answers]:
         answers |= _answer(missing, config, pair, prompts.prompts, ranks=ranks, parts=parts)
-    if ranks.first:
+
+    def write() -> None:
         fields = [_fields(rows[prompt.uid]) for prompt in prompts.prompts]
         _write(out, [answers[cell] for cell in cells], fields, model=str(model), asked=asked, keep_cut=keep_cut)
         parts.remove()
-    ranks.barrier()
+
+    ranks.of_first(write)
     return read_generated(out)
 
 
@@ -214,7 +218,7 @@ def _answer(
             new: list[Answer] = ranks.gather_objects(
                 _draw([cells[index] for index in batch], config, pair, prompts, reader=model.reader, ranks=ranks)
             )
-            parts.append(new)
+            ranks.of_first(lambda new=new: parts.append(new))  # type: ignore[misc]
             answers |= {answer.cell: answer for answer in new}
             tokens += sum(answer.tokens for answer in new)
             cut += sum(answer.stop == Stop.LENGTH for answer in new)

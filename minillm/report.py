@@ -8,7 +8,6 @@ Reads what evaluations and runs left behind (``results.json`` and ``samples.json
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -232,9 +231,7 @@ def write_report(
 
 def _write_page(text: str, out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(out.name + ".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, out)
+    write_text(out, text)
     return out
 
 

@@ -120,11 +120,13 @@ def evaluate_into(
         "versions": versions(),
         "date": time.strftime("%Y-%m-%d"),
     }
-    if ranks.first:
+
+    def write() -> None:
         write_jsonl(out / "samples.jsonl", samples)
         write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
-    keeper.drop()
-    ranks.barrier()
+        keeper.drop()
+
+    ranks.of_first(write)
     return results
 
 

@@ -93,9 +93,7 @@ def cache_teacher(
     if _done(out, asked, fresh=fresh):
         _say(ranks, f"{out}: made already; --fresh starts over")
         return read_cache(out)
-    if ranks.first:
-        make_folder(out.parent, setting="--out")
-    ranks.barrier()  # every rank has read what is there
+    ranks.of_first(lambda: make_folder(out.parent, setting="--out"))  # every rank has read what is there
     _require_room(out, rows, asked, ranks=ranks)
     limits = limits_record(config.evaluation)
     model = load_teacher(pair, ranks=ranks, say=lambda line: _say(ranks, line))

@@ -17,6 +17,7 @@ from minillm.cards import may_differ
 from minillm.errors import DataError
 from minillm.manifests import parsed
 from minillm.ranks import Ranks
+from minillm.run_log import note
 from minillm.store import UNFINISHED, write_jsonl
 
 EVERY_S = 20.0
@@ -68,13 +69,16 @@ class Keeper:
         self._parts[part] = [*rows]
 
     def keep(self, part: str, rows: Sequence[Keyed]) -> None:
-        """Takes all that there is of a part, and writes it with all other parts."""
+        """Takes all that there is of a part, and writes it with all other parts, or tells why it cannot."""
         self.hold(part, rows)
         if self._ranks.first:
             began = time.monotonic()
             head = {"asked": self._asked, "seconds": round(self.seconds, 2)}
             held = ((part, *keyed) for part, found in self._parts.items() for keyed in found)
-            write_jsonl(self._file, [head, *({"part": part, "key": key, "row": row} for part, key, row in held)])
+            try:
+                write_jsonl(self._file, [head, *({"part": part, "key": key, "row": row} for part, key, row in held)])
+            except OSError as error:  # it serves an interruption, which may not come
+                note(f"{self._file} cannot be written ({error.strerror}); the evaluation goes on, and tries it again")
             self._written = time.monotonic()
             self._wait = max(EVERY_S, (self._written - began) / SHARE)
 

@@ -374,7 +374,7 @@ def test_page_is_whole_and_loads_nothing(tmp_path: Path, whole: dict[str, Any], 
     assert found.tags.count("article") == 24  # 12 prompts at two temperatures
     assert "drawn as means of 3 steps" in text
     assert "&quot;lr&quot;: 0.008" in text
-    assert not (tmp_path / "deep" / "report.html.unfinished").exists()
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["report.html"]
 
 
 def test_model_text_is_escaped_and_its_control_characters_are_gone(tmp_path: Path) -> None:
