@@ -1,8 +1,55 @@
-"""Tables for people, in a terminal."""
+"""What people read in a terminal: tables, and output that ends no work where it cannot be written."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+
+class _Lasting(io.FileIO):
+    """A descriptor to which what cannot be written is let go of, counted, and told once there is room again."""
+
+    _lost, _why = 0, ""
+
+    def write(self, content: object) -> int:
+        view = memoryview(content).cast("B")  # type: ignore[arg-type]
+        try:
+            if self._lost:
+                super().write(f"\nnote: {self._lost:,} bytes of output could not be written ({self._why})\n".encode())
+                self._lost = 0
+            return super().write(view)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            self._lost, self._why = self._lost + view.nbytes, os.strerror(error.errno or 0)
+            return view.nbytes
+
+
+@contextlib.contextmanager
+def lasting_output() -> Iterator[None]:
+    """No work in the block ends because its output goes to a full disk, a closed terminal or a pipe that nobody reads
+    any more."""
+    before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    for name, stream in before.items():
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # none, or no file of the system's
+            raw = _Lasting(stream.fileno(), "w", closefd=False)
+            text = io.TextIOWrapper(
+                raw if stream.write_through else io.BufferedWriter(raw),
+                encoding=stream.encoding, errors=stream.errors, line_buffering=stream.line_buffering,
+                write_through=stream.write_through,
+            )  # fmt: skip
+            stream.flush()
+            setattr(sys, name, text)
+    try:
+        yield
+    finally:
+        for name, stream in before.items():
+            if getattr(sys, name) is not stream:
+                getattr(sys, name).flush()
+                setattr(sys, name, stream)
 
 
 def print_table(

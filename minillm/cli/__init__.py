@@ -30,6 +30,7 @@ from minillm.cli import builtin, comparisons, kept, launching, runs
 from minillm.errors import MinillmError, Stopped, visible
 from minillm.lost import as_rank_lost, leave
 from minillm.stops import SIGNALS
+from minillm.terminal import lasting_output
 
 FIRST_RANK_SPEAKS_S = 10.0
 """How long the other ranks leave rank 0 to tell an error that all of them have; the launcher ends them once it did."""
@@ -121,7 +122,9 @@ app.add_typer(bench_app, name="bench")
 def main() -> None:
     """Entry point of ``minillm`` and ``python -m minillm``."""
     phases.show()
-    leave(_guarded(app))
+    with lasting_output():
+        code = _guarded(app)
+    leave(code)
 
 
 def _guarded(command: Callable[..., object]) -> int:
