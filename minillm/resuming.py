@@ -128,7 +128,9 @@ def _way_on(folder: RunFolder) -> str:
         newest = steps_in(folder.path / CHECKPOINTS)[:1]
     except OSError:
         return f"what {folder.path} holds cannot be read now"
-    return f"the same command goes on from {folder_name(newest[0])}" if newest else "no checkpoint was saved before it"
+    if not newest:
+        return "no checkpoint is there: the same command starts over"
+    return f"the same command goes on from {folder_name(newest[0])}"
 
 
 def _chosen(checkpoints: Checkpoints, resume: Resume, *, ranks: Ranks) -> Checkpoint | None:

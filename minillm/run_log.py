@@ -41,7 +41,8 @@ class RunLog:
                 note(f"{self._file} cannot be written ({reason}); its lines are kept and tried again")
             self._refused = reason
             count = f"{len(self._kept):,} line{'s' if len(self._kept) > 1 else ''} not written"
-            raise as_disk_error(error, what=f"{self._file}: {count}") or error from error
+            error.filename = str(self._file)
+            raise as_disk_error(error, what=count) or error from error
         if self._refused:
             note(f"{self._file} is written again, and has all its lines")
             self._refused = ""
@@ -83,16 +84,14 @@ class RunLog:
         """All lines that are kept, or none."""
         if not self._kept:
             return
-        # Made once only: a file that is gone took lines with it, and another one in its place would hide that.
-        with self._file.open("r+b" if self._whole else "ab", buffering=0) as log:
+        with self._file.open("ab", buffering=0) as log:
             found = log.seek(0, os.SEEK_END)
-            if found < self._whole:
+            if found < self._whole:  # another file in the place of one that is gone would hide which lines went with it
                 raise OSError(None, f"it has {found:,} bytes of the {self._whole:,} that were written")
-            if self._torn:
-                log.truncate(self._whole)
-                log.seek(self._whole)
-            else:
+            if not self._torn:
                 self._whole = found
+            elif found > self._whole:
+                log.truncate(self._whole)
             content = b"".join(self._kept)
             self._torn, left = True, memoryview(content)
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import sys
@@ -15,17 +16,19 @@ class _Lasting(io.FileIO):
     _lost, _why = 0, ""
 
     def write(self, content: object) -> int:
-        view = memoryview(content).cast("B")  # type: ignore[arg-type]
+        left = view = memoryview(content).cast("B")  # type: ignore[arg-type]
         try:
             if self._lost:
                 super().write(f"\nnote: {self._lost:,} bytes of output could not be written ({self._why})\n".encode())
                 self._lost = 0
-            return super().write(view)
-        except BlockingIOError:
-            raise
+            while left:
+                taken = super().write(left)
+                if taken is None:  # a pipe that is full and does not wait
+                    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+                left = left[taken:]
         except OSError as error:
-            self._lost, self._why = self._lost + view.nbytes, os.strerror(error.errno or 0)
-            return view.nbytes
+            self._lost, self._why = self._lost + left.nbytes, os.strerror(error.errno or 0)
+        return view.nbytes
 
 
 @contextlib.contextmanager
