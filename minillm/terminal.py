@@ -8,6 +8,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from typing import TextIO
 
 
 class _Lasting(io.FileIO):
@@ -35,24 +36,30 @@ class _Lasting(io.FileIO):
 def lasting_output() -> Iterator[None]:
     """No work in the block ends because its output goes to a full disk, a closed terminal or a pipe that nobody reads
     any more."""
-    before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
-    for name, stream in before.items():
-        with contextlib.suppress(AttributeError, OSError, ValueError):  # none, or no file of the system's
-            raw = _Lasting(stream.fileno(), "w", closefd=False)
-            text = io.TextIOWrapper(
-                raw if stream.write_through else io.BufferedWriter(raw),
-                encoding=stream.encoding, errors=stream.errors, line_buffering=stream.line_buffering,
-                write_through=stream.write_through,
-            )  # fmt: skip
-            stream.flush()
-            setattr(sys, name, text)
+    out, errors = _lasting(sys.stdout), _lasting(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        try:
+            yield
+        finally:
+            for stream in (out, errors):
+                if stream is not None:
+                    stream.flush()
+
+
+def _lasting(stream: TextIO | None) -> TextIO | None:
+    """Another way to the same descriptor; the stream itself where it has none."""
+    if not isinstance(stream, io.TextIOWrapper):  # none at all where the descriptor was closed
+        return stream
+    with contextlib.suppress(OSError):
+        stream.flush()
     try:
-        yield
-    finally:
-        for name, stream in before.items():
-            if getattr(sys, name) is not stream:
-                getattr(sys, name).flush()
-                setattr(sys, name, stream)
+        raw = _Lasting(stream.fileno(), "w", closefd=False)
+    except (OSError, ValueError):
+        return stream
+    return io.TextIOWrapper(
+        raw if stream.write_through else io.BufferedWriter(raw), encoding=stream.encoding, errors=stream.errors,
+        line_buffering=stream.line_buffering, write_through=stream.write_through,
+    )  # fmt: skip
 
 
 def print_table(
