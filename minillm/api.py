@@ -34,7 +34,16 @@ from minillm.report import build_report, combine, write_reports
 from minillm.report_files import sets_in
 from minillm.report_sets import by_set
 from minillm.results import judge_of, stored_results, versions
-from minillm.resuming import checkpoints_of, fingerprints, require_resume, take_up, taken, told, told_as_ended
+from minillm.resuming import (
+    checkpoints_of,
+    fingerprints,
+    require_resume,
+    sources_of,
+    take_up,
+    taken,
+    told,
+    told_as_ended,
+)
 from minillm.run_splits import evaluated_sets, read_splits
 from minillm.saving import Behind, Keeping, Resumed, Saver
 from minillm.stages import Start, check_rows, idle_words, load_teacher, run_stage, unbiased_words
@@ -72,6 +81,7 @@ def distill(
         check_rows(stage, splits[stage.reads].prompts, ranks=ranks)
     folder = RunFolder(Path(config.out) / config.name, writes=ranks.first)
     made_from = _made_from(config, pair, splits, anchor, caches)
+    sources = sources_of(config, pair, made_from)
     say = partial(_say, ranks)
     with taken(folder, config, ranks=ranks, fresh=fresh) as standing:
         checkpoints = checkpoints_of(folder, config, ranks=ranks, say=say)
@@ -82,7 +92,7 @@ def distill(
             return folder.path
         resumed = take_up(
             folder, config, checkpoints, standing=standing, resume=None if fresh else resume,
-            accepted=accept_changes, made_from=made_from, ranks=ranks, say=say,
+            accepted=accept_changes, sources=sources, ranks=ranks, say=say,
         )  # fmt: skip
         status = {"state": "running", "reason": None, "made_from": made_from, "ranks": ranks.size}
         ranks.of_first(lambda: folder.set_status(**status, versions=versions(), **told(resumed)))
@@ -98,7 +108,7 @@ def distill(
                 config=config, pair=pair, splits=splits, anchor=anchor, caches=caches, teacher=teacher, ranks=ranks,
                 folder=folder,
             )  # fmt: skip
-            behind = _train(run, checkpoints, resumed, fingerprints=fingerprints(config, made_from, ranks=ranks))
+            behind = _train(run, checkpoints, resumed, fingerprints=fingerprints(config, sources, ranks=ranks))
             ranks.of_first(folder.require_log)  # its lines are made now or never
             seconds = _evaluate(run, behind, anew=resumed is None or not resumed.over)
             phases.enter("report")

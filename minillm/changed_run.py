@@ -1,7 +1,8 @@
 """What may differ between a run that was interrupted and the same run that goes on.
 
-Every setting is one of four kinds. What is learnt from, and from whom, never changes: that is another run. Some do
-nothing to training. Some change at most the last bits of it. All others change it, and need the user's word.
+Every setting is one of four kinds, and so is what stands in the files that settings name. What is learnt from, and from
+whom, never changes: that is another run. Some do nothing to training. Some change at most the last bits of it. All
+others change it, and need the user's word.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from minillm.cards import Card
 from minillm.config import RunConfig
 from minillm.errors import ConfigError, RunExists, did_you_mean
 
@@ -37,7 +39,28 @@ EFFECTS = {
 }  # fmt: skip
 """By the path of a setting, without the numbers of stages, or of a section whose settings are all alike; the longest
 path that fits counts."""
-_BY_PATH = {path: effect for effect, paths in EFFECTS.items() for path in paths}
+IN_FILES = {
+    Effect.NOTHING: (
+        "student.dtype", "student.placement", "engine.student.comms_logger", "engine.student.dump_state",
+        "engine.student.flops_profiler", "engine.student.memory_breakdown", "engine.student.steps_per_print",
+        "engine.student.timers", "engine.student.wall_clock_breakdown",
+    ),
+    Effect.LAST_BITS: (
+        "teacher.placement", "engine.student.disable_allgather", "engine.student.gradient_predivide_factor",
+        "engine.student.prescale_gradients", "engine.student.zero_allow_untested_optimizer",
+        "engine.student.zero_force_ds_cpu_optimizer", "engine.student.zero_optimization",
+    ),
+    Effect.TRAINING: (
+        "teacher.dtype", "engine.student.communication_data_type", "engine.student.data_types",
+        "engine.student.zero_optimization.zero_quantized_gradients",
+        "engine.student.zero_optimization.zero_quantized_nontrainable_weights",
+        "engine.student.zero_optimization.zero_quantized_weights",
+    ),
+}  # fmt: skip
+"""The same of what ``in_files`` gives. A student trains in 32 bits whatever its card says, and is evaluated in its
+dtype; a teacher computes in its own."""
+_BY_PATH = {path: effect for known in (EFFECTS, IN_FILES) for effect, paths in known.items() for path in paths}
+_OF_A_CARD = ("dtype", "placement")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +88,40 @@ def effect_of(path: str) -> Effect:
         if (found := _BY_PATH.get(".".join(parts[:length]))) is not None:
             return found
     raise KeyError(path)
+
+
+def in_files(*, student: Card, teacher: Card | None, engine: Mapping[str, Any]) -> dict[str, Any]:
+    """What the cards and the engine file say that a run's configuration names and its weights do not show, by the path
+    under which a change of it is told."""
+    cards = {"student": student, "teacher": teacher}
+    said = {
+        f"{name}.{field}": getattr(card, field)
+        for name, card in cards.items()
+        for field in _OF_A_CARD
+        if card is not None
+    }
+    return {**said, **dict(_flat(engine, "engine.student"))}
+
+
+def _flat(values: Mapping[str, Any], at: str) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{at}.{name}")
+        else:
+            yield f"{at}.{name}", value
+
+
+def changes_in_files(before: Mapping[str, Any], now: Mapping[str, Any], *, named: Collection[Change]) -> list[Change]:
+    """What differs between two of ``in_files``. Where the engine file has another name too, which is among ``named``,
+    only what changes training is given of it: the rest is what the new name means."""
+    found = [
+        Change(path, before.get(path), now.get(path))
+        for path in dict.fromkeys((*before, *now))
+        if before.get(path) != now.get(path)
+    ]
+    if "engine.student" not in {change.path for change in named}:
+        return found
+    return [c for c in found if not c.path.startswith("engine.student.") or c.effect is Effect.TRAINING]
 
 
 def changes(before: RunConfig, now: RunConfig) -> list[Change]:

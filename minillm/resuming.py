@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minillm.cards import may_differ
-from minillm.changed_run import Change, Effect, changes, judge
+from minillm.changed_run import Change, Effect, changes, changes_in_files, in_files, judge
 from minillm.checkpoint_manifest import folder_name
 from minillm.checkpoints import Checkpoint, Checkpoints, Resume, steps_in
 from minillm.config import CheckpointsConfig, RunConfig, dump_config
+from minillm.engine_settings import read_engine_settings
 from minillm.errors import CheckpointError, ConfigError, DataError, DiskError, RunExists, Stopped
+from minillm.preflight import Pair
 from minillm.ranks import Ranks
 from minillm.results import versions
 from minillm.run_lock import run_lock
@@ -23,6 +26,16 @@ from minillm.store import CHECKPOINTS, RunFolder, Standing, make_folder
 from minillm.yaml_reader import read_yaml
 
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """What a run is made from beside its configuration."""
+
+    made_from: Mapping[str, str]
+    """Hashes of weights, prompts, corpus and teacher caches, by what they are."""
+    files: Mapping[str, Any]
+    """What cards and engine files say (``changed_run.in_files``)."""
 
 
 def require_resume(resume: object) -> None:
@@ -63,7 +76,7 @@ def checkpoints_of(folder: RunFolder, config: RunConfig, *, ranks: Ranks, say: S
 
 def take_up(
     folder: RunFolder, config: RunConfig, checkpoints: Checkpoints, *, standing: Standing, resume: Resume | None,
-    accepted: Sequence[str], made_from: Mapping[str, str], ranks: Ranks, say: Say,
+    accepted: Sequence[str], sources: Sources, ranks: Ranks, say: Say,
 ) -> Resumed | None:  # fmt: skip
     """Makes the folder ready; where the run goes on, None for one that begins. ``resume`` None begins in any case.
 
@@ -85,7 +98,7 @@ def take_up(
         ranks.of_first(lambda: folder.begin(text))
         return None
     resumed = _read(chosen, ranks=ranks)
-    words = _judged(resumed, config, accepted=accepted, made_from=made_from, ranks=ranks)
+    words = _judged(resumed, config, accepted=accepted, sources=sources, ranks=ranks)
     checkpoints.clean()
     checkpoints.set_aside_after(chosen.manifest.step)  # before the log is cut, which the newer ones need whole
     ranks.of_first(lambda: folder.go_on(text, log_bytes=resumed.log_bytes))
@@ -95,9 +108,19 @@ def take_up(
     return resumed
 
 
-def fingerprints(config: RunConfig, made_from: Mapping[str, str], *, ranks: Ranks) -> dict[str, Any]:
+def sources_of(config: RunConfig, pair: Pair, made_from: Mapping[str, str]) -> Sources:
+    """Them, with what the run's cards and its engine file say now."""
+    engine = read_engine_settings(config.engine.student)
+    files = in_files(student=pair.student_card, teacher=pair.teacher_card, engine=engine)
+    return Sources(made_from=made_from, files=files)
+
+
+def fingerprints(config: RunConfig, sources: Sources, *, ranks: Ranks) -> dict[str, Any]:
     """What must be equal for a run to go on as if it had not stopped."""
-    return {"config": dump_config(config), "made_from": dict(made_from), "around": _around(ranks)}
+    return {
+        "config": dump_config(config), "made_from": dict(sources.made_from), "files": dict(sources.files),
+        "around": _around(ranks),
+    }  # fmt: skip
 
 
 def told(resumed: Resumed | None) -> dict[str, Any]:
@@ -143,7 +166,7 @@ def _chosen(checkpoints: Checkpoints, resume: Resume, *, ranks: Ranks) -> Checkp
 
 
 def _judged(
-    resumed: Resumed, config: RunConfig, *, accepted: Sequence[str], made_from: Mapping[str, str], ranks: Ranks
+    resumed: Resumed, config: RunConfig, *, accepted: Sequence[str], sources: Sources, ranks: Ranks
 ) -> list[str]:
     """What is to be said of what differs between the run that was saved and the one that goes on."""
     chosen = resumed.checkpoint
@@ -151,23 +174,30 @@ def _judged(
     try:
         before = RunConfig(**read_yaml(str(saved["config"]), source=str(chosen.path)))
         made, around = dict(saved["made_from"]), dict(saved["around"])
+        files = dict(saved["files"]) if "files" in saved else None
     except (ConfigError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{chosen.path}: not the checkpoint of a run that this version can go on with ({error})\n"
             "  go on with the version that made it, or start over with --fresh"
         ) from error
     found = changes(before, config)
+    if files is not None:
+        found += changes_in_files(files, sources.files, named=found)
     words = judge(found, accepted=accepted, source=str(chosen.path))
+    if files is None:
+        words.append("saved by a version that did not look into cards and engine files: these may have changed")
     _require_of_use(found, config, resumed)
     if differs := [
-        name for name in made_from if not name.startswith("test") and may_differ(made.get(name), made_from[name])
+        name
+        for name, now in sources.made_from.items()
+        if not name.startswith("test") and may_differ(made.get(name), now)
     ]:
         raise RunExists(
             f"{chosen.path} was made from another {', '.join(differs)}; nothing was touched.\n"
             "  put back what it was made from, give this run another name (name=NAME), or start over with --fresh"
         )
-    now = _around(ranks)
-    if moved := [f"{name} {now.get(name)}, was {around.get(name)}" for name in now if now[name] != around.get(name)]:
+    here = _around(ranks)
+    if moved := [f"{name} {here[name]}, was {around.get(name)}" for name in here if here[name] != around.get(name)]:
         words.append(f"{'; '.join(moved)}: sums may differ in their last bits from those of the unbroken run")
     return words
 

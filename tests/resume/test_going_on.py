@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from minillm import exits
 from minillm.api import distill
-from minillm.checkpoint_manifest import MANIFEST, FileEntry, manifest_text, read_manifest
+from minillm.checkpoint_manifest import MANIFEST, Manifest, manifest_text, read_manifest
 from minillm.checkpoints import Checkpoints
 from minillm.config import RunConfig
 from minillm.disk import RealDisk
@@ -38,7 +38,11 @@ KEEP = {"every_minutes": 0, "every_steps": 1}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("going_on")
+    return made(tmp_path_factory.mktemp("going_on"))
+
+
+def made(folder: Path) -> Path:
+    """With what ``config`` names."""
     tiny.save_model(folder / "student", "llama", seed=2)
     tiny.save_prompts(folder / "prompts.jsonl", rows=24)
     return folder
@@ -279,10 +283,15 @@ def change_run(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> 
     record = json.loads(file.read_text(encoding="utf-8"))
     change(record)
     file.write_text(json.dumps(record), encoding="utf-8")
-    manifest = read_manifest(checkpoint)
-    entry = FileEntry(bytes=file.stat().st_size, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
-    manifest = manifest.model_copy(update={"files": {**manifest.files, "run.json": entry}})
-    (checkpoint / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
+    entry = {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    change_manifest(checkpoint, lambda manifest: manifest["files"].update({"run.json": entry}))
+
+
+def change_manifest(checkpoint: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Another manifest, with the hash that fits."""
+    record = read_manifest(checkpoint).model_dump()
+    change(record)
+    (checkpoint / MANIFEST).write_text(manifest_text(Manifest(**record)), encoding="utf-8")
 
 
 def test_what_is_no_way_to_resume_is_told(place: Path) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from minillm import changed_run
-from minillm.changed_run import Effect, changes, effect_of, judge
+from minillm.cards import Card
+from minillm.changed_run import EFFECTS, IN_FILES, Effect, changes, changes_in_files, effect_of, in_files, judge
 from minillm.config import RunConfig, load_config
+from minillm.engine_settings import ENGINE_SETTINGS
 from minillm.errors import ConfigError, RunExists
 from minillm.settings import Settings
 
@@ -63,7 +65,58 @@ def test_control_a_new_section_is_not_known() -> None:
 
 def test_no_effect_is_listed_for_a_setting_that_is_gone() -> None:
     known = {".".join(path.split(".")[:length]) for path in EVERY for length in range(1, 5)}
-    assert set(changed_run._BY_PATH) <= known
+    assert {path for paths in EFFECTS.values() for path in paths} <= known
+
+
+IN_CARDS = ("student.dtype", "student.placement", "teacher.dtype", "teacher.placement")
+
+
+@pytest.mark.parametrize("path", [*IN_CARDS, *(f"engine.student.{name}" for name in sorted(ENGINE_SETTINGS))])
+def test_all_that_files_may_say_is_known_by_its_own_name(path: str) -> None:
+    assert sum(path in paths for paths in IN_FILES.values()) == 1
+
+
+def test_nothing_is_listed_that_files_cannot_say() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    for path in (path for paths in IN_FILES.values() for path in paths if path not in IN_CARDS):
+        section, _, name = path.removeprefix("engine.student.").partition(".")
+        assert section in ENGINE_SETTINGS and (not name or name in DeepSpeedZeroConfig.model_fields), path
+
+
+def files(engine: dict[str, typing.Any], **teacher: typing.Any) -> dict[str, typing.Any]:
+    return in_files(student=Card(name="s", model="s"), teacher=Card(name="t", model="t", **teacher), engine=engine)
+
+
+ENGINE = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 5}, "steps_per_print": 9}
+
+
+@pytest.mark.parametrize(
+    ("engine", "teacher", "path", "effect"),
+    [
+        (ENGINE, {"dtype": "bfloat16"}, "teacher.dtype", Effect.TRAINING),
+        (ENGINE, {"placement": "zero3"}, "teacher.placement", Effect.LAST_BITS),
+        ({**ENGINE, "steps_per_print": 1}, {}, "engine.student.steps_per_print", Effect.NOTHING),
+        ({**ENGINE, "data_types": {"grad_accum_dtype": "bf16"}}, {}, "engine.student.data_types.grad_accum_dtype",
+         Effect.TRAINING),
+        ({**ENGINE, "zero_optimization": {"stage": 3, "reduce_bucket_size": 5}}, {},
+         "engine.student.zero_optimization.stage", Effect.LAST_BITS),
+        ({**ENGINE, "zero_optimization": {"stage": 2, "reduce_bucket_size": 5, "zero_quantized_gradients": True}}, {},
+         "engine.student.zero_optimization.zero_quantized_gradients", Effect.TRAINING),
+    ],
+)  # fmt: skip
+def test_what_cards_and_engine_files_say_is_compared(
+    engine: dict[str, typing.Any], teacher: dict[str, typing.Any], path: str, effect: Effect
+) -> None:
+    (change,) = changes_in_files(files(ENGINE), files(engine, **teacher), named=())
+    assert change.path == path and change.effect is effect
+
+
+def test_of_an_engine_file_with_another_name_only_what_trains_is_told() -> None:
+    other = {"zero_optimization": {"stage": 0}, "communication_data_type": "fp16"}
+    named = one("engine.student=zero0")
+    found = changes_in_files(files(ENGINE), files(other, placement="zero3"), named=named)
+    assert [change.path for change in found] == ["teacher.placement", "engine.student.communication_data_type"]
 
 
 def one(*overrides: str) -> list[changed_run.Change]:

@@ -1,0 +1,78 @@
+"""A run that goes on looks into the files that its configuration names: cards and engine settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from minillm import resuming
+from minillm.api import distill
+from minillm.config import RunConfig
+from minillm.errors import RunExists
+from tests.resume.test_going_on import Out, change_manifest, config, made, stopped
+
+ENGINE = {"zero_optimization": {"stage": 0}, "steps_per_print": 1000}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("changed_files"))
+
+
+def run(place: Path, folder: Path, *, engine: dict[str, Any] = ENGINE, dtype: str = "float32") -> RunConfig:
+    """One whose teacher's card and engine file stand in a folder, and say this now."""
+    (folder / "engine.json").write_text(json.dumps(engine), encoding="utf-8")
+    (folder / "teacher.yaml").write_text(f"model: {place / 'student'}\ndtype: {dtype}\n", encoding="utf-8")
+    files = {"engine": {"student": str(folder / "engine.json")}, "teacher": str(folder / "teacher.yaml")}
+    return config(place, "files", out=str(folder / "runs"), **files)
+
+
+def test_an_engine_file_of_another_content_is_told_by_what_it_does(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Out
+) -> None:
+    stopped(run(place, tmp_path), monkeypatch, after=2)
+    other = {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}}
+    path = "engine.student.data_types.grad_accum_dtype"
+    with pytest.raises(RunExists, match=rf"other settings: {path} was None, is 'fp32'; nothing was touched"):
+        distill(run(place, tmp_path, engine=other))
+    capfd.readouterr()
+    stopped(run(place, tmp_path, engine=other), monkeypatch, after=1, accept_changes=[path])
+    told = capfd.readouterr().out
+    assert f"changed, as accepted: {path}" in told
+    assert "changed: engine.student.zero_optimization.stage was 0, is 1; from here on the last bits" in told
+    assert "trains nothing else: engine.student.steps_per_print was 1000, is None" in told
+
+
+def test_a_card_that_says_another_dtype_wants_the_users_word(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Out
+) -> None:
+    stopped(run(place, tmp_path), monkeypatch, after=2)
+    changed = run(place, tmp_path, dtype="bfloat16")
+    with pytest.raises(
+        RunExists, match=r"teacher.dtype was 'float32', is 'bfloat16'.*\n.*--accept-change teacher.dtype"
+    ):
+        distill(changed)
+    distill(changed, accept_changes=["teacher.dtype"])
+    assert "teacher.dtype was 'float32', is 'bfloat16'; this is no longer" in capfd.readouterr().out
+
+
+def test_control_without_the_look_into_files_nothing_is_told(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Out
+) -> None:
+    stopped(run(place, tmp_path), monkeypatch, after=2)
+    monkeypatch.setattr(resuming, "changes_in_files", lambda before, now, named: [])
+    distill(run(place, tmp_path, engine={"zero_optimization": {"stage": 0}}, dtype="bfloat16"))
+    assert "changed" not in capfd.readouterr().out
+
+
+def test_a_checkpoint_that_says_nothing_of_files_is_taken_and_told(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Out
+) -> None:
+    folder = stopped(run(place, tmp_path), monkeypatch, after=2)
+    for at in (folder / "checkpoints").iterdir():
+        change_manifest(at, lambda record: record["fingerprints"].pop("files"))
+    distill(run(place, tmp_path))
+    assert "did not look into cards and engine files" in capfd.readouterr().out
