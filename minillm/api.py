@@ -39,6 +39,7 @@ from minillm.resuming import (
     fingerprints,
     require_resume,
     sources_of,
+    steps_behind,
     take_up,
     taken,
     told,
@@ -100,7 +101,10 @@ def distill(
         phases.enter("loading")
         with told_as_ended(folder), contextlib.ExitStack() as stack:
             settings = config.model_dump(mode="json")
-            stack.enter_context(tracked(folder, config.trackers, run=config.name, settings=settings, ranks=ranks))
+            before = steps_behind(resumed)
+            stack.enter_context(
+                tracked(folder, config.trackers, run=config.name, settings=settings, ranks=ranks, before=before)
+            )
             teacher = load_teacher(pair, ranks=ranks, say=say) if _needs_teacher(config, splits) else None
             if teacher is not None:
                 stack.callback(teacher.close)

@@ -130,6 +130,14 @@ def told(resumed: Resumed | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def steps_behind(resumed: Resumed | None) -> int:
+    """Steps of the stages that are over, as trackers count them."""
+    if resumed is None:
+        return 0
+    own = resumed.progressed.step if resumed.over else 0
+    return own + sum(int(stage["step"]) for stage in resumed.behind.stages.values())
+
+
 @contextlib.contextmanager
 def told_as_ended(folder: RunFolder) -> Iterator[None]:
     """How a run ended before its end, in run.json; where the disk ended it, the error says also where it goes on."""

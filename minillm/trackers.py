@@ -83,9 +83,10 @@ _STARTS: dict[str, Callable[[str, Path, Mapping[str, Any]], Tracker]] = {
 class Trackers:
     """All trackers of a run: each line of the log goes to each of them, until it fails."""
 
-    def __init__(self, trackers: Mapping[str, Tracker]) -> None:
+    def __init__(self, trackers: Mapping[str, Tracker], *, before: int = 0) -> None:
+        """``before`` are the steps of stages that were over when the run went on."""
         self._trackers = dict(trackers)
-        self._stage, self._before, self._last = "", 0, 0
+        self._stage, self._before, self._last = "", before, 0
 
     def hear(self, record: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl. Names get stage and kind before them (``sft/train/loss``), and steps go on from
@@ -130,16 +131,17 @@ def require_packages(names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def tracked(
-    folder: RunFolder, names: Sequence[str], *, run: str, settings: Mapping[str, Any], ranks: Ranks
+    folder: RunFolder, names: Sequence[str], *, run: str, settings: Mapping[str, Any], ranks: Ranks, before: int = 0
 ) -> Iterator[None]:
-    """Sends every line of the folder's log to these trackers while the block runs; rank 0 alone has any.
+    """Sends every line of the folder's log to these trackers while the block runs; rank 0 alone has any. Steps are
+    counted from those ``before`` on, which stages made that were over when the run went on.
 
     Raises ``TrackerError`` on every rank where one does not start.
     """
     trackers, problems = Trackers({}), list[str]()
     if ranks.first:
         try:
-            trackers = _start(names, run=run, folder=folder.path, settings=settings)
+            trackers = Trackers(_start(names, run=run, folder=folder.path, settings=settings), before=before)
         except TrackerError as error:
             problems.append(str(error))
     if names and (told := ranks.gather_objects(problems)):
@@ -151,7 +153,7 @@ def tracked(
         trackers.close()
 
 
-def _start(names: Sequence[str], *, run: str, folder: Path, settings: Mapping[str, Any]) -> Trackers:
+def _start(names: Sequence[str], *, run: str, folder: Path, settings: Mapping[str, Any]) -> dict[str, Tracker]:
     started: dict[str, Tracker] = {}
     for name in names:
         try:
@@ -162,7 +164,7 @@ def _start(names: Sequence[str], *, run: str, folder: Path, settings: Mapping[st
                 f"trackers: {name} does not start: {_in_short(error)}\n  mend its account, key or place in the "
                 f"environment, or take {name} out of trackers"
             ) from error
-    return Trackers(started)
+    return started
 
 
 def _figures(record: Mapping[str, Any]) -> dict[str, float]:

@@ -4,6 +4,7 @@
 2. A package that is missing, and a tracker that does not start, are told before a model is loaded.
 3. One that fails on the way is told once and switched off; the run goes on and the others too.
 4. Rank 0 alone logs, and nothing is imported where none is asked for.
+5. A run that goes on counts its steps on from where it stood, whichever stage that was in.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import pytest
 
 from minillm import api, distill
 from minillm.config import RunConfig
-from minillm.errors import TrackerError
+from minillm.errors import Stopped, TrackerError
 from minillm.ranks import Ranks
+from minillm.stops import Stops
 from minillm.store import RunFolder
 from minillm.trackers import Trackers, require_packages, tracked
 from tests import tiny
@@ -127,6 +129,28 @@ def test_every_tracker_hears_every_line_of_the_log(
         assert (options["project"], options["name"]) == ("minillm", "a/b")
         assert options["config"]["decoding"]["max_new_tokens"] == 10
         json.dumps(options["config"])
+
+
+@pytest.mark.parametrize("after", range(1, 5))
+def test_a_run_that_goes_on_counts_its_steps_on(
+    after: int, place: Path, tmp_path: Path, made: dict[str, list[Recorder]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after each step: inside the first stage, where it is over, inside the second, and where that is."""
+    settings = run_of(place, tmp_path, "wandb")
+    asked = [0]
+
+    def agreed(self: Stops, ranks: Any) -> str:
+        asked[0] += 1
+        return "SIGTERM" if asked[0] == after else ""
+
+    monkeypatch.setattr(Stops, "agreed", agreed)
+    with pytest.raises(Stopped):
+        distill(settings)
+    folder = distill(settings)
+    first, second = made["wandb"]
+    assert {step for step, _ in first.lines} == set(range(1, after + 1))
+    assert {step for step, _ in second.lines} == set(range(after + 1, 5))
+    assert merged(first.lines + second.lines) == wanted(folder)
 
 
 def test_the_environment_names_the_project_of_wandb(
