@@ -71,7 +71,8 @@ def find_runs(root: Path) -> list[Path]:
 
 
 def describe(folder: Path, *, root: Path) -> RunInfo:
-    """How a run stands; every byte of its checkpoints is read for it."""
+    """How a run stands; every byte of its checkpoints is read for it. One that is gone once it was read was removed by
+    the run that works there, and is not counted."""
     name = str(folder.relative_to(root)) if folder != root else folder.name
     works, status = owner(folder), dict[str, Any]()
     state: State
@@ -81,11 +82,12 @@ def describe(folder: Path, *, root: Path) -> RunInfo:
     except DataError:
         state = "unreadable"
     last = _last_lines(folder / "metrics.jsonl")
-    kept = [folder / CHECKPOINTS / folder_name(step) for step in steps_in(folder / CHECKPOINTS)]
+    paths = [folder / CHECKPOINTS / folder_name(step) for step in steps_in(folder / CHECKPOINTS)]
+    kept = [Kept(path=path, fault=fault_of(path)) for path in paths]
     return RunInfo(
         path=folder, name=name, state=state, owner=works, at=_at(folder, last.get("train", {})),
         best=_best(status, last.get("validation", {})),
-        checkpoints=tuple(Kept(path=path, fault=fault_of(path)) for path in kept),
+        checkpoints=tuple(one for one in kept if not one.fault or os.path.lexists(one.path)),
         bytes=sum(_sizes(folder)), reason=str(status.get("reason") or ""),
     )  # fmt: skip
 

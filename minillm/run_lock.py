@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -15,6 +16,8 @@ from minillm.errors import DataError, RunInUse
 
 LOCK = ".lock"
 """The file that is locked. It stays, and says who held it last."""
+PAUSES_S = (0.01, 0.05, 0.1, 0.2)
+"""Before each further try to take a lock: who only asks whose it is (``owner``) holds it, too, for an instant."""
 
 
 @contextlib.contextmanager
@@ -24,15 +27,13 @@ def run_lock(folder: Path) -> Iterator[None]:
     One rank holds it for all. A process forked in the block holds it too, until both have ended.
     """
     with _opened(folder / LOCK) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # closing the file lets go of it
-        except BlockingIOError as error:
+        if not any(_locked(file, pause) for pause in (0.0, *PAUSES_S)):  # closing the file lets go of it
             file.seek(0)
             owner = file.read(200).strip() or "another process"
             raise RunInUse(
                 f"{folder}: {owner} works in it, wanted a folder that nobody works in\n"
                 "  wait for it or end it, or give this run another name (name=NAME)"
-            ) from error
+            )
         owner = f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n"
         try:
             file.truncate(0)
@@ -41,6 +42,15 @@ def run_lock(folder: Path) -> Iterator[None]:
             error.filename = str(folder / LOCK)  # the system names no file in which there was no room
             raise
         yield
+
+
+def _locked(file: TextIO, pause: float) -> bool:
+    time.sleep(pause)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _opened(lock: Path) -> TextIO:

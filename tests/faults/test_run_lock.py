@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ import pytest
 
 from minillm import run_lock as module
 from minillm.errors import RunInUse
-from minillm.run_lock import LOCK, run_lock
+from minillm.run_lock import LOCK, owner, run_lock
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLDS = """
@@ -41,6 +43,34 @@ def test_the_second_is_refused_by_name_until_the_first_is_dead(tmp_path: Path) -
         assert str(other.pid) not in (tmp_path / LOCK).read_text()
     with run_lock(tmp_path):  # an owner that ended well lets go, too
         pass
+
+
+def test_who_only_asks_keeps_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``owner`` holds the lock for an instant; here until the starter has waited once."""
+    with run_lock(tmp_path):
+        pass
+    pauses = list[float]()
+    with (tmp_path / LOCK).open(encoding="utf-8") as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+
+        def sleep(seconds: float) -> None:
+            pauses.append(seconds)
+            if seconds:
+                fcntl.flock(asking, fcntl.LOCK_UN)
+
+        monkeypatch.setattr(module.time, "sleep", sleep)
+        with run_lock(tmp_path):
+            assert len(pauses) == 2 and owner(tmp_path).startswith(f"process {os.getpid()}")
+
+
+def test_control_without_a_second_try_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PAUSES_S", ())
+    with run_lock(tmp_path):
+        pass
+    with (tmp_path / LOCK).open(encoding="utf-8") as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        with pytest.raises(RunInUse), run_lock(tmp_path):
+            pass
 
 
 def test_control_without_the_kernels_lock_both_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from minillm import checkpoint_manifest
 from minillm.checkpoints import Checkpoints, OneRank
 from minillm.cli import app
 from minillm.errors import DataError, RunInUse
@@ -111,6 +112,32 @@ def test_verify_names_the_broken_file_and_ends_with_one(tmp_path: Path) -> None:
     corrupt(path, 2)
     code, text = run("verify", str(tmp_path))
     assert code == 1 and "step-00000002/x.json: its SHA-256" in text and "3 checkpoints, 1 broken" in text
+
+
+@pytest.mark.parametrize("when", ["manifest", "data"])
+def test_what_retention_removes_while_it_is_read_is_not_broken(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oldest goes before its manifest is read, or between that and its data."""
+    path, name = make(tmp_path, "mine", whole=3), "read_manifest" if when == "manifest" else "_compare_names"
+    at, plain = path / CHECKPOINTS, getattr(checkpoint_manifest, name)
+
+    def reading(folder: Path, *rest: Any) -> Any:
+        found = plain(folder, *rest) if when == "data" else None
+        if folder.name == "step-00000001":
+            folder.rename(at / ".removed-step-00000001-aa")
+        return plain(folder, *rest) if when == "manifest" else found
+
+    monkeypatch.setattr(checkpoint_manifest, name, reading)
+    code, text = run("verify", str(tmp_path))
+    assert code == 0 and "2 checkpoints, 0 broken" in text and "step-00000001" not in text
+
+
+def test_control_one_that_lost_its_files_and_stands_there_is_broken(tmp_path: Path) -> None:
+    path = make(tmp_path, "mine", whole=3)
+    (path / CHECKPOINTS / "step-00000001" / "x.json").unlink()
+    code, text = run("verify", str(tmp_path))
+    assert code == 1 and "3 checkpoints, 1 broken" in text
 
 
 def test_clean_keeps_the_newest_two_that_are_whole(tmp_path: Path) -> None:
