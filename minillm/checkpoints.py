@@ -299,17 +299,17 @@ class Checkpoints:
 
         self._ranks.of_first(remove)
 
-    def remove_all_but(self, keep: int) -> None:
-        """Removes all but the ``keep`` newest, and never one of the newest two that verify: those are read again
-        before."""
+    def remove_all_but(self, keep: int, *, whole: int = SPARED) -> None:
+        """Removes all but the ``keep`` newest, and never one of the ``whole`` newest that verify: those are read again
+        before. One that does not verify goes only once so many newer ones do."""
         newest = [self.root / folder_name(step) for step in self.steps()]
-        old, whole = newest[keep:], 0
-        while old and whole < SPARED and newest:
+        old, spared = newest[keep:], 0
+        while old and spared < whole and newest:
             folder = newest.pop(0)
             with contextlib.suppress(CheckpointError):
                 self._verified(folder)
-                whole += 1
-        if whole == SPARED:
+                spared += 1
+        if spared == whole:
             old = [folder for folder in old if folder in newest]
             self._ranks.of_first(lambda: self._remove(reversed(old)))
 

@@ -113,7 +113,7 @@ def clean(folder: Path, *, keep: int, say: Callable[[str], None]) -> int:
             checkpoints.remove()
         else:
             checkpoints.remove_set_aside()
-            checkpoints.remove_all_but(keep)
+            checkpoints.remove_all_but(keep, whole=keep)
         return before - sum(_sizes(folder))
 
 

@@ -149,6 +149,24 @@ def test_clean_keeps_the_newest_two_that_are_whole(tmp_path: Path) -> None:
     assert code == 0 and "freed" in text and kept == ["step-00000004", "step-00000005", "step-00000006"]
 
 
+@pytest.mark.parametrize("keep", [2, 3, 4])
+def test_clean_counts_whole_checkpoints_alone(keep: int, tmp_path: Path) -> None:
+    path = make(tmp_path, "mine", whole=8)
+    for step in (4, 7):
+        corrupt(path, step)
+    run("clean", str(tmp_path), "--keep", str(keep))
+    kept = {int(at.name[-2:]) for at in (path / CHECKPOINTS).iterdir()}
+    assert kept == {2: {6, 7, 8}, 3: {5, 6, 7, 8}, 4: {3, 4, 5, 6, 7, 8}}[keep]
+
+
+def test_clean_removes_none_where_fewer_are_whole_than_are_to_stay(tmp_path: Path) -> None:
+    path = make(tmp_path, "mine", whole=5)
+    for step in (1, 3, 4):
+        corrupt(path, step)
+    run("clean", str(tmp_path), "--keep", "3")
+    assert len(list((path / CHECKPOINTS).iterdir())) == 5
+
+
 def test_clean_leaves_nothing_of_a_run_that_is_done(tmp_path: Path) -> None:
     path = make(tmp_path, "mine", state="done", whole=3)
     run("clean", str(tmp_path))
