@@ -82,7 +82,9 @@ def distill(
         check_rows(stage, splits[stage.reads].prompts, ranks=ranks)
     folder = RunFolder(Path(config.out) / config.name, writes=ranks.first)
     made_from = _made_from(config, pair, splits, anchor, caches)
-    sources = sources_of(config, pair, made_from)
+    sources = sources_of(
+        config, pair, made_from, data_of=lambda other: _data(read_splits(other, pair), read_anchor(other, pair=pair))
+    )
     say = partial(_say, ranks)
     with taken(folder, config, ranks=ranks, fresh=fresh) as standing:
         checkpoints = checkpoints_of(folder, config, ranks=ranks, say=say)
@@ -154,9 +156,13 @@ def _made_from(
     # A teacher that is built has a seed of its own: the same in every run.
     seeds = {"student": config.seed, "teacher": 0}
     weights = {name: fingerprint(card, seed=seeds[name]) for name, card in cards.items() if card is not None}
-    corpus = {} if anchor is None else {"corpus": anchor.sha256}
     cached = {f"teacher cache of {name}": cache.sha256 for name, cache in caches.items()}
-    return {**weights, **{f"{name} prompts": split.sha256 for name, split in splits.items()}, **corpus, **cached}
+    return {**weights, **_data(splits, anchor), **cached}
+
+
+def _data(splits: Mapping[str, Split], anchor: Anchor | None) -> dict[str, str]:
+    corpus = {} if anchor is None else {"corpus": anchor.sha256}
+    return {**{f"{name} prompts": split.sha256 for name, split in splits.items()}, **corpus}
 
 
 def _require_made_from(folder: RunFolder, made_from: Mapping[str, str]) -> None:

@@ -14,7 +14,7 @@ from minillm.cards import may_differ
 from minillm.changed_run import Change, Effect, changes, changes_in_files, in_files, judge
 from minillm.checkpoint_manifest import folder_name
 from minillm.checkpoints import Checkpoint, Checkpoints, Resume, steps_in
-from minillm.config import CheckpointsConfig, RunConfig, dump_config
+from minillm.config import CheckpointsConfig, DecodingConfig, RunConfig, dump_config
 from minillm.engine_settings import read_engine_settings
 from minillm.errors import CheckpointError, ConfigError, DataError, DiskError, RunExists, Stopped
 from minillm.preflight import Pair
@@ -36,6 +36,8 @@ class Sources:
     """Hashes of weights, prompts, corpus and teacher caches, by what they are."""
     files: Mapping[str, Any]
     """What cards and engine files say (``changed_run.in_files``)."""
+    data_under: Callable[[DecodingConfig], Mapping[str, str]]
+    """The hashes of the data where it is read with another limit of responses, to which some may not keep."""
 
 
 def require_resume(resume: object) -> None:
@@ -108,11 +110,21 @@ def take_up(
     return resumed
 
 
-def sources_of(config: RunConfig, pair: Pair, made_from: Mapping[str, str]) -> Sources:
-    """Them, with what the run's cards and its engine file say now."""
+def sources_of(
+    config: RunConfig,
+    pair: Pair,
+    made_from: Mapping[str, str],
+    *,
+    data_of: Callable[[RunConfig], Mapping[str, str]],
+) -> Sources:
+    """Them, with what the run's cards and its engine file say now; ``data_of`` reads the data of a configuration."""
     engine = read_engine_settings(config.engine.student)
     files = in_files(student=pair.student_card, teacher=pair.teacher_card, engine=engine)
-    return Sources(made_from=made_from, files=files)
+    return Sources(
+        made_from=made_from,
+        files=files,
+        data_under=lambda decoding: data_of(config.model_copy(update={"decoding": decoding})),
+    )
 
 
 def fingerprints(config: RunConfig, sources: Sources, *, ranks: Ranks) -> dict[str, Any]:
@@ -195,11 +207,12 @@ def _judged(
     if files is None:
         words.append("saved by a version that did not look into cards and engine files: these may have changed")
     _require_of_use(found, config, resumed)
-    if differs := [
-        name
-        for name, now in sources.made_from.items()
-        if not name.startswith("test") and may_differ(made.get(name), now)
-    ]:
+    differs = _differing(made, sources.made_from)
+    if differs and any(change.path == "decoding.max_new_tokens" for change in found):  # accepted by now
+        # Responses that the new limit takes out were there under the old one, if the files are as they were.
+        with contextlib.suppress(DataError):
+            differs = _differing(made, {**sources.made_from, **sources.data_under(before.decoding)})
+    if differs:
         raise RunExists(
             f"{chosen.path} was made from another {', '.join(differs)}; nothing was touched.\n"
             "  put back what it was made from, give this run another name (name=NAME), or start over with --fresh"
@@ -208,6 +221,11 @@ def _judged(
     if moved := [f"{name} {here[name]}, was {around.get(name)}" for name in here if here[name] != around.get(name)]:
         words.append(f"{'; '.join(moved)}: sums may differ in their last bits from those of the unbroken run")
     return words
+
+
+def _differing(made: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """What a run was made from and is not made from now; its test sets may change."""
+    return [name for name in now if not name.startswith("test") and may_differ(made.get(name), now[name])]
 
 
 def _require_of_use(found: Sequence[Change], config: RunConfig, resumed: Resumed) -> None:

@@ -1,4 +1,4 @@
-"""A run that goes on looks into the files that its configuration names: cards and engine settings."""
+"""A run that goes on looks into the files that its configuration names: cards, engine settings, prompts."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from minillm import resuming
 from minillm.api import distill
 from minillm.config import RunConfig
 from minillm.errors import RunExists
+from tests import tiny
 from tests.resume.test_going_on import Out, change_manifest, config, made, stopped
 
 ENGINE = {"zero_optimization": {"stage": 0}, "steps_per_print": 1000}
@@ -76,3 +77,35 @@ def test_a_checkpoint_that_says_nothing_of_files_is_taken_and_told(
         change_manifest(at, lambda record: record["fingerprints"].pop("files"))
     distill(run(place, tmp_path))
     assert "did not look into cards and engine files" in capfd.readouterr().out
+
+
+def limited(place: Path, prompts: Path, tokens: int) -> RunConfig:
+    """Responses have 3 to 6 tokens; those that are longer than ``tokens`` are left out."""
+    data = {"train": str(prompts), "max_prompt_tokens": 8, "over_long": "drop"}
+    stages = [stage.model_copy(update={"validate_every": 0}) for stage in config(place, "x").stages]
+    out = str(prompts.parent / "runs")
+    return config(place, "limited", out=out, data=data, stages=stages, decoding={"max_new_tokens": tokens})
+
+
+@pytest.mark.parametrize("limits", [(10, 5), (5, 10)])
+def test_an_accepted_limit_of_responses_is_no_other_data(
+    limits: tuple[int, int], place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Out
+) -> None:
+    before, now = limits
+    prompts = tiny.save_prompts(tmp_path / "own.jsonl", rows=24)
+    stopped(limited(place, prompts, before), monkeypatch, after=2)
+    with pytest.raises(RunExists, match=r"--accept-change decoding.max_new_tokens"):
+        distill(limited(place, prompts, now))
+    distill(limited(place, prompts, now), accept_changes=["decoding.max_new_tokens"])
+    told = capfd.readouterr().out
+    assert f"decoding.max_new_tokens was {before}, is {now}; this is no longer" in told
+
+
+def test_control_other_rows_under_an_accepted_limit_are_other_data(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = tiny.save_prompts(tmp_path / "own.jsonl", rows=24)
+    stopped(limited(place, prompts, 10), monkeypatch, after=2)
+    tiny.save_prompts(prompts, rows=23)
+    with pytest.raises(RunExists, match=r"was made from another train prompts; nothing was touched"):
+        distill(limited(place, prompts, 5), accept_changes=["decoding.max_new_tokens"])
