@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +22,14 @@ from minillm.errors import CheckpointError, ConfigError, DataError, DiskError, R
 from minillm.preflight import Pair
 from minillm.ranks import Ranks
 from minillm.results import versions
-from minillm.run_lock import run_lock
+from minillm.run_lock import run_lock, says
 from minillm.saving import Resumed, needs_its_ranks, read
 from minillm.store import CHECKPOINTS, RunFolder, Standing, make_folder
 from minillm.yaml_reader import read_yaml
 
 Say = Callable[[str], None]
+SHOWN_S = 5.0
+"""Seconds in which a disk over a network has to show on every rank what one of them has written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +54,8 @@ def require_resume(resume: object) -> None:
 def taken(folder: RunFolder, config: RunConfig, *, ranks: Ranks, fresh: bool) -> Iterator[Standing]:
     """Nobody else works in the folder for the time of the block; what it holds for this configuration.
 
-    ``RunExists`` or ``RunInUse`` on all ranks, with nothing touched, where it is another's. A run that is done is only
-    looked at.
+    ``RunExists`` or ``RunInUse`` on all ranks, with nothing touched, where it is another's; ``ConfigError`` on all
+    where one of them has another folder by its name. A run that is done is only looked at.
     """
     text = dump_config(config)
 
@@ -67,7 +71,24 @@ def taken(folder: RunFolder, config: RunConfig, *, ranks: Ranks, fresh: bool) ->
             stack.enter_context(run_lock(folder.path))
             return standing()  # once more: somebody may have worked in it until now
 
-        yield ranks.of_first(take)
+        found = ranks.of_first(take)
+        if found != "done" and ranks.size > 1:
+            _require_one_folder(folder.path, ranks=ranks)
+        yield found
+
+
+def _require_one_folder(folder: Path, *, ranks: Ranks) -> None:
+    """Every rank writes its share of a checkpoint there, and reads the students that stages hand on."""
+    wanted, until = ranks.of_first(lambda: says(folder)), time.monotonic() + SHOWN_S
+    while (found := says(folder)) != wanted and time.monotonic() < until:
+        time.sleep(0.1)
+    what = "has another folder of that name" if found else "does not see what rank 0 has in it"
+    mine = [] if found == wanted else [f"rank {ranks.rank} on {socket.gethostname()} {what}"]
+    if told := ranks.gather_objects(mine):
+        raise ConfigError(
+            f"{folder}: {'; '.join(told)}; wanted one folder for all ranks\n"
+            "  set out to a folder on a disk that all nodes share"
+        )
 
 
 def checkpoints_of(folder: RunFolder, config: RunConfig, *, ranks: Ranks, say: Say) -> Checkpoints:

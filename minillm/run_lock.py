@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import secrets
 import socket
 import time
 from collections.abc import Iterator
@@ -29,15 +30,16 @@ def run_lock(folder: Path) -> Iterator[None]:
     with _opened(folder / LOCK) as file:
         if not any(_locked(file, pause) for pause in (0.0, *PAUSES_S)):  # closing the file lets go of it
             file.seek(0)
-            owner = file.read(200).strip() or "another process"
+            owner = file.readline(200).strip() or "another process"
             raise RunInUse(
                 f"{folder}: {owner} works in it, wanted a folder that nobody works in\n"
                 "  wait for it or end it, or give this run another name (name=NAME)"
             )
-        owner = f"process {os.getpid()} on {socket.gethostname()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n"
+        since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+        text = f"process {os.getpid()} on {socket.gethostname()}, since {since}\n{secrets.token_hex(4)}\n"
         try:
             file.truncate(0)
-            os.write(file.fileno(), owner.encode())
+            os.write(file.fileno(), text.encode())
         except OSError as error:
             error.filename = str(folder / LOCK)  # the system names no file in which there was no room
             raise
@@ -62,6 +64,14 @@ def _opened(lock: Path) -> TextIO:
     return os.fdopen(handle, "r+", encoding="utf-8", errors="replace")
 
 
+def says(folder: Path) -> str:
+    """The text of a folder's lock, which no other folder has; "" where there is none to be seen."""
+    try:
+        return (folder / LOCK).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
 def owner(folder: Path) -> str:
     """Who works in a folder now, as its lock says; "" where nobody does."""
     try:
@@ -69,7 +79,7 @@ def owner(folder: Path) -> str:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                return file.read(200).strip() or "another process"
+                return file.readline(200).strip() or "another process"
     except OSError:
         pass  # no lock, so nobody
     return ""
