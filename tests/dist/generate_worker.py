@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from minillm import generate, generation
+from minillm.lost import leave
 from minillm.ranks import Ranks
 from minillm.types import DrawKey
 from tests import tiny
@@ -46,3 +47,4 @@ if __name__ == "__main__":
     rank = Ranks().rank
     generation.DrawKey = lambda **key: dataclasses.replace(DrawKey(**key), seed=rank)  # type: ignore[misc,assignment]
     write(top, CELLS[0], STREAMED, batch=4)
+    leave(0)  # left to the end of Python, gloo sometimes aborts

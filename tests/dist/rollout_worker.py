@@ -14,6 +14,7 @@ from minillm.cards import Card
 from minillm.config import MinillmStage, OptimiserConfig
 from minillm.engines import Student, Teacher
 from minillm.loading import inspect, load
+from minillm.lost import leave
 from minillm.objectives import Minillm
 from minillm.ranks import Ranks
 from minillm.types import Decoding, Ids, Prompt, Targets
@@ -116,3 +117,4 @@ if __name__ == "__main__":
     everyone = Ranks()
     for name in sys.argv[2:]:
         torch.save(speak(Path(sys.argv[1]), name, everyone), Path(sys.argv[1]) / f"{name}.{everyone.rank}.pt")
+    leave(0)  # left to the end of Python, gloo sometimes aborts
