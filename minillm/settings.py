@@ -144,6 +144,7 @@ _TAG = object()
 def _models_along(root: type[BaseModel], loc: tuple[int | str, ...]) -> Iterator[Any]:
     """For each part of a path: the class that the part is a name in, ``None`` for an index, ``_TAG`` for a tag."""
     choices: list[type[BaseModel]] = [root]
+    keyed = False
     for part in loc:
         tagged = [model for model in choices if len(choices) > 1 and model.model_fields["kind"].default == part]
         if isinstance(part, int):
@@ -153,10 +154,14 @@ def _models_along(root: type[BaseModel], loc: tuple[int | str, ...]) -> Iterator
             yield _TAG
         elif part == "[key]":  # a mapping's key, not its value, is wrong
             yield _TAG
+        elif keyed:  # what stands in a mapping of settings has a name that no class knows
+            keyed = False
+            yield None
         else:
             yield choices[0] if choices else None
             field = choices[0].model_fields.get(part) if choices else None
             choices = list(_models_in(field.annotation)) if field is not None else []
+            keyed = bool(choices) and field is not None and _maps(field.annotation)
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -164,3 +169,8 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
     for inner in typing.get_args(annotation):
         yield from _models_in(inner)
+
+
+def _maps(annotation: Any) -> bool:
+    """Whether its values stand under names."""
+    return typing.get_origin(annotation) is dict or any(map(_maps, typing.get_args(annotation)))

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from minillm import checkpoint_manifest
-from minillm.checkpoint_manifest import MANIFEST, FileEntry, Manifest, folder_name, manifest_text
+from minillm.checkpoint_manifest import MANIFEST, FileEntry, Manifest, folder_name, manifest_text, read_manifest
 from minillm.checkpoints import Checkpoints
 from minillm.errors import CheckpointError
 from tests.faults.sides import in_threads
@@ -128,6 +128,19 @@ def test_control_without_its_own_hash_a_changed_manifest_is_used(
     monkeypatch.setattr(checkpoint_manifest, "_as_written", lambda file, manifest: True)
     _, wrong = matrix(tmp_path)
     assert any(f"{MANIFEST} flipped" in one for one in wrong)
+
+
+def test_every_bit_of_a_manifest_counts_and_ends_in_no_traceback(tmp_path: Path) -> None:
+    save(store(tmp_path), 1)
+    folder = tmp_path / "checkpoints" / folder_name(1)
+    content = (folder / MANIFEST).read_bytes()
+    for place in range(len(content)):
+        for bit in {0, place % 8}:  # another letter of the same kind, and any bit
+            changed = bytearray(content)
+            changed[place] ^= 1 << bit
+            (folder / MANIFEST).write_bytes(changed)
+            with pytest.raises(CheckpointError, match="MANIFEST"):
+                read_manifest(folder)
 
 
 def test_the_two_newest_may_be_broken_and_all_may(tmp_path: Path) -> None:
