@@ -24,6 +24,7 @@ from minillm.checkpoint_manifest import (
     folder_name,
     manifest_text,
     refuse_name,
+    standing,
     verified,
 )
 from minillm.disk import DISK, Disk, Sink, remove_tree, write_file
@@ -98,6 +99,10 @@ class Checkpoints:
         self.root = root
         self._ranks, self._keep, self._disk = ranks, keep, disk
         self._say: Callable[[str], None] = say if ranks.first else lambda line: None
+        # What retention does not read again, on rank 0: checkpoints that this process has written (hashed on the way to
+        # the disk, synced, published) or has read from end to end, as they stood then. It removes older ones on that
+        # word; a checkpoint that a run goes on from is read, whatever stands here.
+        self._whole: dict[Path, object] = {}
 
     def save(self, *, step: int, stage: str, fingerprints: Mapping[str, Any], files: Files) -> Checkpoint:
         """Writes the checkpoint of a step, then removes the oldest; it survives a power cut once this returns.
@@ -119,6 +124,7 @@ class Checkpoints:
             )
             text = manifest_text(manifest)
             self._ranks.of_first(lambda: self._publish(staging, target, text.encode()))
+            self._whole[target] = standing(target)
         except BaseException:
             if self._ranks.first:
                 with contextlib.suppress(OSError):  # the first error says more; what is left, ``clean`` removes
@@ -301,17 +307,25 @@ class Checkpoints:
 
     def remove_all_but(self, keep: int, *, whole: int = SPARED) -> None:
         """Removes all but the ``keep`` newest, and never one of the ``whole`` newest that verify: those are read again
-        before. One that does not verify goes only once so many newer ones do."""
+        before, unless this process wrote or read them and they stand as they stood then. One that does not verify goes
+        only once so many newer ones do."""
         newest = [self.root / folder_name(step) for step in self.steps()]
         old, spared = newest[keep:], 0
         while old and spared < whole and newest:
             folder = newest.pop(0)
             with contextlib.suppress(CheckpointError):
-                self._verified(folder)
+                if not self._ranks.of_first(lambda folder=folder: self._as_it_stood(folder)):  # type: ignore[misc]
+                    before = standing(folder)
+                    self._verified(folder)
+                    self._whole[folder] = before
                 spared += 1
         if spared == whole:
             old = [folder for folder in old if folder in newest]
             self._ranks.of_first(lambda: self._remove(reversed(old)))
+
+    def _as_it_stood(self, folder: Path) -> bool:
+        stood = self._whole.get(folder)
+        return bool(stood) and stood == standing(folder)
 
     def _remove(self, folders: Iterable[Path]) -> None:
         """Removes folders, each under another name first, so that none stands in part under its own; what cannot be

@@ -22,6 +22,8 @@ _OF_A_RUN = {BAD_BATCHES, CHECKPOINTS, "student", "stages", "tensorboard", "eval
 """Folders that a run makes: none of them holds another run."""
 _TAIL = 64 * 1024
 """Bytes at the end of a log that are looked through for where the run is."""
+TOLD_BYTES = 1_000_000_000
+"""Checkpoints that take a second to read, about: one core hashes 1.2 GB a second."""
 _SHOWN = ("validity", "coverage", "rouge_l", "reverse_kl", "loss")
 """Of the figures of a validation, those that are listed, in this order."""
 
@@ -70,9 +72,10 @@ def find_runs(root: Path) -> list[Path]:
     return found
 
 
-def describe(folder: Path, *, root: Path) -> RunInfo:
-    """How a run stands; every byte of its checkpoints is read for it. One that is gone once it was read was removed by
-    the run that works there, and is not counted."""
+def describe(folder: Path, *, root: Path, reading: Callable[[Path, int], None] = lambda folder, count: None) -> RunInfo:
+    """How a run stands; every byte of its checkpoints is read for it, which ``reading`` is told before where there are
+    ``TOLD_BYTES`` of them. One that is gone once it was read was removed by the run that works there, and is not
+    counted."""
     name = str(folder.relative_to(root)) if folder != root else folder.name
     works, status = owner(folder), dict[str, Any]()
     state: State
@@ -83,6 +86,8 @@ def describe(folder: Path, *, root: Path) -> RunInfo:
         state = "unreadable"
     last = _last_lines(folder / "metrics.jsonl")
     paths = [folder / CHECKPOINTS / folder_name(step) for step in steps_in(folder / CHECKPOINTS)]
+    if (count := sum(size for path in paths for size in _sizes(path))) >= TOLD_BYTES:
+        reading(folder, count)
     kept = [Kept(path=path, fault=fault_of(path)) for path in paths]
     return RunInfo(
         path=folder, name=name, state=state, owner=works, at=_at(folder, last.get("train", {})),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,7 +45,7 @@ def runs(
     if action == "clean":
         _clean(found, root=folder, keep=keep)
         return
-    infos = [run_listing.describe(path, root=folder) for path in found]
+    infos = [run_listing.describe(path, root=folder, reading=_tell_reading) for path in found]
     if json_file:
         for info in infos:
             print(json.dumps(_record(info)))
@@ -56,6 +57,11 @@ def runs(
         _print_table(infos, folder)
     if action == "verify" and any(kept.fault for info in infos for kept in info.checkpoints):
         raise typer.Exit(exits.CHECK_FAILED)
+
+
+def _tell_reading(folder: Path, count: int) -> None:
+    """On the other stream: the table or the JSON is for whoever reads on."""
+    print(f"reading {size(count)} of checkpoints in {folder} …", file=sys.stderr, flush=True)
 
 
 def _asked(words: list[str]) -> tuple[str, Path]:

@@ -8,13 +8,16 @@ refused, and what was in memory is as it was.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from minillm import checkpoint_manifest
+from minillm import checkpoints as checkpoints_module
 from minillm.checkpoint_manifest import MANIFEST, FileEntry, Manifest, folder_name, manifest_text, read_manifest
 from minillm.checkpoints import Checkpoints
 from minillm.errors import CheckpointError
@@ -195,6 +198,68 @@ def test_retention_spares_the_two_newest_that_verify(broken: tuple[int, ...], tm
     # Beyond two, what is older than the two that verify goes; broken ones that are newer stay to be looked at.
     assert keep_all.steps() == sorted(range(whole[0], 6) if len(whole) == 2 else range(1, 6), reverse=True)
     assert all(keep_all.choose(keep_all.root / folder_name(step)) for step in whole)
+
+
+def counting(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The folders of files that are hashed from now on."""
+    read, plain = list[str](), checkpoint_manifest.sha256_of
+
+    def hashing(file: Path) -> str:
+        read.append(file.parent.name)
+        return plain(file)
+
+    monkeypatch.setattr(checkpoint_manifest, "sha256_of", hashing)
+    return read
+
+
+def test_retention_reads_nothing_again_that_its_process_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, checkpoints = counting(monkeypatch), store(tmp_path)
+    for step in range(1, 6):
+        save(checkpoints, step)
+    assert read == [] and checkpoints.steps() == [5, 4]
+    another = store(tmp_path)
+    save(another, 6)
+    assert set(read) == {folder_name(5)}, "what another process wrote is read, once"
+    save(another, 7)
+    assert set(read) == {folder_name(5)} and another.steps() == [7, 6]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", FILES)
+def test_retention_reads_what_no_longer_stands_as_it_stood(ranks: int, name: str, tmp_path: Path) -> None:
+    """A bit flipped in place after the save, length and time of change as before."""
+
+    def work(mine: Any) -> list[int]:
+        checkpoints = store(tmp_path, ranks=mine)
+        for step in (1, 2):
+            save(checkpoints, step, mine)
+        mine.exchange(None)
+        if mine.first:
+            file = checkpoints.root / folder_name(2) / name
+            at = file.stat()
+            with file.open("r+b") as opened:
+                opened.seek(at.st_size // 2)
+                byte = opened.read(1)[0]
+                opened.seek(at.st_size // 2)
+                opened.write(bytes([byte ^ 1]))
+            os.utime(file, ns=(at.st_atime_ns, at.st_mtime_ns))
+        mine.exchange(None)
+        save(checkpoints, 3, mine)
+        return checkpoints.steps()
+
+    assert in_threads(ranks, work) == [[3, 2, 1]] * ranks
+
+
+def test_control_without_the_time_of_its_record_it_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        checkpoints_module, "standing", lambda folder: [(at.name, at.stat().st_size) for at in sorted(folder.iterdir())]
+    )
+    checkpoints = store(tmp_path)
+    for step in (1, 2):
+        save(checkpoints, step)
+    flipped(3)(checkpoints.root / folder_name(2) / "model.safetensors")
+    save(checkpoints, 3)
+    assert checkpoints.steps() == [3, 2], "one of the two that stay is broken"
 
 
 def test_only_folders_with_the_very_name_of_a_step_are_listed(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from minillm import checkpoint_manifest
+from minillm import checkpoint_manifest, run_listing
 from minillm.checkpoints import Checkpoints, OneRank
 from minillm.cli import app
 from minillm.errors import DataError, RunInUse
@@ -171,6 +172,17 @@ def test_clean_leaves_nothing_of_a_run_that_is_done(tmp_path: Path) -> None:
     path = make(tmp_path, "mine", state="done", whole=3)
     run("clean", str(tmp_path))
     assert not (path / CHECKPOINTS).exists()
+
+
+def test_long_reading_is_told_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "a", whole=2)
+    make(tmp_path, "b")
+    words = ["runs", str(tmp_path), "--json"]
+    assert CliRunner().invoke(app, words).stderr == ""
+    monkeypatch.setattr(run_listing, "TOLD_BYTES", 2000)
+    result = CliRunner().invoke(app, words)
+    assert re.fullmatch(rf"reading 2\.\d+ KiB of checkpoints in {tmp_path}/a …\n", result.stderr)
+    assert len([json.loads(line) for line in result.stdout.splitlines()]) == 2
 
 
 def test_json_is_one_object_a_run(tmp_path: Path) -> None:
