@@ -147,15 +147,30 @@ def _changes(before: Any, now: Any, at: str) -> Iterator[Change]:
         yield Change(at, before, now)
 
 
-def judge(found: Collection[Change], *, accepted: Collection[str], source: str) -> list[str]:
+def paths_of(values: Any, at: str = "") -> Iterator[str]:
+    """The paths of all settings among the values of a configuration."""
+    inner: Collection[tuple[Any, Any]] = ()
+    if isinstance(values, Mapping):
+        inner = values.items()
+    elif isinstance(values, list) and all(isinstance(each, Mapping) for each in values):
+        inner = [*enumerate(values)]
+    if not inner:
+        yield at
+    for name, value in inner:
+        yield from paths_of(value, f"{at}.{name}" if at else str(name))
+
+
+def judge(
+    found: Collection[Change], *, accepted: Collection[str], source: str, known: Collection[str] = ()
+) -> list[str]:
     """What to say of the changes of a run that goes on.
 
     Raises ``RunExists`` where they make another run of it, or one changes training and its path is not ``accepted``;
-    ``ConfigError`` where something accepted has not changed, which is a slip.
+    ``ConfigError`` where something accepted has not changed, which is a slip, or is none of the ``known`` paths.
     """
-    if idle := [path for path in accepted if path not in {change.path for change in found}]:
-        near = did_you_mean(idle[0], [change.path for change in found])
-        raise ConfigError(f"--accept-change {idle[0]}: this setting is as it was{near}\n  leave it out")
+    changed = [change.path for change in found]
+    if idle := [path for path in accepted if path not in changed]:
+        raise ConfigError(_idle(idle[0], changed=changed, known=known))
     if other := [change for change in found if change.effect is Effect.ANOTHER_RUN]:
         raise RunExists(
             f"{source} is of another run: {'; '.join(map(str, other))}.\n"
@@ -178,3 +193,16 @@ def judge(found: Collection[Change], *, accepted: Collection[str], source: str) 
         for change in found
         if change.effect is Effect.TRAINING
     ]
+
+
+def _idle(path: str, *, changed: Collection[str], known: Collection[str]) -> str:
+    """Why there is nothing to accept under a path."""
+    within = [each for each in changed if each.startswith(f"{path}.")]
+    if within:
+        flags = " ".join(f"--accept-change {each}" for each in within)
+        return f"--accept-change {path}: a section, wanted each setting that has changed\n  name them: {flags}"
+    near = did_you_mean(path, changed)
+    if path in known:
+        return f"--accept-change {path}: this setting is as it was{near}\n  leave it out"
+    near = near or did_you_mean(path, known)
+    return f"--accept-change {path}: no setting of this name{near}\n  wanted its path, such as stages.0.steps"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from minillm.cards import may_differ
-from minillm.changed_run import Change, Effect, changes, changes_in_files, in_files, judge
+from minillm.changed_run import Change, Effect, changes, changes_in_files, in_files, judge, paths_of
 from minillm.checkpoint_manifest import folder_name
 from minillm.checkpoints import Checkpoint, Checkpoints, Resume, steps_in
 from minillm.config import CheckpointsConfig, DecodingConfig, RunConfig, dump_config
@@ -224,7 +224,9 @@ def _judged(
     found = changes(before, config)
     if files is not None:
         found += changes_in_files(files, sources.files, named=found)
-    words = judge(found, accepted=accepted, source=str(chosen.path))
+    values = (before.model_dump(mode="json"), config.model_dump(mode="json"), sources.files)
+    known = {path for each in values for path in paths_of(each)}
+    words = judge(found, accepted=accepted, source=str(chosen.path), known=known)
     if files is None:
         words.append("saved by a version that did not look into cards and engine files: these may have changed")
     _require_of_use(found, config, resumed)

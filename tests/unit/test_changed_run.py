@@ -10,7 +10,17 @@ import pytest
 
 from minillm import changed_run
 from minillm.cards import Card
-from minillm.changed_run import EFFECTS, IN_FILES, Effect, changes, changes_in_files, effect_of, in_files, judge
+from minillm.changed_run import (
+    EFFECTS,
+    IN_FILES,
+    Effect,
+    changes,
+    changes_in_files,
+    effect_of,
+    in_files,
+    judge,
+    paths_of,
+)
 from minillm.config import RunConfig, load_config
 from minillm.engine_settings import ENGINE_SETTINGS
 from minillm.errors import ConfigError, RunExists
@@ -176,6 +186,33 @@ def test_a_stage_less_is_another_run() -> None:
     assert change.path == f"stages.{len(config.stages)}.name" and change.effect is Effect.ANOTHER_RUN
 
 
-def test_accepting_what_has_not_changed_is_a_slip() -> None:
-    with pytest.raises(ConfigError, match=r"--accept-change stages.0.step: .*did you mean 'stages.0.steps'"):
-        judge(one("stages.0.steps=999"), accepted=["stages.0.steps", "stages.0.step"], source="runs/x")
+KNOWN = set(paths_of(load_config(RECIPE).model_dump(mode="json")))
+
+
+@pytest.mark.parametrize(
+    ("accepted", "words"),
+    [
+        ("stages.0.step", r"no setting of this name; did you mean 'stages.0.steps'"),
+        ("nosuch", r"no setting of this name\n  wanted its path"),
+        ("sead", r"no setting of this name; did you mean 'seed'"),
+        ("stages.0.batch_of_nothing.steps", r"no setting of this name"),
+        ("stages.0.prompts", r"this setting is as it was.*\n  leave it out"),
+        ("evaluation.seeds", r"this setting is as it was"),
+        ("stages.0", r"a section, wanted each setting .*\n  name them: --accept-change stages.0.steps$"),
+    ],
+)
+def test_accepting_what_has_not_changed_is_a_slip(accepted: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"--accept-change {accepted}: {words}"):
+        judge(one("stages.0.steps=999"), accepted=["stages.0.steps", accepted], source="runs/x", known=KNOWN)
+
+
+def test_the_paths_of_a_configuration_are_those_of_overrides() -> None:
+    assert {
+        "seed",
+        "stages.0.steps",
+        "stages.0.optimiser.lr",
+        "decoding.top_k",
+        "trackers",
+        "evaluation.seeds",
+    } <= KNOWN
+    assert not {"", "stages", "stages.0", "decoding"} & KNOWN
