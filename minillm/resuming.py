@@ -241,6 +241,8 @@ def _judged(
             "  put back what it was made from, give this run another name (name=NAME), or start over with --fresh"
         )
     here = _around(ranks)
+    if any(change.path == "threads" for change in found):
+        del here["threads"]  # told already, as the setting
     if moved := [f"{name} {here[name]}, was {around.get(name)}" for name in here if here[name] != around.get(name)]:
         words.append(f"{'; '.join(moved)}: sums may differ in their last bits from those of the unbroken run")
     return words

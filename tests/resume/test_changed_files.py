@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from minillm import resuming
 from minillm.api import distill
@@ -109,3 +110,24 @@ def test_control_other_rows_under_an_accepted_limit_are_other_data(
     tiny.save_prompts(prompts, rows=23)
     with pytest.raises(RunExists, match=r"was made from another train prompts; nothing was touched"):
         distill(limited(place, prompts, 5), accept_changes=["decoding.max_new_tokens"])
+
+
+def test_other_threads_are_told_once(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: Out, request: pytest.FixtureRequest
+) -> None:
+    before = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(before))
+    stopped(config(place, "busy"), monkeypatch, after=2)
+    capfd.readouterr()
+    distill(config(place, "busy", threads=2))
+    assert [line for line in capfd.readouterr().out.splitlines() if "threads" in line] == [
+        "note: changed: threads was 1, is 2; from here on the last bits may differ from those of the unbroken run"
+    ]
+
+
+def test_control_another_number_of_cores_is_told_too(place: Path, monkeypatch: pytest.MonkeyPatch, capfd: Out) -> None:
+    stopped(config(place, "cores"), monkeypatch, after=2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    capfd.readouterr()
+    distill(config(place, "cores"))
+    assert "note: threads 7, was 1: sums may differ" in capfd.readouterr().out
