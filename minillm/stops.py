@@ -1,16 +1,19 @@
-"""Signals that ask a run to stop: noted when they come, answered where all ranks can stop together."""
+"""Signals that ask a run to stop: noted when they come, answered where all ranks can stop together; told where they end
+the process as it stands."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
-from minillm import exits
+from minillm import exits, phases
 
 if TYPE_CHECKING:
     from minillm.ranks import Ranks
@@ -19,6 +22,54 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 SAME_S = 1.0
 """Seconds in which a second signal counts as the first one: a cluster may signal a rank and its launcher alike, and the
 launcher hands its own on."""
+WAITS_S = 1.0
+"""Seconds that a process has to answer in Python, before a thread ends it that waits in C."""
+
+
+@contextlib.contextmanager
+def told_ends() -> Iterator[None]:
+    """For the time of the block, a SIGTERM that nobody in it takes ends the process as ever, and a line on rank 0 says
+    in which phase, and with which code. Only where nobody had it before, and where signals are ours (``Stops``).
+    """
+    alone = threading.current_thread() is threading.main_thread() and not _by_hand()
+    if not alone or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        _tell_end()
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    def watch() -> None:
+        # Python runs no handler while its main thread is in C, where a rank may wait half an hour for the others.
+        while number := os.read(reader, 1):
+            ours = number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is hear
+            time.sleep(WAITS_S)
+            if ours and signal.getsignal(signal.SIGTERM) is hear:
+                _tell_end()
+                os._exit(exits.by_signal(signal.SIGTERM))
+
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, hear)
+    threading.Thread(target=watch, name="told ends", daemon=True).start()
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is hear:  # not one that Stops leaves behind on the way out
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.set_wakeup_fd(before)
+        os.close(writer)  # which ends the thread
+
+
+def _tell_end() -> None:
+    """Past Python's buffers, which the main thread may be in."""
+    if os.environ.get("RANK", "0") == "0":
+        code = exits.by_signal(signal.SIGTERM)
+        line = f"SIGTERM in phase {phases.current()}: ends without a save, code {code}; the same command goes on from "
+        os.write(2, f"{line}what is saved, or begins\n".encode())
 
 
 class Stops:

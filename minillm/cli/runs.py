@@ -10,11 +10,13 @@ import typer
 
 from minillm.cli import options
 from minillm.errors import ConfigError
+from minillm.stops import told_ends
 
 if TYPE_CHECKING:
     from minillm.config import RunConfig
 
 
+@told_ends()
 def sft(
     config: options.Config,
     overrides: options.Overrides = None,
@@ -34,6 +36,7 @@ def sft(
     _run(settings, fresh=fresh, resume=resume, accept_change=accept_change)
 
 
+@told_ends()
 def distill(
     config: options.Config,
     overrides: options.Overrides = None,

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from minillm import exits
-from minillm.stops import SAME_S, SIGNALS, Stops
-from tests.stops.jobs import Job, bare, launched
+from minillm.stops import SAME_S, SIGNALS, WAITS_S, Stops
+from tests.stops.jobs import Job, bare, launched, start
 
 BOTH = pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 
@@ -104,6 +104,48 @@ def test_a_job_without_a_boundary_ends_by_the_signal(tmp_path: Path) -> None:
     job.process.send_signal(signal.SIGTERM)
     code, printed = job.end()
     assert code == exits.by_signal(signal.SIGTERM) == 143 and "rank 1" not in printed
+
+
+TOLD = "SIGTERM in phase loading: ends without a save, code 143; the same command goes on from what is saved, or begins"
+
+
+def loading(folder: Path, how: str) -> Job:
+    """A run's command before its first step."""
+    job = start(folder, [sys.executable, "-m", "tests.stops.loads", str(folder), how])
+    job.await_file("loads-0")
+    job.process.send_signal(signal.SIGTERM)
+    return job
+
+
+def test_a_signal_while_loading_is_told_and_ends_the_process_by_itself(tmp_path: Path) -> None:
+    code, printed = loading(tmp_path, "python").end()
+    assert code == -signal.SIGTERM and printed.splitlines() == [TOLD]
+
+
+def test_a_signal_in_a_long_call_is_told_too(tmp_path: Path) -> None:
+    code, printed = loading(tmp_path, "c").end()
+    assert code == exits.by_signal(signal.SIGTERM) == 143 and printed.splitlines() == [TOLD]
+
+
+def test_control_without_the_watching_thread_a_long_call_hears_nothing(tmp_path: Path) -> None:
+    job = loading(tmp_path, "patient")
+    time.sleep(WAITS_S + 0.5)
+    assert job.process.poll() is None
+    job.rest()
+
+
+def test_a_signal_that_the_steps_have_taken_is_theirs(tmp_path: Path) -> None:
+    code, printed = loading(tmp_path, "steps").end()
+    assert code == exits.STOPPED and printed.splitlines() == ["Stopped: SIGTERM: saved"]
+
+
+def test_a_signal_while_ranks_load_is_told_once(tmp_path: Path) -> None:
+    job = launched(tmp_path, "python", module="tests.stops.loads")
+    for rank in range(2):
+        job.await_file(f"loads-{rank}")
+    job.process.send_signal(signal.SIGTERM)
+    code, printed = job.end()
+    assert code == 143 and printed.count(TOLD) == 1 and "rank" not in printed.replace("the ranks", "")
 
 
 class One:
