@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Container, Sequence
-from typing import Annotated
+from collections.abc import Container, Mapping, Sequence
+from typing import Annotated, Any
 
 import typer
 
@@ -50,6 +51,8 @@ def launch(  # noqa: PLR0917 (typer reads options from parameters)
         --nodes $SLURM_NNODES --node-rank $SLURM_NODEID --master $HEAD \\
         --master-port 29500 distill --config my-run.yaml'
     """
+    own = getattr(context.find_root().command, "commands", {})
+    _require_ours_before(command, own=own, options=[name for each in context.command.params for name in each.opts])
     if nodes > 1 and not (master and master_port):
         raise ConfigError(f"--nodes {nodes} without --master and --master-port: wanted both, the same on every node")
     if node_rank >= nodes:
@@ -61,12 +64,31 @@ def launch(  # noqa: PLR0917 (typer reads options from parameters)
         master=master or "127.0.0.1",
         port=master_port or _free_port(),
     )
-    own = context.find_root().command
-    words = _words(command, own=getattr(own, "commands", {}))
+    words = _words(command, own=own)
     # As torchrun does it: ranks that each take every core stand in each other's way.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     # Not typer.Exit: the ranks have said all that there is to say about their exit code.
     sys.exit(Supervisor(words, place, limit_s=limit, environment=environment).run())
+
+
+def _require_ours_before(command: Sequence[str], *, own: Mapping[str, Any], options: Sequence[str]) -> None:
+    """``ConfigError`` where an option of launch stands behind one of minillm's commands, which has none of that name,
+    and where the command is launch itself."""
+    name = command[0]
+    if name not in own:
+        return
+    if name == "launch":
+        raise ConfigError("minillm launch launch: each rank would start ranks of its own\n  name launch once")
+    of_command = {option for each in own[name].params for option in each.opts}
+    for place, word in enumerate(command):
+        option = word.partition("=")[0]
+        if option.startswith("--") and option in options and option not in of_command:
+            with_it = command[place : place + 1 + ("=" not in word)]
+            rest = [*command[:place], *command[place + len(with_it) :]]
+            raise ConfigError(
+                f"{option} stands behind the command {name}, which has no such option\n"
+                f"  options of launch stand before it: minillm launch {shlex.join([*with_it, *rest])}"
+            )
 
 
 def _words(command: Sequence[str], *, own: Container[str]) -> list[str]:
