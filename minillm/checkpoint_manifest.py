@@ -95,6 +95,11 @@ def _as_written(file: Path, manifest: Manifest) -> bool:
         return False
 
 
+def in_a_line(error: CheckpointError) -> str:
+    """All that is wrong with a checkpoint, without what may be done about it."""
+    return "; ".join(line.strip() for line in str(error).splitlines() if line.strip() != REMEDY)
+
+
 def verified(folder: Path, *, rank: int = 0, ranks: int = 1) -> Manifest:
     """The manifest of a checkpoint that is as it was written; ``CheckpointError`` naming the file that is not.
 

@@ -22,6 +22,7 @@ from minillm.checkpoint_manifest import (
     FileEntry,
     Manifest,
     folder_name,
+    in_a_line,
     manifest_text,
     refuse_name,
     standing,
@@ -206,8 +207,7 @@ class Checkpoints:
         try:
             manifest = verified(folder, rank=self._ranks.rank, ranks=self._ranks.size)
         except CheckpointError as error:
-            lines = (line.strip() for line in str(error).splitlines())
-            reason = "; ".join(line for line in lines if line != REMEDY)
+            reason = in_a_line(error)
         if reasons := [told for told in self._ranks.gather_objects([reason]) if told]:
             raise CheckpointError(reasons[0])
         assert manifest is not None

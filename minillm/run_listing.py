@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from minillm.checkpoint_manifest import folder_name, verified
+from minillm.checkpoint_manifest import folder_name, in_a_line, verified
 from minillm.checkpoints import Checkpoints, OneRank, steps_in
 from minillm.errors import CheckpointError, ConfigError, DataError
 from minillm.run_lock import owner, run_lock
@@ -102,7 +102,7 @@ def fault_of(checkpoint: Path) -> str:
     try:
         verified(checkpoint)
     except CheckpointError as error:
-        return str(error).splitlines()[0]
+        return in_a_line(error)
     return ""
 
 

@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from minillm import checkpoint_manifest, run_listing
+from minillm.checkpoint_manifest import REMEDY
 from minillm.checkpoints import Checkpoints, OneRank
 from minillm.cli import app
 from minillm.errors import DataError, RunInUse
@@ -132,6 +133,15 @@ def test_what_retention_removes_while_it_is_read_is_not_broken(
     monkeypatch.setattr(checkpoint_manifest, name, reading)
     code, text = run("verify", str(tmp_path))
     assert code == 0 and "2 checkpoints, 0 broken" in text and "step-00000001" not in text
+
+
+def test_verify_names_every_problem_of_a_manifest_in_a_line(tmp_path: Path) -> None:
+    path = make(tmp_path, "mine", whole=2)
+    (path / CHECKPOINTS / "step-00000002" / "MANIFEST.json").write_text("{}", encoding="utf-8")
+    code, text = run("verify", str(tmp_path))
+    (line,) = [line for line in text.splitlines() if line.startswith("broken")]
+    assert code == 1 and "5 problems; step: is missing" in line and REMEDY not in text
+    assert all(f"{name}: is missing" in line for name in ("step", "stage", "ranks", "fingerprints", "files"))
 
 
 def test_control_one_that_lost_its_files_and_stands_there_is_broken(tmp_path: Path) -> None:
