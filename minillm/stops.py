@@ -43,12 +43,13 @@ def told_ends() -> Iterator[None]:
 
     def watch() -> None:
         # Python runs no handler while its main thread is in C, where a rank may wait half an hour for the others.
-        while number := os.read(reader, 1):
-            ours = number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is hear
-            time.sleep(WAITS_S)
-            if ours and signal.getsignal(signal.SIGTERM) is hear:
-                _tell_end()
-                os._exit(exits.by_signal(signal.SIGTERM))
+        with os.fdopen(reader, "rb", buffering=0) as told:
+            while number := told.read(1):
+                ours = number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is hear
+                time.sleep(WAITS_S)
+                if ours and signal.getsignal(signal.SIGTERM) is hear:
+                    _tell_end()
+                    os._exit(exits.by_signal(signal.SIGTERM))
 
     reader, writer = os.pipe()
     os.set_blocking(writer, False)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from minillm import exits
-from minillm.stops import SAME_S, SIGNALS, WAITS_S, Stops
+from minillm.stops import SAME_S, SIGNALS, WAITS_S, Stops, told_ends
 from tests.stops.jobs import Job, bare, launched, start
 
 BOTH = pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
@@ -146,6 +146,23 @@ def test_a_signal_while_ranks_load_is_told_once(tmp_path: Path) -> None:
     job.process.send_signal(signal.SIGTERM)
     code, printed = job.end()
     assert code == 143 and printed.count(TOLD) == 1 and "rank" not in printed.replace("the ranks", "")
+
+
+def test_nothing_is_left_of_the_telling() -> None:
+    """A test or a notebook may call a command many times."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        open_before, threads_before = len(os.listdir("/proc/self/fd")), threading.active_count()
+        for _ in range(20):
+            with told_ends():
+                assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        patience = time.monotonic() + 10
+        while threading.active_count() > threads_before and time.monotonic() < patience:
+            time.sleep(0.01)
+        assert (len(os.listdir("/proc/self/fd")), threading.active_count()) == (open_before, threads_before)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and signal.set_wakeup_fd(-1) == -1
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class One:
