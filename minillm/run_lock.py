@@ -40,6 +40,7 @@ def run_lock(folder: Path) -> Iterator[None]:
         try:
             file.truncate(0)
             os.write(file.fileno(), text.encode())
+            os.fsync(file.fileno())  # over a network nobody else sees it before
         except OSError as error:
             error.filename = str(folder / LOCK)  # the system names no file in which there was no room
             raise
