@@ -203,7 +203,7 @@ class Checkpoints:
 
     def _verified(self, folder: Path) -> Checkpoint:
         """The ranks share the reading; ``CheckpointError`` of one line, the same on all, if one of them finds fault."""
-        manifest, reason = None, ""
+        manifest, reason, stands = None, "", standing(folder)
         try:
             manifest = verified(folder, rank=self._ranks.rank, ranks=self._ranks.size)
         except CheckpointError as error:
@@ -211,6 +211,7 @@ class Checkpoints:
         if reasons := [told for told in self._ranks.gather_objects([reason]) if told]:
             raise CheckpointError(reasons[0])
         assert manifest is not None
+        self._whole[folder] = stands
         return Checkpoint(folder, manifest)
 
     def _make_way(self, target: Path) -> None:
@@ -315,9 +316,7 @@ class Checkpoints:
             folder = newest.pop(0)
             with contextlib.suppress(CheckpointError):
                 if not self._ranks.of_first(lambda folder=folder: self._as_it_stood(folder)):  # type: ignore[misc]
-                    before = standing(folder)
                     self._verified(folder)
-                    self._whole[folder] = before
                 spared += 1
         if spared == whole:
             old = [folder for folder in old if folder in newest]

@@ -222,6 +222,12 @@ def test_retention_reads_nothing_again_that_its_process_wrote(tmp_path: Path, mo
     assert set(read) == {folder_name(5)}, "what another process wrote is read, once"
     save(another, 7)
     assert set(read) == {folder_name(5)} and another.steps() == [7, 6]
+    read.clear()
+    third = store(tmp_path)
+    assert third.choose("auto") is not None and third.choose("auto") is not None
+    assert read == [folder_name(7)] * 4, "who goes on from one reads it, whatever is known of it"
+    save(third, 8)
+    assert read == [folder_name(7)] * 4
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
