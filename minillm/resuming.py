@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from minillm.cards import may_differ
-from minillm.changed_run import Change, Effect, changes, changes_in_files, in_files, judge, paths_of
+from minillm.changed_run import Change, Effect, changes, changes_in_files, effect_of, in_files, judge, paths_of
 from minillm.checkpoint_manifest import folder_name
 from minillm.checkpoints import Checkpoint, Checkpoints, Resume, steps_in
 from minillm.config import CheckpointsConfig, DecodingConfig, RunConfig, dump_config
@@ -216,6 +216,8 @@ def _judged(
         before = RunConfig(**read_yaml(str(saved["config"]), source=str(chosen.path)))
         made, around = dict(saved["made_from"]), dict(saved["around"])
         files = dict(saved["files"]) if "files" in saved else None
+        for path in files or ():
+            effect_of(path)
     except (ConfigError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{chosen.path}: not the checkpoint of a run that this version can go on with ({error})\n"

@@ -36,33 +36,44 @@ def told_ends() -> Iterator[None]:
         yield
         return
 
-    def hear(number: int, frame: FrameType | None) -> None:
-        _tell_end()
-        signal.signal(number, signal.SIG_DFL)
-        signal.raise_signal(number)
-
     def watch() -> None:
         # Python runs no handler while its main thread is in C, where a rank may wait half an hour for the others.
         with os.fdopen(reader, "rb", buffering=0) as told:
             while number := told.read(1):
-                ours = number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is hear
+                ours = number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is _end
                 time.sleep(WAITS_S)
-                if ours and signal.getsignal(signal.SIGTERM) is hear:
+                if ours and signal.getsignal(signal.SIGTERM) is _end:
                     _tell_end()
                     os._exit(exits.by_signal(signal.SIGTERM))
 
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, hear)
+    signal.signal(signal.SIGTERM, _end)
     threading.Thread(target=watch, name="told ends", daemon=True).start()
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGTERM) is hear:  # not one that Stops leaves behind on the way out
+        if signal.getsignal(signal.SIGTERM) is _end:  # not one that Stops leaves behind on the way out
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.set_wakeup_fd(before)
         os.close(writer)  # which ends the thread
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    _tell_end()
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
+
+
+def _forget() -> None:
+    """In a forked child, whose end is none of its parent, but would be told through the same pipe."""
+    if signal.getsignal(signal.SIGTERM) is _end:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_forget)
 
 
 def _tell_end() -> None:

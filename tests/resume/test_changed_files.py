@@ -12,7 +12,7 @@ import torch
 from minillm import resuming
 from minillm.api import distill
 from minillm.config import RunConfig
-from minillm.errors import RunExists
+from minillm.errors import CheckpointError, RunExists
 from tests import tiny
 from tests.resume.test_going_on import Out, change_manifest, config, made, stopped
 
@@ -78,6 +78,17 @@ def test_a_checkpoint_that_says_nothing_of_files_is_taken_and_told(
         change_manifest(at, lambda record: record["fingerprints"].pop("files"))
     distill(run(place, tmp_path))
     assert "did not look into cards and engine files" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("files", [{"rewards.scale": 1}, [["x"]], 7])
+def test_a_checkpoint_that_says_what_no_file_says_is_refused(
+    files: object, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = stopped(run(place, tmp_path), monkeypatch, after=1)
+    for at in (folder / "checkpoints").iterdir():
+        change_manifest(at, lambda record: record["fingerprints"].update(files=files))
+    with pytest.raises(CheckpointError, match="not the checkpoint of a run that this version can go on with"):
+        distill(run(place, tmp_path))
 
 
 def limited(place: Path, prompts: Path, tokens: int) -> RunConfig:

@@ -1,7 +1,7 @@
 """The command ``minillm sft`` while it loads, without torch: ``python -m tests.stops.loads FOLDER [HOW]``.
 
 ``python`` waits in Python, ``c`` in a call into C that no signal ends, ``patient`` there too, with nobody who watches;
-``steps`` goes on to what a run's steps do with a signal.
+``steps`` goes on to what a run's steps do with a signal; ``forks`` ends a child of its own first.
 """
 
 from __future__ import annotations
@@ -36,10 +36,18 @@ def distill(settings: Any, **options: Any) -> None:
                 time.sleep(0.01)
             time.sleep(1.5 * stops.WAITS_S)
             raise Stopped("SIGTERM: saved")
+    if HOW == "forks":
+        if not (child := os.fork()):
+            time.sleep(600)
+        time.sleep(0.2)
+        os.kill(child, 15)
+        ended = os.waitpid(child, 0)[1]
+        time.sleep(1.5 * stops.WAITS_S)
+        print(f"child ended by {os.WTERMSIG(ended)}, parent lives", flush=True)
     lock, libc = ctypes.create_string_buffer(64), ctypes.CDLL(None)
     libc.pthread_mutex_lock(lock)
     note("loads")
-    while HOW == "python":
+    while HOW in {"python", "forks"}:
         time.sleep(0.01)
     libc.pthread_mutex_lock(lock)
 

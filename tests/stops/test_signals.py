@@ -134,6 +134,11 @@ def test_control_without_the_watching_thread_a_long_call_hears_nothing(tmp_path:
     job.rest()
 
 
+def test_the_end_of_a_forked_child_is_none_of_its_parent(tmp_path: Path) -> None:
+    code, printed = loading(tmp_path, "forks").end()
+    assert code == -signal.SIGTERM and printed.splitlines() == [f"child ended by {signal.SIGTERM}, parent lives", TOLD]
+
+
 def test_a_signal_that_the_steps_have_taken_is_theirs(tmp_path: Path) -> None:
     code, printed = loading(tmp_path, "steps").end()
     assert code == exits.STOPPED and printed.splitlines() == ["Stopped: SIGTERM: saved"]
