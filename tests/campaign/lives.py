@@ -106,6 +106,7 @@ def start(recipe: Path, output: Path, *, ranks: int, largest_file: int | None = 
 
     def prepare() -> None:
         libc.prctl(_DIES_WITH_PARENT, signal.SIGKILL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs have it ignored, and so would this
         if largest_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 

@@ -11,23 +11,21 @@ from __future__ import annotations
 import itertools
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from minillm import exits
 from minillm.checkpoint_manifest import folder_name
 from minillm.checkpoints import REMOVED, STAGING, steps_in
-from tests.campaign import damage, lives
+from tests.campaign import damage, lives, recipes
 from tests.campaign.journal import Journal, table
 from tests.campaign.lives import Life, WentOn
 
-STAGES = {"sft": 240, "skew_fkl": 120, "minillm": 140}
-"""Steps of each."""
 ROUNDS = ((2, 1), (2, 2), (2, 1), (2, 2), (1, 3))
 """Ranks and the run's seed, round after round."""
 KINDS = {
@@ -57,8 +55,8 @@ EARLY, EARLY_S, TRAINS_S = 0.2, 12.0, 9.0
 first step."""
 DAMAGED = 0.5
 """Share of the times between two lives in which something is damaged."""
-LIFE_S = 300.0
-"""Seconds in which any life must end."""
+LIFE_S = 900.0
+"""Seconds in which any life must end, beside whatever else a machine does."""
 _BEGINS = ("starting from the beginning", "between forwards")
 """What a life has said once an earlier log is gone, where it goes on from nothing."""
 
@@ -73,108 +71,48 @@ class Planned:
     seconds: float
 
 
-def recipe(folder: Path, name: str, *, seed: int) -> Path:
-    """A run of three stages: fine-tuning, DistiLLM with a replay buffer, MiniLLM with four updates a rollout."""
-    file = folder / f"{name}.yaml"
-    file.write_text(
-        f"""
-name: {name}
-out: {folder / "runs"}
-seed: {seed}
-threads: 1
-student: students/micro-world-24x2
-teacher: {folder / "runs/teacher/student"}
-data:
-  train: world:train
-  validation: world:validation
-  test: world:test
-  max_prompt_tokens: 24
-  train_limit: 2000
-  validation_limit: 24
-  test_limit: 24
-decoding: {{max_new_tokens: 40}}
-engine: {{student: zero2}}
-evaluation: {{seeds: [1], bootstrap: 10}}
-checkpoints: {{every_minutes: 0, every_steps: 4}}
-stages:
-  - {{kind: sft, steps: {STAGES["sft"]}, batch: 32, validate_every: 24, optimiser: {{lr: 5.0e-3}}}}
-  - kind: skew_fkl
-    steps: {STAGES["skew_fkl"]}
-    batch: 24
-    validate_every: 12
-    loss_rise: 1.0e-9
-    share_step: 0.6
-    replay: 48
-    optimiser: {{lr: 1.0e-2, schedule: constant}}
-  - kind: minillm
-    steps: {STAGES["minillm"]}
-    prompts: 32
-    inner_epochs: 2
-    inner_batches: 2
-    baseline: ridge
-    validate_every: 14
-    optimiser: {{lr: 1.0e-3}}
-""",
-        encoding="utf-8",
-    )
-    return file
-
-
-def make_teacher(folder: Path) -> None:
-    """A small teacher of the world, from nothing; nothing happens where it is there."""
-    file = folder / "teacher.yaml"
-    file.write_text(
-        f"""
-name: teacher
-out: {folder / "runs"}
-seed: 1
-threads: 1
-student: students/micro-world-32x2
-data: {{train: world:train, max_prompt_tokens: 24, train_limit: 4000}}
-decoding: {{max_new_tokens: 40}}
-engine: {{student: zero0}}
-checkpoints: null
-stages:
-  - {{kind: sft, steps: 300, batch: 32, optimiser: {{name: muon, muon_lr: 2.0e-2, lr: 1.0e-2}}}}
-""",
-        encoding="utf-8",
-    )
-    subprocess.run([sys.executable, "-m", "minillm", "sft", "--config", str(file)], cwd=lives.ROOT, check=True)
-
-
 class Soak:
     """A soak in a folder."""
 
-    def __init__(self, folder: Path, *, minutes: float, seed: int) -> None:
-        self.folder, self._seconds, self._seed = folder, 60 * minutes, seed
+    def __init__(
+        self, folder: Path, *, minutes: float, seed: int, most: float = inf,
+        kinds: Mapping[str, int] = KINDS, damaged: float = DAMAGED,
+        rounds: Sequence[tuple[int, int]] = ROUNDS, name: str = "soak",
+    ) -> None:  # fmt: skip
+        """``most`` events, if they come before so many minutes are over; ``damaged`` as in ``DAMAGED``."""
+        self.folder, self._seconds, self._seed, self._most = folder, 60 * minutes, seed, most
+        self._kinds, self._damaged, self._rounds, self._name = dict(kinds), damaged, rounds, name
         (folder / "lives").mkdir(parents=True, exist_ok=True)
         self.journal = Journal(folder / "events.jsonl")
         self._twins: dict[str, dict[str, Any]] = {}
 
     def run(self) -> bool:
         """Rounds until the time is over; whether all went as it should."""
-        settings = {"seed": self._seed, "stages": STAGES}
+        settings = {"seed": self._seed, "stages": recipes.WORLD, "kinds": self._kinds}
         begun = self.journal.of("begun")
         if begun and begun[0]["settings"] != settings:
             raise SystemExit(
-                f"soak: {self.folder} holds a soak with {begun[0]['settings']}, wanted {settings}\n"
-                "  go on with its seed, or name another --folder"
+                f"{self._name}: {self.folder} holds one with {begun[0]['settings']}, wanted {settings}\n"
+                "  go on with its settings, or name another --folder"
             )
         if not begun:
             self.journal.add("begun", settings=settings)
-        make_teacher(self.folder)
+        recipes.make_teacher(self.folder)
         number = len(self.journal.of("round")) + 1
-        while self.journal.elapsed < self._seconds or self.journal.of("life", round=number):
+        while not self._over or self.journal.of("life", round=number):
             self._round(number)
             number += 1
-        print(summary(self.journal))
         return fine(self.journal)
 
+    @property
+    def _over(self) -> bool:
+        return self.journal.elapsed >= self._seconds or len(events_of(self.journal)) >= self._most
+
     def _round(self, number: int) -> None:
-        ranks, seed = ROUNDS[(number - 1) % len(ROUNDS)]
+        ranks, seed = self._rounds[(number - 1) % len(self._rounds)]
         name = f"round-{number}"
         twin = self._twin(ranks, seed)
-        file, run = recipe(self.folder, name, seed=seed), self.folder / "runs" / name
+        file, run = recipes.write_world(self.folder, name, seed=seed), self.folder / "runs" / name
         wrong = 0
         while wrong < WRONG_IN_A_ROW:
             line = self._life(number, file, run, ranks)
@@ -192,10 +130,12 @@ class Soak:
         """What the run leaves that nothing happens to."""
         name = f"twin-{ranks}-{seed}"
         if name not in self._twins:
-            life = lives.start(recipe(self.folder, name, seed=seed), self.folder / f"{name}.log", ranks=ranks)
+            life = lives.start(
+                recipes.write_world(self.folder, name, seed=seed), self.folder / f"{name}.log", ranks=ranks
+            )
             code = life.ended(2 * LIFE_S)
             if code != exits.DONE:
-                raise SystemExit(f"soak: the unbroken run ended with {code}, wanted 0\n{life.text()[-2000:]}")
+                raise SystemExit(f"{self._name}: the unbroken run ended with {code}, wanted 0\n{life.text()[-2000:]}")
             self._twins[name] = lives.outcome(self.folder / "runs" / name)
         return self._twins[name]
 
@@ -229,14 +169,14 @@ class Soak:
         return line
 
     def _planned(self, draw: random.Random, run: Path, ranks: int, whole: list[str], *, disturbed: bool) -> Planned:
-        kinds = {kind: weight for kind, weight in KINDS.items() if ranks > 1 or kind not in OF_RANKS}
-        if not whole or largest_file(run, whole) is None or in_all_of(run, whole) > sum(STAGES.values()) - 40:
-            del kinds["full disk"]
+        kinds = {kind: weight for kind, weight in self._kinds.items() if ranks > 1 or kind not in OF_RANKS}
+        if not whole or largest_file(run, whole) is None or in_all_of(run, whole) > sum(recipes.WORLD.values()) - 40:
+            kinds.pop("full disk", None)
         kind = draw.choices([*kinds], [*kinds.values()])[0]
         early = draw.random() < EARLY
         seconds = draw.uniform(0.3, EARLY_S) if early else draw.uniform(0.0, TRAINS_S)
         rank = draw.randrange(ranks)
-        if not disturbed or self.journal.elapsed >= self._seconds:
+        if not disturbed or self._over:
             kind = "nothing"
         return Planned(kind, rank, early, seconds)
 
@@ -257,7 +197,7 @@ class Soak:
         count = len(self.journal.of("life", round=number))
         draw = random.Random(f"{self._seed}/{number}/{count}/damage")
         whole = lives.whole_checkpoints(run)
-        if draw.random() >= DAMAGED or len(self.journal.of("damage", round=number, after=count)):
+        if draw.random() >= self._damaged or len(self.journal.of("damage", round=number, after=count)):
             return
         kinds = list(damage.BESIDE) if whole else []
         if len(whole) > 1 and names(run)[:2] == whole[:2]:  # never both of the newest
@@ -276,9 +216,11 @@ class Soak:
                   + "".join(f"  WRONG: {each}" for each in line["wrong"]))  # fmt: skip
 
     def _say(self, words: str) -> None:
-        left = max(0.0, self._seconds - self.journal.elapsed) / 60
-        events = len(events_of(self.journal))
-        print(f"{time.strftime('%H:%M:%S')}  {left:5.1f} min left  {events:3d} events  {words}", flush=True)
+        left, events = (self._seconds - self.journal.elapsed) / 60, len(events_of(self.journal))
+        count = (
+            f"{max(0.0, left):5.1f} min left  {events:3d} events" if left < inf else f"{events:3d} of {self._most:.0f}"
+        )
+        print(f"{time.strftime('%H:%M:%S')}  {count}  {words}", flush=True)
 
 
 def disturb(life: Life, plan: Planned) -> None:
@@ -337,13 +279,13 @@ def largest_file(run: Path, whole: list[str]) -> int | None:
 
 def in_all(began: WentOn) -> int:
     """Its step, counted over all stages."""
-    before = list(STAGES)[: list(STAGES).index(began.stage)]
-    return began.step + sum(STAGES[name] for name in before)
+    before = list(recipes.WORLD)[: list(recipes.WORLD).index(began.stage)]
+    return began.step + sum(recipes.WORLD[name] for name in before)
 
 
 def in_all_of(run: Path, whole: list[str]) -> int:
     """The step of the newest whole checkpoint, counted over all stages."""
-    return lives.step_of(run / "checkpoints" / whole[0], STAGES) if whole else 0
+    return lives.step_of(run / "checkpoints" / whole[0], recipes.WORLD) if whole else 0
 
 
 def target_of(plan: Planned) -> str:
@@ -385,23 +327,29 @@ def lost(journal: Journal) -> list[int]:
 
 def fine(journal: Journal) -> bool:
     """Whether every round is equal to its twin, and no life went wrong."""
-    rounds, wrong = journal.of("round"), [line for line in journal.of("life") if line["wrong"]]
-    return bool(rounds) and not wrong and all(line["differs"] == [] for line in rounds)
+    return bool(journal.of("round")) and not differing(journal)
+
+
+def differing(journal: Journal) -> list[str]:
+    """Rounds that differ from their twins, and what went wrong in lives."""
+    differs = [
+        f"round {line['round']}: {', '.join(line['differs'])}" for line in journal.of("round") if line["differs"]
+    ]
+    return differs + [f"round {line['round']}: {each}" for line in journal.of("life") for each in line["wrong"]]
 
 
 def summary(journal: Journal) -> str:
     """The table at the end."""
     kinds = Counter(line["kind"] for line in events_of(journal))
-    rounds, all_lives, steps = journal.of("round"), journal.of("life"), lost(journal)
-    differs = [f"round {line['round']}: {', '.join(line['differs'])}" for line in rounds if line["differs"]]
-    wrong = [f"round {line['round']}: {each}" for line in all_lives for each in line["wrong"]]
+    rounds, starts, steps = journal.of("round"), journal.of("life"), lost(journal)
     rows: list[tuple[str, object]] = [(kind, kinds[kind]) for kind in sorted(kinds)]
     rows += [
-        ("events", sum(kinds.values())), ("rounds", len(rounds)), ("starts", len(all_lives)),
+        ("events", sum(kinds.values())), ("rounds", len(rounds)), ("starts", len(starts)),
         ("went on from a checkpoint", len(steps)), ("steps lost", sum(steps)),
         ("steps lost, mean", f"{sum(steps) / max(1, len(steps)):.1f}"),
         ("minutes", f"{journal.elapsed / 60:.1f}"),
-        ("rounds that differ", len(differs)), ("lives that went wrong", len({*wrong})),
+        ("rounds that differ", sum(bool(line["differs"]) for line in rounds)),
+        ("lives that went wrong", sum(bool(line["wrong"]) for line in starts)),
     ]  # fmt: skip
-    return "\n".join([table(("what", "number"), rows), *differs, *wrong,
-                      "all rounds equal their unbroken runs" if fine(journal) else "NOT as it should be"])  # fmt: skip
+    words = differing(journal) or ["all rounds equal their unbroken runs, bit for bit"]
+    return "\n".join([table(("what", "number"), rows), *words])

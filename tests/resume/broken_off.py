@@ -21,12 +21,11 @@ import torch
 from minillm import api, fault
 from minillm.config import RunConfig, load_config
 from minillm.errors import Stopped
-from minillm.publish import weights_sha256
 from minillm.ranks import prepare_deepspeed
-from minillm.run_listing import describe
 from minillm.saving import Resumed
 from minillm.store import RunFolder
 from tests import tiny
+from tests.campaign.lives import outcome
 
 ATTEMPTS = 80
 PARTS: dict[str, tuple[type, str]] = {"log": (RunFolder, "cut_log"), "best": (Resumed, "restore_best")}
@@ -119,20 +118,6 @@ def ends_at(number: int, how: signal.Signals) -> fault.Plan:
     return plan
 
 
-def outcome(config: RunConfig) -> dict[str, Any]:
-    """What a run left, but for what a clock says: its log, its students, its answers."""
-    folder = Path(config.out) / config.name
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    stages = {path.parent.name: weights_sha256(path) for path in sorted(folder.glob("stages/*/student"))}
-    return {
-        "log": [{name: value for name, value in line.items() if name != "seconds"} for line in lines],
-        "students": {**stages, "last": weights_sha256(folder / "student")},
-        "samples": (folder / "samples.jsonl").read_text(encoding="utf-8"),
-        "left": sorted(path.name for path in folder.glob("checkpoints/*")),
-        "state": describe(folder, root=folder).state,
-    }
-
-
 def broken(
     recipe: Path, name: str, *, how: signal.Signals, seed: int, longest: int, without: str = ""
 ) -> dict[str, Any]:
@@ -147,7 +132,7 @@ def broken(
         codes.append(attempt(config, ends_at(draw.randrange(1, longest), how), log))
         if codes[-1] in {0, 1}:  # done, or failed as no kill lets it fail
             break
-    return {"codes": codes, **outcome(config)}
+    return {"codes": codes, **outcome(Path(config.out) / config.name)}
 
 
 def main(folder: Path, plans: list[str]) -> None:
@@ -166,7 +151,11 @@ def main(folder: Path, plans: list[str]) -> None:
                     file.write(f"{name}\n")
 
             code = attempt(config, record, folder / "whole.log")
-            found = {"codes": [code], "points": len(passed.read_text().splitlines()), **outcome(config)}
+            found = {
+                "codes": [code],
+                "points": len(passed.read_text().splitlines()),
+                **outcome(Path(config.out) / config.name),
+            }
         else:
             how, seed, longest, *without = plan.split(":")
             found = broken(
