@@ -19,6 +19,8 @@ from tests.campaign.journal import Journal, table
 RANKS = (1, 2)
 KINDS = {"kill rank": 3, "kill all": 2, "kill launcher": 1}
 """How a two-rank run is killed at a moment of time, and how often."""
+LIVES = 34
+"""Of a run that is killed at moments of time."""
 HOW = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)
 """Run after run, what ends those that are ended over and over."""
 STEPS, LONGEST = 4, 300
@@ -87,7 +89,7 @@ class Faults:
     def _kills(self) -> tuple[list[tuple[str, object]], list[str]]:
         campaign = soak.Soak(
             self._folder / "kills", minutes=inf, seed=self._seed, most=self._extent.kills, kinds=KINDS,
-            damaged=0.0, rounds=soak.ROUNDS[:2], name="faults",
+            damaged=0.0, rounds=soak.ROUNDS[:2], lives_of_a_round=LIVES, name="faults",
         )  # fmt: skip
         campaign.run()
         journal = campaign.journal

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import shutil
 import signal
 import time
 from collections import Counter
@@ -22,6 +23,7 @@ from typing import Any
 from minillm import exits
 from minillm.checkpoint_manifest import folder_name
 from minillm.checkpoints import REMOVED, STAGING, steps_in
+from minillm.store import RunFolder
 from tests.campaign import damage, lives, recipes
 from tests.campaign.journal import Journal, table
 from tests.campaign.lives import Life, WentOn
@@ -77,11 +79,12 @@ class Soak:
     def __init__(
         self, folder: Path, *, minutes: float, seed: int, most: float = inf,
         kinds: Mapping[str, int] = KINDS, damaged: float = DAMAGED,
-        rounds: Sequence[tuple[int, int]] = ROUNDS, name: str = "soak",
+        rounds: Sequence[tuple[int, int]] = ROUNDS, lives_of_a_round: int = MOST, name: str = "soak",
     ) -> None:  # fmt: skip
         """``most`` events, if they come before so many minutes are over; ``damaged`` as in ``DAMAGED``."""
         self.folder, self._seconds, self._seed, self._most = folder, 60 * minutes, seed, most
         self._kinds, self._damaged, self._rounds, self._name = dict(kinds), damaged, rounds, name
+        self._lives_of_a_round = lives_of_a_round
         (folder / "lives").mkdir(parents=True, exist_ok=True)
         self.journal = Journal(folder / "events.jsonl")
         self._twins: dict[str, dict[str, Any]] = {}
@@ -130,20 +133,21 @@ class Soak:
         """What the run leaves that nothing happens to."""
         name = f"twin-{ranks}-{seed}"
         if name not in self._twins:
-            life = lives.start(
-                recipes.write_world(self.folder, name, seed=seed), self.folder / f"{name}.log", ranks=ranks
-            )
+            run, file = self.folder / "runs" / name, recipes.write_world(self.folder, name, seed=seed)
+            if not (run / "run.json").is_file() or RunFolder(run, writes=False).status()["state"] != "done":
+                shutil.rmtree(run, ignore_errors=True)  # one that goes on is no unbroken one
+            life = lives.start(file, self.folder / f"{name}.log", ranks=ranks)
             code = life.ended(2 * LIFE_S)
             if code != exits.DONE:
                 raise SystemExit(f"{self._name}: the unbroken run ended with {code}, wanted 0\n{life.text()[-2000:]}")
-            self._twins[name] = lives.outcome(self.folder / "runs" / name)
+            self._twins[name] = lives.outcome(run)
         return self._twins[name]
 
     def _life(self, number: int, file: Path, run: Path, ranks: int) -> dict[str, Any]:
         before = self.journal.of("life", round=number)
         draw = random.Random(f"{self._seed}/{number}/{len(before)}")
         whole, there, left = lives.whole_checkpoints(run), names(run), left_over(run)
-        plan = self._planned(draw, run, ranks, whole, disturbed=len(before) < MOST)
+        plan = self._planned(draw, run, ranks, whole, disturbed=len(before) < self._lives_of_a_round)
         largest = largest_file(run, whole) if plan.kind == "full disk" else None
         life = lives.start(file, self.folder / "lives" / f"{run.name}-{len(before):03d}.log", ranks=ranks,
                            largest_file=largest)  # fmt: skip
