@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import sys
 import time
@@ -20,16 +21,24 @@ from tests.faults.full_worker import LINE, Call, Limit, before_call, recipe
 from tests.resume.test_going_on import KEEP
 
 
-def attempt(what: str, call: Call, act: Callable[[], object], place: Path, *, rank: int) -> None:
-    """A run in which rank 0 alone does something before a call; how it ended on this rank."""
+def attempt(
+    what: str, call: Call, act: Callable[[], object], place: Path, *, rank: int, mend: Callable[[], object] = int
+) -> None:
+    """A run in which rank 0 alone does something before a call, until it is mended; how it ended on this rank."""
     config = load_config(place / "run.yaml", [])
     error: Exception | None = None
     owner, name, number = call
-    with contextlib.suppress(AssertionError), before_call(owner, name, {number: act if rank == 0 else int}):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.suppress(AssertionError))
+        # What is printed goes to a file, which has no more room than others have.
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        stack.enter_context(before_call(owner, name, {number: act if rank == 0 else int}))
         try:
             distill(config)
         except Exception as found:
             error = found
+    mend()
     told: dict[str, object] = {
         "error": "" if error is None else type(error).__name__,
         "text": str(error),
@@ -53,10 +62,8 @@ def main(place: Path) -> None:
     def mistake() -> None:
         raise ZeroDivisionError
 
-    attempt("no save", (*LINE, 1), limit.fill, place, rank=ranks.rank)
-    limit.empty()
-    attempt("no room", (stages, "publish_student", 1), limit.fill, place, rank=ranks.rank)
-    limit.empty()
+    attempt("no save", (*LINE, 1), limit.fill, place, rank=ranks.rank, mend=limit.empty)
+    attempt("no room", (stages, "publish_student", 1), limit.fill, place, rank=ranks.rank, mend=limit.empty)
     attempt("mistake", (Behind, "require_student", 1), mistake, place, rank=ranks.rank)
     attempt("room", (Behind, "require_student", 1), int, place, rank=ranks.rank)
 
