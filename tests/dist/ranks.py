@@ -98,3 +98,4 @@ def _end(server: subprocess.Popen[bytes]) -> None:
         server.wait(timeout=10)
     except subprocess.TimeoutExpired:
         server.kill()
+        server.wait()
