@@ -210,6 +210,8 @@ def _train(run: _Run, checkpoints: Checkpoints, resumed: Resumed | None, *, fing
             ranks.of_first(lambda stage=stage, into=into: behind.require_student(stage.name, into))  # type: ignore[misc]
             card = run.pair.student_card.model_copy(update={"model": str(into), "build": None, "revision": None})
             start = Start(card=card, facts=inspect(card))
+        if saver is not None:
+            _say(ranks, saver.cost)
     return behind
 
 

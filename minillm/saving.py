@@ -29,7 +29,7 @@ from minillm.publish import weights_sha256
 from minillm.ranks import Ranks
 from minillm.state import State, States, from_json, to_json
 from minillm.stops import Stops
-from minillm.store import RunFolder, replaced_folder
+from minillm.store import Clock, RunFolder, replaced_folder
 from minillm.tensor_files import read_tensors, write_tensors
 
 RUN, SHARED, BEST = "run.json", "shared.safetensors", "best-"
@@ -171,6 +171,7 @@ class Saver:
         """Of the present stage."""
         self.stopped = ""
         """The signal that has ended the run."""
+        self._saves, self._seconds, self._clock = 0, 0.0, Clock()
 
     def at(self, stage: str, student: Student, *, into: Path, behind: Behind) -> Boundary:
         """What a stage's loop is to call after every update; ``into`` is where its student is handed on."""
@@ -186,6 +187,12 @@ class Saver:
 
         return boundary
 
+    @property
+    def cost(self) -> str:
+        """How many checkpoints this process has saved, and how long its training waited for them."""
+        share = self._seconds / max(self._clock(), 1e-9)
+        return f"checkpoints: {self._saves} saved in {self._seconds:.2f} s, {share:.1%} of the training"
+
     def _due(self, moment: Moment) -> bool:
         """Whether it is time, at the end of a step: then no rank has anything of its own, and any ranks can go on."""
         if moment.inside:
@@ -199,6 +206,8 @@ class Saver:
         return self._ranks.anyone(late and self._ranks.first) if self._ranks.size > 1 else late
 
     def _save(self, moment: Moment, stage: str, student: Student, *, into: Path, behind: Behind) -> None:
+        clock = Clock()
+
         def files() -> dict[str, Write]:
             return {**student.state_files(), **self._files(moment.state(), into=into, behind=behind)}
 
@@ -218,6 +227,8 @@ class Saver:
             self._say(f"note: {words}; the run goes on")
         else:
             self._failed, self._bytes = 0, sum(entry.bytes for entry in saved.manifest.files.values())
+            self._saves += 1
+        self._seconds += clock()
         self._saved_at = time.monotonic()
 
     def _require_room(self) -> None:
