@@ -83,9 +83,22 @@ class OneRank:
         return mine
 
 
+def names_in(root: Path) -> list[str]:
+    """All that stands in a folder of checkpoints, in order; nothing where there is no such folder.
+
+    ``CheckpointError`` where it is a link: whoever made the run's folder may wait for a run to write into what it leads
+    to, or to empty it.
+    """
+    if root.is_symlink():
+        raise CheckpointError(
+            f"{root}: a link, wanted a folder\n  remove it; to keep a run on another disk, set out in its configuration"
+        )
+    return sorted(os.listdir(root)) if root.is_dir() else []
+
+
 def steps_in(root: Path) -> list[int]:
-    """The steps that have a checkpoint in a folder, whole or not, newest first."""
-    names = os.listdir(root) if root.is_dir() else []
+    """The steps that have a checkpoint in a folder, whole or not, newest first; ``CheckpointError`` for a link."""
+    names = names_in(root)
     steps = {int(match[1]) for name in names if (match := _NAME.fullmatch(name))}
     return sorted((step for step in steps if folder_name(step) in names), reverse=True)
 
@@ -190,7 +203,7 @@ class Checkpoints:
         """Removes what broken-off saves and removals left. For the one process that may write here."""
 
         def remove() -> None:
-            names = sorted(os.listdir(self.root)) if self.root.is_dir() else []
+            names = names_in(self.root)
             self._remove(self.root / name for name in names if name.startswith((STAGING, REMOVED)))
 
         self._ranks.of_first(remove)
@@ -216,7 +229,7 @@ class Checkpoints:
 
     def _make_way(self, target: Path) -> None:
         """Removes a broken checkpoint of the step that is to be saved; a whole one is nobody's to replace."""
-        if not self._ranks.of_first(lambda: os.path.lexists(target)):
+        if target.name not in self._ranks.of_first(lambda: names_in(self.root)):
             return
         try:
             self._verified(target)
@@ -289,7 +302,7 @@ class Checkpoints:
         """Removes those that a run which went back has set aside."""
 
         def remove() -> None:
-            names = sorted(os.listdir(self.root)) if self.root.is_dir() else []
+            names = names_in(self.root)
             self._remove(self.root / name for name in names if name.startswith(ASIDE))
 
         self._ranks.of_first(remove)
@@ -298,7 +311,7 @@ class Checkpoints:
         """Removes them all, with what was set aside and their folder, for a run that is done."""
 
         def remove() -> None:
-            names = sorted(os.listdir(self.root)) if self.root.is_dir() else []
+            names = names_in(self.root)
             mine = [name for name in names if _NAME.fullmatch(name) or name.startswith((STAGING, REMOVED, ASIDE))]
             self._remove(self.root / name for name in mine)
             with contextlib.suppress(OSError):  # it is not there, or holds something else

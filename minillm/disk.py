@@ -132,8 +132,9 @@ def write_file(disk: Disk, path: Path, content: Content) -> None:
 
 
 def remove_tree(disk: Disk, folder: Path) -> None:
-    """Removes a folder and all that is in it; links are removed, not followed."""
-    for at, folders, files in os.walk(folder, topdown=False):
+    """Removes a folder and all that is in it; links are removed, not followed, and so is ``folder`` if it is one."""
+    # os.walk does not follow the links that it meets, but it follows the one that it is given.
+    for at, folders, files in () if folder.is_symlink() else os.walk(folder, topdown=False):
         for name in sorted([*folders, *files]):
             disk.remove(Path(at) / name)
     disk.remove(folder)

@@ -190,7 +190,7 @@ def told_as_ended(folder: RunFolder) -> Iterator[None]:
 def _way_on(folder: RunFolder) -> str:
     try:
         newest = steps_in(folder.path / CHECKPOINTS)[:1]
-    except OSError:
+    except (OSError, DataError):
         return f"what {folder.path} holds cannot be read now"
     if not newest:
         return "no checkpoint is there: the same command starts over"

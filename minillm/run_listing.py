@@ -85,10 +85,14 @@ def describe(folder: Path, *, root: Path, reading: Callable[[Path, int], None] =
     except DataError:
         state = "unreadable"
     last = _last_lines(folder / "metrics.jsonl")
-    paths = [folder / CHECKPOINTS / folder_name(step) for step in steps_in(folder / CHECKPOINTS)]
+    kept, paths = list[Kept](), list[Path]()
+    try:
+        paths = [folder / CHECKPOINTS / folder_name(step) for step in steps_in(folder / CHECKPOINTS)]
+    except CheckpointError as error:
+        kept = [Kept(path=folder / CHECKPOINTS, fault=in_a_line(error))]
     if (count := sum(size for path in paths for size in _sizes(path))) >= TOLD_BYTES:
         reading(folder, count)
-    kept = [Kept(path=path, fault=fault_of(path)) for path in paths]
+    kept += [Kept(path=path, fault=fault_of(path)) for path in paths]
     return RunInfo(
         path=folder, name=name, state=state, owner=works, at=_at(folder, last.get("train", {})),
         best=_best(status, last.get("validation", {})),

@@ -13,6 +13,7 @@ import pytest
 from minillm import inside as inside_module
 from minillm import model_files
 from minillm.cards import Card, load_card
+from minillm.checkpoints import Checkpoints, OneRank
 from minillm.errors import CheckpointError, ConfigError, MinillmError
 from minillm.generated import read_generated
 from minillm.loading import inspect
@@ -307,3 +308,81 @@ def test_a_log_that_is_a_link_is_not_cut_back(place: Place) -> None:
     (place.top / "r" / "metrics.jsonl").write_text(other.read_text())
     RunFolder(place.top / "r", writes=True).cut_log(5)  # the control
     assert (place.top / "r" / "metrics.jsonl").read_text() == "mine\n"
+
+
+REMOVED_BY: dict[str, Callable[[Checkpoints], object]] = {
+    "clean": Checkpoints.clean,
+    "remove": Checkpoints.remove,
+    "remove_set_aside": Checkpoints.remove_set_aside,
+    "remove_all_but": lambda checkpoints: checkpoints.remove_all_but(2),
+    "set_aside_after": lambda checkpoints: (checkpoints.set_aside_after(0), checkpoints.remove_set_aside()),
+    "save": lambda checkpoints: checkpoints.save(step=1, stage="a", fingerprints={}, files={}),
+    "choose": lambda checkpoints: checkpoints.choose("auto"),
+}
+"""What removes checkpoints, or reads or writes one, in a run's folder."""
+HIDDEN = (".removed-x", ".staging-step-00000001-00", "step-00000001", "aside-step-00000001-00")
+
+
+def others(top: Path) -> Path:
+    """A folder that is somebody else's, with names in it that checkpoints have."""
+    outside = top / "others"
+    for name in ("kept", *HIDDEN):
+        (outside / name).mkdir(parents=True)
+        (outside / name / "file").write_text("mine")
+    return outside
+
+
+def untouched(outside: Path) -> bool:
+    return sorted(path.parent.name for path in outside.glob("*/file")) == sorted(("kept", *HIDDEN)) and all(
+        sorted(path.name for path in folder.iterdir()) == ["file"] for folder in outside.iterdir()
+    )
+
+
+@pytest.mark.parametrize("act", REMOVED_BY)
+@pytest.mark.parametrize("link", HIDDEN)
+def test_what_is_removed_of_checkpoints_is_the_link(link: str, act: str, tmp_path: Path) -> None:
+    """A link by the name of a checkpoint, or of what is left of one, to a folder that is not the run's."""
+    outside, root = others(tmp_path), tmp_path / "run" / "checkpoints"
+    root.mkdir(parents=True)
+    for name in (link, f"{link}9"):  # of steps 1 and 19, so that one is not among the newest
+        (root / name).symlink_to(outside)
+    with contextlib.suppress(CheckpointError):  # a link is no checkpoint to go on from
+        REMOVED_BY[act](Checkpoints(root, ranks=OneRank(), say=lambda line: None))
+    assert untouched(outside)
+
+
+@pytest.mark.parametrize("act", REMOVED_BY)
+def test_checkpoints_that_are_a_link_are_refused(act: str, tmp_path: Path) -> None:
+    outside, root = others(tmp_path), tmp_path / "run" / "checkpoints"
+    root.parent.mkdir()
+    root.symlink_to(outside)
+    with pytest.raises(CheckpointError, match="a link, wanted a folder"):
+        REMOVED_BY[act](Checkpoints(root, ranks=OneRank(), say=lambda line: None))
+    assert untouched(outside)
+
+
+@pytest.mark.parametrize("link", [*HIDDEN, ""])
+def test_runs_clean_follows_no_link(link: str, place: Place, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    outside, folder = others(place.top), place.top / "out" / "r"
+    (folder / "checkpoints" if link else folder).mkdir(parents=True)
+    (folder / "config.yaml").write_text("name: r\n")
+    (folder / "run.json").write_text('{"state": "stopped"}')
+    (folder / "checkpoints" / link if link else folder / "checkpoints").symlink_to(outside)
+    assert run("runs", "clean", place.top / "out").code == 0 and untouched(outside)
+    assert run("runs", place.top / "out").code == 0
+    assert run("runs", "verify", place.top / "out").code == (1 if link in {"", "step-00000001"} else 0)
+    (folder / "run.json").write_text('{"state": "done"}')
+    assert run("runs", "clean", place.top / "out").code == 0 and untouched(outside)
+    if link:
+        assert not (folder / "checkpoints" / link).is_symlink(), "the link itself is gone"
+
+
+def test_control_a_removal_that_follows_its_link_empties_what_it_leads_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outside, root = others(tmp_path), tmp_path / "run" / "checkpoints"
+    root.mkdir(parents=True)
+    (root / HIDDEN[0]).symlink_to(outside)
+    monkeypatch.setattr(Path, "is_symlink", lambda path: False)
+    Checkpoints(root, ranks=OneRank(), say=lambda line: None).clean()
+    assert not untouched(outside)
