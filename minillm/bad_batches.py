@@ -6,7 +6,9 @@ rank00000.safetensors: what is known of each token. Each rank writes its own row
 
 from __future__ import annotations
 
+import errno
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,20 +33,27 @@ def written_down(
     try:
         yield
     except NonFinite as error:
-        found = error.batch if error.batch is not None else batch and batch()
+        found = error.batch if error.batch is not None or error.batch_of is not None else batch and batch()
         at = place()
         into = folder.path / BAD_BATCHES / f"{at['stage']}-{at['step'] + 1:06d}"
-        if found is None:
+        if found is None and error.batch_of is None:
             raise
-        try:
-            _write(into, found, {**at, "rank": ranks.rank, "reason": str(error)})
-            words = f"the batch stands in {into}"
-        except OSError as failed:
-            words = f"the batch could not be written to {into}: {failed.strerror}"
+        words = f"the batch stands in {into}"
+        if found is None:
+            words += f", written by rank {error.batch_of}"
+        else:
+            about = {**at, "ranks": ranks.size, "rank": ranks.rank, "time": time.strftime("%Y-%m-%d %H:%M:%S")}
+            try:
+                _write(into, found, {**about, "reason": str(error)})
+            except OSError as failed:
+                words = f"the batch could not be written to {into}: {failed.strerror}"
         raise NonFinite(f"{error}\n  {words}", rows=error.rows, batch=found) from error
 
 
 def _write(into: Path, batch: State, about: Mapping[str, Any]) -> None:
+    for folder in (into.parent, into):
+        if folder.is_symlink():  # whoever made the run's folder may want it written elsewhere
+            raise OSError(errno.ELOOP, f"{folder} is a link")
     into.mkdir(parents=True, exist_ok=True)
     stem = f"rank{about['rank']:05d}"
     rows = ",\n".join(f"  {json.dumps(row)}" for row in batch.record["rows"])

@@ -29,7 +29,7 @@ from minillm.checkpoint_manifest import (
     verified,
 )
 from minillm.disk import DISK, Disk, Sink, remove_tree, write_file
-from minillm.errors import CheckpointError, SaveFailed, did_you_mean
+from minillm.errors import CheckpointError, DiskError, SaveFailed, did_you_mean
 from minillm.inside import inside
 
 if TYPE_CHECKING:
@@ -144,7 +144,10 @@ class Checkpoints:
                 with contextlib.suppress(OSError):  # the first error says more; what is left, ``clean`` removes
                     remove_tree(self._disk, staging)
             raise
-        self.remove_all_but(self._keep)
+        try:
+            self.remove_all_but(self._keep)
+        except DiskError as error:  # what was saved is saved
+            self._say(f"note: older checkpoints stay: {str(error).splitlines()[0]}")
         return Checkpoint(target, manifest)
 
     def steps(self) -> list[int]:

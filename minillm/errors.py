@@ -95,11 +95,11 @@ class NonFinite(MinillmError, ArithmeticError):
 
     exit_code = exits.NON_FINITE
 
-    def __init__(self, words: str, *, rows: Sequence[int] = (), batch: Any = None) -> None:
+    def __init__(self, words: str, *, rows: Sequence[int] = (), batch: Any = None, batch_of: int | None = None) -> None:
         """``rows`` are those of a batch in which it was found; ``batch`` is what a person may want to look at, a
-        ``state.State``."""
+        ``state.State``; ``batch_of`` is the other rank that has one."""
         super().__init__(words)
-        self.rows, self.batch = tuple(rows), batch
+        self.rows, self.batch, self.batch_of = tuple(rows), batch, batch_of
 
 
 class Alarmed(MinillmError):

@@ -85,6 +85,18 @@ class LeftOut:
         self._news.append(News("left_out", {"uids": uids, "by_now": self._count}, words))
         return frozenset(row for row, _ in everyone)
 
+    def spared(self, work: Callable[[], Scores], otherwise: Scores, *, what: str) -> Scores:
+        """What ``work`` gives, which no row is learnt from; where it finds numbers that are not finite and rows may be
+        left out, ``otherwise``, told. ``work`` must fail on all ranks or on none."""
+        try:
+            return work()
+        except NonFinite as error:
+            if not self._drops:
+                raise
+            reason = str(error).splitlines()[0]
+            self._news.append(News("left_out", {"what": what, "reason": reason}, f"{what} is not known: {reason}"))
+            return otherwise
+
     def news(self) -> list[News]:
         """What has not been told yet."""
         told, self._news = self._news, []

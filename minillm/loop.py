@@ -96,7 +96,9 @@ def run_steps(
                 done.stopped_early = True
             elif validate is not None and _due(done.step, steps=steps, every=validate_every):
                 phases.enter("validation")
-                _weigh(validate(student), objective, tell, keep=keep, patience=patience, publish=publish)
+                with tell.bad_batches():
+                    measured = validate(student)
+                _weigh(measured, objective, tell, keep=keep, patience=patience, publish=publish)
             done.over = done.stopped_early or done.step >= steps
             if done.over and done.best is None:
                 _hand_on_the_last(tell, metric=keep.metric, publish=publish)

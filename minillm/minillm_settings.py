@@ -85,7 +85,8 @@ class MinillmSettings(BaseStage):
     """How much of that loss is the teacher's distribution instead of the text's own token, 0 to 1; official 0.5."""
     non_finite: Literal["stop", "drop_row"] = "stop"
     """What a score that is no finite number does: 'stop' ends the run before the update; 'drop_row' leaves its response
-    out of the rollout, and those that were read in one packed sequence with it, counted and named."""
+    out of the rollout, and those that were read in one packed sequence with it, counted and named. Validation
+    leaves nothing out."""
     max_dropped_rows: Count = 8
     """Responses that the stage may leave out in all; with one more the run ends."""
     published: PublishedConfig = PublishedConfig()

@@ -124,8 +124,9 @@ class Ranks:
         except NonFinite as error:
             found = error
         if self.anyone(found is not None):
-            rank, words = self.gather_objects([] if found is None else [(self.rank, str(found))])[0]
-            raise found or NonFinite(f"on rank {rank}: {words}")
+            mine = [] if found is None else [(self.rank, str(found), found.batch is not None)]
+            rank, words, shown = self.gather_objects(mine)[0]
+            raise found or NonFinite(f"on rank {rank}: {words}", batch_of=rank if shown else None)
         return cast(Result, result)
 
     def barrier(self) -> None:

@@ -42,8 +42,8 @@ def require_finite(values: Mapping[str, Tensor], rollout: Rollout, *, may_be_inf
     raise NonFinite(
         f"{name} is {float(values[name][bad[name]][0])} for row {rollout.prompts.uid_B[row]!r}, "
         f"response position {position}; no update was made from it.\n"
-        f"  so it is in {len(rows)} of {count} rows (one that a model read in one sequence with a bad one is bad too); "
-        "look at the models' dtype (fp16 overflows) and at the rows",
+        f"  so it is in {len(rows)} of the {count} rows of this rank (one that a model read in one "
+        "sequence with a bad one is bad too); look at the models' dtype (fp16 overflows) and at the rows",
         rows=rows, batch=shown(rollout.prompts, rollout, numbers),
     )  # fmt: skip
 

@@ -20,7 +20,9 @@ class _Lasting(io.FileIO):
         left = view = memoryview(content).cast("B")  # type: ignore[arg-type]
         try:
             if self._lost:
-                super().write(f"\nnote: {self._lost:,} bytes of output could not be written ({self._why})\n".encode())
+                told = f"\nnote: {self._lost:,} bytes of output could not be written ({self._why})\n".encode()
+                if super().write(told) != len(told):  # half of it: told again
+                    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
                 self._lost = 0
             while left:
                 taken = super().write(left)

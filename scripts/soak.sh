@@ -7,6 +7,7 @@
 #   bash scripts/soak.sh --help
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+case " $* " in *" -h "* | *" --help "*) exec python3 -m tests.campaign soak --help ;; esac  # without an environment
 source scripts/setup.sh
 export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 exec "$python" -m tests.campaign soak "$@"

@@ -86,7 +86,7 @@ def _clean(found: list[Path], *, root: Path, keep: int) -> None:
         freed += here
         if here:
             print(f"{path}: {size(here)} freed")
-    print(f"{root}: {len(found):,} run{'s' * (len(found) != 1)}, {size(freed)} freed")
+    print(f"{root}: {_counted(len(found), 'run')}, {size(freed)} freed")
 
 
 def _print_faults(infos: list[RunInfo]) -> None:
@@ -95,7 +95,7 @@ def _print_faults(infos: list[RunInfo]) -> None:
             print(f"{'broken' if kept.fault else 'whole '}  {kept.fault or kept.path}")
     every = [kept for info in infos for kept in info.checkpoints]
     broken = sum(bool(kept.fault) for kept in every)
-    print(f"{len(infos):,} run{'s' * (len(infos) != 1)}, {len(every):,} checkpoints, {broken:,} broken")
+    print(f"{_counted(len(infos), 'run')}, {_counted(len(every), 'checkpoint')}, {broken:,} broken")
 
 
 def _print_table(infos: list[RunInfo], folder: Path) -> None:
@@ -128,6 +128,10 @@ def _record(info: RunInfo) -> dict[str, Any]:
         "checkpoints": [{"path": str(kept.path), "fault": kept.fault} for kept in info.checkpoints],
         "bytes": info.bytes, "reason": info.reason,
     }  # fmt: skip
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def size(count: int) -> str:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 
-from minillm.errors import ConfigError
+from minillm.errors import ConfigError, did_you_mean
 from minillm.supervisor import LIMIT_S, Place, Supervisor
 
 RANKS_ON_CPU = 2
@@ -52,7 +53,8 @@ def launch(  # noqa: PLR0917 (typer reads options from parameters)
         --master-port 29500 distill --config my-run.yaml'
     """
     own = getattr(context.find_root().command, "commands", {})
-    _require_ours_before(command, own=own, options=[name for each in context.command.params for name in each.opts])
+    options = [name for each in context.command.params for name in each.opts]
+    _require_ours_before(command, own=own, options=options)
     if nodes > 1 and not (master and master_port):
         raise ConfigError(f"--nodes {nodes} without --master and --master-port: wanted both, the same on every node")
     if node_rank >= nodes:
@@ -64,7 +66,7 @@ def launch(  # noqa: PLR0917 (typer reads options from parameters)
         master=master or "127.0.0.1",
         port=master_port or _free_port(),
     )
-    words = _words(command, own=own)
+    words = _words(command, own=own, options=options)
     # As torchrun does it: ranks that each take every core stand in each other's way.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     # Not typer.Exit: the ranks have said all that there is to say about their exit code.
@@ -91,11 +93,15 @@ def _require_ours_before(command: Sequence[str], *, own: Mapping[str, Any], opti
             )
 
 
-def _words(command: Sequence[str], *, own: Container[str]) -> list[str]:
+def _words(command: Sequence[str], *, own: Collection[str], options: Collection[str]) -> list[str]:
     if command[0] in own:
         return [sys.executable, "-u", "-m", "minillm", *command]
     if command[0].endswith(".py"):
         return [sys.executable, "-u", *command]
+    if "/" not in command[0] and shutil.which(command[0]) is None:
+        what = "option of launch" if command[0].startswith("-") else "command of minillm, no .py file and no program"
+        known = options if command[0].startswith("-") else own
+        raise ConfigError(f"{command[0]}: no {what} of this name{did_you_mean(command[0], known)}")
     return list(command)
 
 

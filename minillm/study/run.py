@@ -58,9 +58,7 @@ def make_cell(study: StudyConfig, wanted: Asked, *, ranks: Ranks) -> dict[str, A
     forget_digests()
     if differs({"config": wanted.config, "made_from": wanted.made_from}, asked(study, wanted.arm, wanted.seed)):
         raise DataError(f"{wanted.file}: its recipe, models or data changed while it was made; it is not kept")
-    if ranks.first:
-        write_cell(wanted, found)
-    ranks.barrier()
+    ranks.of_first(lambda: write_cell(wanted, found))
     return found
 
 

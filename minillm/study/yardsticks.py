@@ -88,10 +88,9 @@ def make_yardsticks(study: StudyConfig, *, again: bool, say: Callable[[str], Non
             now = asked_yardsticks(study)[name]
             if _part(name, differs({"config": wanted.config, "made_from": wanted.made_from}, now)):
                 raise DataError(f"{wanted.file}: its recipe, models or data changed while it was made; it is not kept")
+            ranks.of_first(lambda wanted=wanted, found=found: write_cell(wanted, found))  # type: ignore[misc]
             if ranks.first:
-                write_cell(wanted, found)
                 say(f"yardstick {name}: made")
-            ranks.barrier()
 
 
 def at_temperature(yardstick: Mapping[str, Any], temperature: str) -> Mapping[str, Any]:

@@ -102,7 +102,9 @@ class Small:
             plans[draw.randrange(self.ranks)] = forked.ended_at(draw.randrange(1, longest), hit, how=how)
             codes.append(self._start(name, plans))
         differs = [f"exit codes {codes}"] if not set(codes) <= ends(how, ranks=self.ranks) else []
-        if codes[-1] == exits.DONE:
+        if codes[-1] != exits.DONE:
+            differs.append(f"not done after {len(codes)} starts")
+        else:
             differs += self._differs(name)
         return {"codes": codes, "differs": differs}
 

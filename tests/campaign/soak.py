@@ -165,6 +165,8 @@ class Soak:
             wrong.append(f"exit code {code}: {life.text()[-1000:]}")
         if began is not None:
             wrong += wrongly_begun(began, life.text(), whole=whole, there=there, left=left_over(run) & left)
+        elif whole and code in {exits.DONE, exits.STOPPED} and "done already" not in life.text():
+            wrong.append(f"began from nothing, wanted {whole[0]}")
         line = self.journal.add(
             "life", round=number, kind=plan.kind, target=target_of(plan), early=plan.early, checkpoint=began and
             began.checkpoint, began=None if began is None else in_all(began), stood=stood, code=code, wrong=wrong,

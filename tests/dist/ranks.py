@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import functools
 import json
 import os
 import select
@@ -80,13 +79,19 @@ def _answer(server: subprocess.Popen[bytes], limit_s: float) -> list[int] | None
     return found
 
 
-@functools.cache
+_servers: list[subprocess.Popen[bytes]] = []
+
+
 def _server() -> subprocess.Popen[bytes]:
-    """One for all tests of this process, from the first that asks; it ends with its input."""
+    """One for all tests of this process, from the first that asks; it ends with its input. One that died is followed by
+    another: its tests have failed, and not those to come."""
+    if _servers and _servers[-1].poll() is None:
+        return _servers[-1]
     server = subprocess.Popen(
         [sys.executable, "-m", "tests.dist.fork_server"], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
     )  # fmt: skip
+    _servers.append(server)
     atexit.register(_end, server)
     return server
 

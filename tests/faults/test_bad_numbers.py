@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from minillm.bad_batches import written_down
 from minillm.config import MinillmStage
 from minillm.errors import NonFinite
 from minillm.objectives import Minillm
@@ -26,7 +27,8 @@ from minillm.sampling import pack_support
 from minillm.scored_rows import with_rows
 from minillm.scoring import HeadWeights, score
 from minillm.stage_base import BaseStage
-from minillm.state import States
+from minillm.state import State, States
+from minillm.store import RunFolder
 from minillm.text_stages import GkdStage, KdStage
 from minillm.types import Ids
 from tests.dist.ranks import start_ranks
@@ -167,7 +169,7 @@ def test_the_batch_of_a_rollout_has_each_tokens_numbers(toy: Toy) -> None:
     bad = (~tensors["logp_BT"].isfinite()).any(dim=1).tolist()
     # Rows of one packed sequence are lost with each other: a weight of 0 times no number is no number.
     assert 0 < sum(far) <= sum(bad) < 6 and all(of >= those for of, those in zip(bad, far, strict=True))
-    assert f"it is in {sum(bad)} of 6 rows" in about["reason"]
+    assert f"it is in {sum(bad)} of the 6 rows" in about["reason"]
     assert bool(tensors["logq_BT"].isfinite().all())
 
 
@@ -181,6 +183,51 @@ def test_a_student_without_numbers_ends_the_rollout_with_its_prompts(toy: Toy) -
         toy.run(STAGES["minillm"], begin=begin, log=whole.log)
     about, tensors = dumped(last_run(toy))
     assert len(about["rows"]) == 6 and "response_ids" not in about["rows"][0] and tensors == {}
+
+
+def test_validation_leaves_its_batch_too(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = State({"rows": [{"uid": "held-out-7"}]}, {"logp_BT": torch.tensor([[math.nan]])})
+
+    def broken(student: Any) -> dict[str, float]:
+        raise NonFinite("logp is nan for row 'held-out-7'", batch=batch)
+
+    monkeypatch.setattr("tests.resume.toy.validate", broken)
+    with pytest.raises(NonFinite, match="the batch stands in"):
+        toy.run(MinillmStage(**{**ROLLOUT, "validate_every": 1}))
+    about, tensors = dumped(last_run(toy))
+    assert about["rows"] == batch.record["rows"] and bool(tensors["logp_BT"].isnan()) and about["step"] == 1
+
+
+def test_a_rank_without_the_batch_says_where_the_other_one_wrote_it(tmp_path: Path, toy: Toy) -> None:
+    where = {"stage": "toy", "step": 4, "update": 9}
+    for error, words in (
+        (NonFinite("on rank 1: logp is nan", batch_of=1), "bad-batches/toy-000005, written by rank 1"),
+        (NonFinite("on rank 1: nothing to show"), None),
+    ):
+        folder = RunFolder(tmp_path / "run", writes=True)
+        with pytest.raises(NonFinite) as found, written_down(folder, ranks=toy.ranks, place=lambda: where):
+            raise error
+        assert (words is None and found.value is error) or str(words) in str(found.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_follows_no_link(toy: Toy, tmp_path: Path) -> None:
+    batch, outside = State({"rows": [{"uid": "a"}]}), tmp_path / "outside"
+    where = {"stage": "toy", "step": 0, "update": 0}
+    outside.mkdir()
+    for link in ("bad-batches", "bad-batches/toy-000001"):
+        run = tmp_path / link.replace("/", "-")
+        (run / link).parent.mkdir(parents=True)
+        (run / link).symlink_to(outside)
+        folder = RunFolder(run, writes=True)
+        with pytest.raises(NonFinite, match="is a link"), written_down(folder, ranks=toy.ranks, place=lambda: where):
+            raise NonFinite("nan", batch=batch)
+    assert list(outside.iterdir()) == []
+    with (
+        pytest.raises(NonFinite, match="stands in"),
+        written_down(RunFolder(tmp_path / "own", writes=True), ranks=toy.ranks, place=lambda: where),
+    ):
+        raise NonFinite("nan", batch=batch)  # control
 
 
 def test_a_batch_that_cannot_be_written_hides_nothing(toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,6 +357,21 @@ def test_one_row_more_than_may_be_left_out_ends_the_stage(toy: Toy, capsys: pyte
         line for line in lines(whole.log) if line["kind"] == "train"
     ][: len(whole.collected) - 1]
     assert dumped(last_run(toy))[1]
+
+
+def test_a_teacher_that_cannot_write_does_not_end_a_stage_that_leaves_rows_out(toy: Toy) -> None:
+    """With the alarms as they are by default, for which it writes text at the first step."""
+    plain = {name: value for name, value in ROLLOUT.items() if name != "alarms"}
+    with poisoned(toy.teacher):
+        ran = toy.run(MinillmStage(**plain, **DROPS))
+        told = [line for line in lines(ran.log) if "what" in line]
+        assert ran.done.over and [line["what"] for line in told] == ["the teacher's own level"]
+        assert not any(name.startswith("teacher_mean") for line in lines(ran.log) for name in line)
+        with pytest.raises(NonFinite):
+            toy.run(MinillmStage(**plain))
+        about, _ = dumped(last_run(toy))
+        assert len(about["rows"]) == 6
+    assert any("teacher_mean_length" in line for line in lines(toy.run(MinillmStage(**plain, **DROPS)).log))
 
 
 def test_a_rollout_of_which_no_row_is_left_ends_the_stage(toy: Toy) -> None:

@@ -96,8 +96,8 @@ def student(folder: Path, cell: Cell, ranks: Ranks) -> Student:
 
 
 POISONS = {
-    "gradient nan": (1.0, math.nan),
     "gradient inf": (1.0, math.inf),
+    "gradient nan": (1.0, math.nan),
     "loss inf": (math.inf, 1.0),
     "loss nan": (math.nan, 1.0),
 }
@@ -143,6 +143,7 @@ def refused(it: Student) -> dict[str, Any]:
     """What each poison was answered with, and what it left otherwise than it was."""
     found = {}
     for name, poison in POISONS.items():
+        it._engine.optimizer.zero_grad()  # each poison by itself
         before, words = kept(it), "no error"
         try:
             learn(it, it.updates_done, poison=poison)

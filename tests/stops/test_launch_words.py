@@ -72,3 +72,19 @@ def test_control_words_of_the_command_are_left_to_it(words: list[str], started: 
     assert list(started[0])[-len(words) :] == words and (started[0][0] == sys.executable) == (
         words[0] in {"judge", "sft", "train.py"}
     )
+
+
+@pytest.mark.parametrize(
+    ("word", "words"),
+    [
+        ("distil", r"distil: no command of minillm, no \.py file and no program of this name; did you mean 'distill'"),
+        ("--rank", r"--rank: no option of launch of this name; did you mean '--ranks'"),
+        ("nosuch-anything", r"nosuch-anything: no command of minillm"),
+    ],
+)
+def test_a_slip_in_the_command_is_told_before_ranks_start(word: str, words: str, started: list[Sequence[str]]) -> None:
+    with pytest.raises(ConfigError, match=words):
+        launch("--ranks", "2", word, "2")
+    launch("--ranks", "2", "echo", "2")  # control: a program
+    launch("--ranks", "2", "x.py")
+    assert started[0] == ["echo", "2"] and started[1][-1] == "x.py" and len(started) == 2
