@@ -67,7 +67,7 @@ class Faults:
         for ranks in RANKS:
             small = points.Small(self._folder, ranks=ranks)
             every = small.points
-            chosen = every if self._extent.points is None else points.spread(every, self._extent.points)
+            chosen = points.spread(every, len(every) if self._extent.points is None else self._extent.points)
             rows.append((f"fault points, {ranks} rank{'s' * (ranks > 1)}", len(every)))
             for place, point in enumerate(chosen):
                 if point.key in done:

@@ -129,16 +129,22 @@ def ends(how: signal.Signals, *, ranks: int) -> set[int]:
 
 
 def spread(points: Sequence[Point], count: int) -> list[Point]:
-    """So many of them at equal distances, and of each name at each rank the first that would be missed."""
-    if count >= len(points):
-        return list(points)
-    taken = {points[place * len(points) // count].key: points[place * len(points) // count] for place in range(count)}
-    names = {(point.rank, kind(point)) for point in taken.values()}
+    """So many of them, one by lot from each of as many stretches, and of each name at each rank the first that would be
+    missed; in no order, so that a campaign that is broken off has done a sample."""
+    draw = random.Random(count)  # saves repeat themselves, and equal distances would fall into step with them
+    ends = [place * len(points) // count for place in range(count + 1)]
+    everything = {point.key for point in points}
+    taken = (
+        {points[number].key for number in map(draw.randrange, ends, ends[1:])} if count < len(points) else everything
+    )
+    names = {(point.rank, kind(point)) for point in points if point.key in taken}
     for point in points:
         if (point.rank, kind(point)) not in names:
             names.add((point.rank, kind(point)))
-            taken[point.key] = point
-    return [point for point in points if point.key in taken]
+            taken.add(point.key)
+    chosen = [point for point in points if point.key in taken]
+    draw.shuffle(chosen)
+    return chosen
 
 
 def kind(point: Point) -> str:

@@ -98,7 +98,8 @@ def test_a_spread_has_every_name_of_every_rank() -> None:
     chosen = spread(points, 20)
     assert {(point.rank, kind(point)) for point in chosen} == {(point.rank, kind(point)) for point in points}
     assert 20 <= len(chosen) <= 24 and len({point.key for point in chosen}) == len(chosen)
-    assert spread(points, 1000) == points
+    assert spread(points, 20) == chosen != sorted(chosen, key=points.index)
+    assert sorted(spread(points, 1000), key=points.index) == points
 
 
 def test_every_kind_has_its_exit_codes() -> None:
