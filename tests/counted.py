@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-FLOORS = {"tests/attacks": 465, "tests/faults": 205}
+FLOORS = {"tests/attacks": 466, "tests/faults": 225}
 """The least that a whole folder collects. Raise it as tests come; lower it only with what was taken out."""
 _COLLECTED = pytest.StashKey[list[str]]()
 
