@@ -37,7 +37,7 @@ class LeftOut:
 
     def __init__(self, stage: MinillmSettings, ranks: Ranks) -> None:
         self._drops, self._most = stage.non_finite == "drop_row", stage.max_dropped_rows
-        self._stage, self._ranks = stage.name, ranks
+        self._ranks = ranks
         self._count = 0
         self._news: list[News] = []
 
