@@ -1,7 +1,8 @@
 """The batch in which a number was not finite, written down before the run ends.
 
 RUN/bad-batches/STAGE-000012/rank00000.json: where it was, why, and a line for each row (uid, tokens); beside it
-rank00000.safetensors: what is known of each token. Each rank writes its own rows.
+rank00000.safetensors: what is known of each token. Each rank writes what it has: of a rollout its own rows, of
+references all of the step.
 """
 
 from __future__ import annotations
@@ -33,11 +34,13 @@ def written_down(
     try:
         yield
     except NonFinite as error:
-        found = error.batch if error.batch is not None or error.batch_of is not None else batch and batch()
+        found = error.batch
+        if found is None and error.batch_of is None:
+            if batch is None:
+                raise
+            found = batch()
         at = place()
         into = folder.path / BAD_BATCHES / f"{at['stage']}-{at['step'] + 1:06d}"
-        if found is None and error.batch_of is None:
-            raise
         words = f"the batch stands in {into}"
         if found is None:
             words += f", written by rank {error.batch_of}"

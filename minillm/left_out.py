@@ -67,11 +67,11 @@ class LeftOut:
         """
         if not self._drops:
             return frozenset()
-        gone = [(mine[at], uid_B[at]) for at in sorted({*range(len(mine))} - {*kept.rows})]
+        gone = [(mine[at], uid_B[at], self._ranks.rank) for at in sorted({*range(len(mine))} - {*kept.rows})]
         if self._ranks.most(len(gone)) == 0:
             return frozenset()
         everyone = sorted(self._ranks.gather_objects(gone))
-        uids, why = [uid for _, uid in everyone], self._ranks.gather_objects([str(each) for each in kept.found])[0]
+        uids, why = [uid for _, uid, _ in everyone], self._ranks.gather_objects([str(each) for each in kept.found])[0]
         self._count += len(everyone)
         named = f"{', '.join(map(repr, uids[:8]))}{', …' if len(uids) > 8 else ''}"
         most = f"{self._count} by now, max_dropped_rows {self._most}"
@@ -79,11 +79,11 @@ class LeftOut:
             raise NonFinite(
                 f"{len(everyone)} of {sequences} rows of a rollout have scores that are no finite numbers ({most}): "
                 f"{named}\n  the first: {why}",
-                batch=kept.found[0].batch if kept.found else None,
-            )
+                batch=kept.found[0].batch if kept.found else None, batch_of=everyone[0][2],
+            )  # fmt: skip
         words = f"left out {len(everyone)} of {sequences} rows, whose scores are no finite numbers ({most}): {named}"
         self._news.append(News("left_out", {"uids": uids, "by_now": self._count}, words))
-        return frozenset(row for row, _ in everyone)
+        return frozenset(row for row, _, _ in everyone)
 
     def spared(self, work: Callable[[], Scores], otherwise: Scores, *, what: str) -> Scores:
         """What ``work`` gives, which no row is learnt from; where it finds numbers that are not finite and rows may be

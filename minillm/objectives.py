@@ -127,8 +127,8 @@ class Minillm:
             )
             level = dict[str, float]()
             if step == 0 and stage.alarms.repetition is not None:
-                own = [rows[i] for i in mine if i < _TEACHER_ROWS]
-                level = self._left_out.spared(lambda: self._teacher_level(own), level, what="the teacher's own level")
+                some = [rows[i] for i in mine if i < _TEACHER_ROWS]
+                level = self._left_out.spared(lambda: self._teacher_level(some), level, what="the teacher's own level")
         gone = self._left_out.agreed(kept, mine=mine, uid_B=rollout.prompts.uid_B, sequences=len(rows))
         mine, (scored, reward_logp_BT) = [mine[row] for row in kept.rows], kept.scores
         names = RowNames.of(kept.rollout, prompt=[rows[i][0] for i in mine], row=mine, coin_groups=stage.coin_groups)

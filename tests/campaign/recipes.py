@@ -93,8 +93,8 @@ def write_models(folder: Path) -> None:
     tiny.save_prompts(folder / "held-out.jsonl", rows=12)
 
 
-def write_small(folder: Path, *, steps: int) -> Path:
-    """DistiLLM with a replay buffer and MiniLLM with four updates a rollout, so many steps each, saved after each."""
+def write_run(folder: Path, *, engine: str, stages: str) -> Path:
+    """A run of these stages over those models, saved after each step."""
     file = folder / "run.yaml"
     file.write_text(
         f"""
@@ -109,12 +109,25 @@ data:
   test: {folder / "held-out.jsonl"}
   max_prompt_tokens: 16
 decoding: {{max_new_tokens: 8}}
-engine: {{student: zero2}}
+engine: {{student: {engine}}}
 evaluation: {{seeds: [1], bootstrap: 10}}
 checkpoints: {{every_minutes: 0, every_steps: 1}}
-stages:
+stages:{stages}""",
+        encoding="utf-8",
+    )
+    return file
+
+
+def write_small(folder: Path, *, steps: int) -> Path:
+    """DistiLLM with a replay buffer and MiniLLM with four updates a rollout, so many steps each."""
+    return write_run(folder, engine="zero2", stages=own_text(skew=steps, minillm=steps, validate_every=1))
+
+
+def own_text(*, skew: int, minillm: int, validate_every: int) -> str:
+    """Those two stages, of so many steps."""
+    return f"""
   - kind: skew_fkl
-    steps: {steps}
+    steps: {skew}
     batch: 8
     validate_every: 1
     loss_rise: 1.0e-9
@@ -122,14 +135,11 @@ stages:
     replay: 8
     optimiser: {{lr: 1.0e-2}}
   - kind: minillm
-    steps: {steps}
+    steps: {minillm}
     prompts: 8
     inner_epochs: 2
     inner_batches: 2
     baseline: ridge
-    validate_every: 1
+    validate_every: {validate_every}
     optimiser: {{lr: 1.0e-3}}
-""",
-        encoding="utf-8",
-    )
-    return file
+"""

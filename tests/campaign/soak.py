@@ -165,7 +165,7 @@ class Soak:
             wrong.append(f"exit code {code}: {life.text()[-1000:]}")
         if began is not None:
             wrong += wrongly_begun(began, life.text(), whole=whole, there=there, left=left_over(run) & left)
-        elif whole and code in {exits.DONE, exits.STOPPED} and "done already" not in life.text():
+        elif begun_over(life.text(), code=code, whole=whole):
             wrong.append(f"began from nothing, wanted {whole[0]}")
         line = self.journal.add(
             "life", round=number, kind=plan.kind, target=target_of(plan), early=plan.early, checkpoint=began and
@@ -307,6 +307,12 @@ def wrongly_begun(began: WentOn, text: str, *, whole: list[str], there: list[str
     broken = [name for name in there if whole and name > whole[0]]
     wrong += [f"{name} is broken, and nothing says so" for name in broken if f"{name} is not used" not in text]
     return wrong + [f"{name} is still there" for name in sorted(left)]
+
+
+def begun_over(text: str, *, code: int, whole: list[str]) -> bool:
+    """Whether a life that never said that it goes on trained, though there was a checkpoint to go on from. Its bits are
+    the right ones all the same, so no comparison would see it."""
+    return bool(whole) and code in {exits.DONE, exits.STOPPED} and "done already" not in text
 
 
 def events_of(journal: Journal) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from minillm import exits
 from minillm.run_listing import fault_of
 from tests.campaign import damage
 from tests.campaign.__main__ import parser
@@ -15,7 +16,18 @@ from tests.campaign.faults import KINDS
 from tests.campaign.journal import Journal
 from tests.campaign.lives import WentOn, whole_checkpoints
 from tests.campaign.points import Point, kind, spread
-from tests.campaign.soak import CODES, Soak, differing, events_of, fine, left_over, lost, names, wrongly_begun
+from tests.campaign.soak import (
+    CODES,
+    Soak,
+    begun_over,
+    differing,
+    events_of,
+    fine,
+    left_over,
+    lost,
+    names,
+    wrongly_begun,
+)
 from tests.campaign.soak import KINDS as ALL_KINDS
 from tests.faults.toy import save, store
 
@@ -118,3 +130,13 @@ def test_a_soak_of_other_settings_is_not_gone_on_with(tmp_path: Path) -> None:
 def test_words_that_mean_nothing_are_refused(words: str) -> None:
     with pytest.raises(SystemExit, match="2"):
         parser().parse_args(words.split())
+
+
+def test_a_life_that_begins_from_nothing_beside_a_checkpoint_is_seen() -> None:
+    """The bits are right all the same: no comparison would tell."""
+    whole = ["step-00000008"]
+    assert begun_over("sft 240/240", code=exits.DONE, whole=whole)
+    assert begun_over("SIGTERM: saved at step 3", code=exits.STOPPED, whole=whole)
+    assert not begun_over("sft 240/240", code=exits.DONE, whole=[])
+    assert not begun_over("run: done already; --fresh starts over", code=exits.DONE, whole=whole)
+    assert not begun_over("", code=-9, whole=whole), "killed before it could say anything"

@@ -24,60 +24,21 @@ from minillm.errors import Stopped
 from minillm.ranks import prepare_deepspeed
 from minillm.saving import Resumed
 from minillm.store import RunFolder
-from tests import tiny
+from tests.campaign import recipes
 from tests.campaign.lives import outcome
 
 ATTEMPTS = 80
 PARTS: dict[str, tuple[type, str]] = {"log": (RunFolder, "cut_log"), "best": (Resumed, "restore_best")}
 """What a run does that goes on, and a control leaves out."""
-STAGES = """
-  - {kind: sft, steps: 4, batch: 8, validate_every: 2, optimiser: {lr: 1.0e-3}}
-  - kind: skew_fkl
-    steps: 4
-    batch: 8
-    validate_every: 1
-    loss_rise: 1.0e-9
-    share_step: 0.6
-    replay: 8
-    optimiser: {lr: 1.0e-2}
-  - kind: minillm
-    steps: 3
-    prompts: 8
-    inner_epochs: 2
-    inner_batches: 2
-    baseline: ridge
-    validate_every: 2
-    optimiser: {lr: 1.0e-3}
-"""
+FIRST = """
+  - {kind: sft, steps: 4, batch: 8, validate_every: 2, optimiser: {lr: 1.0e-3}}"""
 
 
 def write_recipe(folder: Path) -> Path:
     """Models, prompts and a run of three stages: dropout, a replay buffer, rollouts with four updates each."""
-    tiny.save_model(folder / "teacher", "llama", seed=1, rows=32)
-    tiny.save_model(folder / "student", "llama", seed=2)
-    tiny.save_prompts(folder / "train.jsonl", rows=64)
-    tiny.save_prompts(folder / "held-out.jsonl", rows=12)
-    recipe = folder / "run.yaml"
-    recipe.write_text(
-        f"""
-name: run
-out: {folder / "runs"}
-threads: 1
-student: {folder / "student"}
-teacher: {folder / "teacher"}
-data:
-  train: {folder / "train.jsonl"}
-  validation: {folder / "held-out.jsonl"}
-  test: {folder / "held-out.jsonl"}
-  max_prompt_tokens: 16
-decoding: {{max_new_tokens: 8}}
-engine: {{student: zero0}}
-evaluation: {{seeds: [1], bootstrap: 10}}
-checkpoints: {{every_minutes: 0, every_steps: 1}}
-stages:{STAGES}""",
-        encoding="utf-8",
-    )
-    return recipe
+    recipes.write_models(folder)
+    stages = FIRST + recipes.own_text(skew=4, minillm=3, validate_every=2)
+    return recipes.write_run(folder, engine="zero0", stages=stages)
 
 
 def attempt(config: RunConfig, plan: fault.Plan, log: Path, **options: Any) -> int:
