@@ -13,7 +13,6 @@ from minillm import phases
 from minillm.cards import may_differ
 from minillm.checkpoints import Checkpoints, Resume
 from minillm.config import RunConfig, Stage, dump_config
-from minillm.engines import Student, Teacher
 from minillm.errors import DataError, RunExists, Stopped, visible
 from minillm.evaluation import Record, validator
 from minillm.evaluation_sets import evaluate_sets, forget_unfinished, read_sets, shared_words, stored_index, unanswered
@@ -50,8 +49,10 @@ from minillm.saving import Behind, Keeping, Resumed, Saver
 from minillm.stages import Start, check_rows, idle_words, load_teacher, run_stage, unbiased_words
 from minillm.stops import Stops
 from minillm.store import Clock, RunFolder, make_folder
+from minillm.student_engine import Student
 from minillm.teacher_cache import TeacherCache
 from minillm.teacher_caching import cache_teacher
+from minillm.teacher_engine import Teacher
 from minillm.text_stages import asks_teacher
 from minillm.trackers import require_packages, tracked
 from minillm.types import Purpose

@@ -14,7 +14,7 @@ from minillm.ranks import Ranks
 
 
 class BareStudent:
-    """As much of ``engines.Student`` as an objective asks of it, whole on every rank."""
+    """As much of ``student_engine.Student`` as an objective asks of it, whole on every rank."""
 
     updates_done = 0
 
@@ -29,6 +29,6 @@ class BareStudent:
         yield ModelReader(self.root, device=self._device, lockstep=False)
 
     def loss(self, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """As ``engines.Student.loss``."""
+        """As ``student_engine.Student.loss``."""
         result: tuple[Tensor, dict[str, Tensor]] = self.root("train", **inputs)
         return result

@@ -11,12 +11,13 @@ from contextlib import contextmanager
 
 from minillm.batches import prompt_batch
 from minillm.decode import roll_out
-from minillm.engines import Student, Teacher
 from minillm.order import GlobalOrder, occurrences, share
 from minillm.ranks import Ranks
 from minillm.references import Lesson, TeacherText, text_losses
 from minillm.scoring import TeacherView
 from minillm.state import State, States, together
+from minillm.student_engine import Student
+from minillm.teacher_engine import Teacher
 from minillm.text_mix import FollowedShare, Replay, Source, Written, packed, sources, unpacked
 from minillm.text_stages import DistilStage
 from minillm.types import Decoding, DrawKey, Example, Ids, Prompt, Purpose, Rollout

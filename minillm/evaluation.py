@@ -17,7 +17,6 @@ from transformers import PreTrainedTokenizerBase
 from minillm.batches import prompt_batch
 from minillm.config import BETTER
 from minillm.decode import roll_out
-from minillm.engines import Student, Teacher
 from minillm.gold import Gold, read_gold, reference_loss
 from minillm.measures import MEASURES, ratios_of
 from minillm.micro_batches import Limits, alike
@@ -25,7 +24,9 @@ from minillm.models import ModelReader
 from minillm.ranks import Ranks
 from minillm.scoring import score
 from minillm.statistics import mean_over_seeds
+from minillm.student_engine import Student
 from minillm.sweep import in_batches
+from minillm.teacher_engine import Teacher
 from minillm.text_measures import exact_match, repetition_3, rouge_l
 from minillm.types import Decoding, DrawKey, Ids, Prompt, Purpose, Rollout, Scored
 from minillm.unfinished import Keeper, Key

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from minillm.config import RunConfig
-from minillm.engines import Teacher
 from minillm.errors import DataError
 from minillm.extras import require_extras
 from minillm.manifests import parsed
@@ -28,6 +27,7 @@ from minillm.results import already, asked_of, evaluate_into, opened, stored_res
 from minillm.rows import counted
 from minillm.stages import Start
 from minillm.store import UNFINISHED, make_folder, write_text
+from minillm.teacher_engine import Teacher
 from minillm.unfinished import asked_before, begin
 
 Sets = Mapping[str, Split]

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from minillm.batches import prompt_batch
 from minillm.decode import roll_out
-from minillm.engines import Teacher
 from minillm.errors import DataError
 from minillm.evaluation import Judge, batches_of_rank
 from minillm.exposure import LEAST_ALIVE, LEAST_PROMPTS, Texts, exposure_curve
@@ -23,6 +22,7 @@ from minillm.ranks import Ranks
 from minillm.scored_rows import spread
 from minillm.scoring import TeacherView
 from minillm.sweep import in_batches
+from minillm.teacher_engine import Teacher
 from minillm.types import Decoding, DrawKey, Prompt, PromptBatch, Purpose, Rollout
 from minillm.unfinished import Keeper, Key
 

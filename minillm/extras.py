@@ -8,12 +8,12 @@ from typing import Any
 
 from minillm.calibration_run import measure_calibration, require_answers
 from minillm.config import RunConfig
-from minillm.engines import Teacher
 from minillm.evaluation import Judge
 from minillm.exposure_run import measure_exposure, require_responses
 from minillm.models import ModelReader
 from minillm.preflight import Pair, Split
 from minillm.ranks import Ranks
+from minillm.teacher_engine import Teacher
 from minillm.unfinished import Keeper
 
 EXTRAS = ("exposure", "calibration")

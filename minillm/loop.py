@@ -11,13 +11,13 @@ from typing import Any
 from minillm import phases
 from minillm.alarms import Alarms, Raised
 from minillm.bad_batches import written_down
-from minillm.engines import Student
 from minillm.errors import Alarmed
 from minillm.moments import Boundary, Progressed, Step, moment_at, never, taken_up
 from minillm.progress import Progress
 from minillm.ranks import Ranks
 from minillm.state import State, States
 from minillm.store import Clock, RunFolder
+from minillm.student_engine import Student
 from minillm.updates import Objective, over_updates
 
 Validate = Callable[[Student], dict[str, float]]

@@ -25,7 +25,6 @@ from minillm.advantages import RowNames, targets_of
 from minillm.batches import prompt_batch
 from minillm.config import MinillmStage
 from minillm.decode import roll_out
-from minillm.engines import Student, Teacher
 from minillm.errors import NonFinite
 from minillm.left_out import LeftOut
 from minillm.models import ModelReader
@@ -38,6 +37,8 @@ from minillm.rollout_figures import rollout_figures, text_figures
 from minillm.scored_rows import prompts_of, shown
 from minillm.scoring import HeadWeights, TeacherView, score
 from minillm.state import State, States
+from minillm.student_engine import Student
+from minillm.teacher_engine import Teacher
 from minillm.types import (
     Decoding,
     DrawKey,

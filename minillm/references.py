@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from minillm.batches import ExampleBatch, example_batch
-from minillm.engines import Student, Teacher
 from minillm.kept import Kept
 from minillm.micro_batches import Limits
 from minillm.order import WindowedOrder, share
 from minillm.ranks import Ranks
 from minillm.scoring import HeadWeights, TeacherView
 from minillm.state import State, States
+from minillm.student_engine import Student
 from minillm.teacher_cache import TeacherCache
+from minillm.teacher_engine import Teacher
 from minillm.text_stages import KdStage, ReferenceStage
 from minillm.types import Example, Ids, Prompt
 from minillm.updates import Loss, News, Sums, Update, in_step, limits_of, nobody, shown_text

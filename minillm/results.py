@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from minillm.config import MEMORY_ONLY, RunConfig
-from minillm.engines import Teacher
 from minillm.errors import DataError, visible
 from minillm.evaluation import Judge, sample_and_judge, world_check
 from minillm.extras import asked_extras, idle_extras, measure_extras
@@ -29,6 +28,7 @@ from minillm.report_files import SCHEMA
 from minillm.slots import coverage
 from minillm.stages import Start
 from minillm.store import write_jsonl, write_text
+from minillm.teacher_engine import Teacher
 from minillm.types import Purpose
 from minillm.unfinished import Keeper, asked_before, differences
 

@@ -21,7 +21,6 @@ from minillm.checkpoint_manifest import REMEDY, SUFFIXES, Manifest
 from minillm.checkpoints import Checkpoint, Checkpoints, Write
 from minillm.config import CheckpointsConfig
 from minillm.disk import Sink
-from minillm.engines import Student
 from minillm.errors import CheckpointError, DiskError, SaveFailed
 from minillm.inside import inside
 from minillm.moments import Boundary, Moment, Progressed, never
@@ -30,6 +29,7 @@ from minillm.ranks import Ranks
 from minillm.state import State, States, from_json, to_json
 from minillm.stops import Stops
 from minillm.store import Clock, RunFolder, replaced_folder
+from minillm.student_engine import Student
 from minillm.tensor_files import read_tensors, write_tensors
 
 RUN, SHARED, BEST = "run.json", "shared.safetensors", "best-"

@@ -12,7 +12,6 @@ from minillm.alarms import Alarms
 from minillm.cards import Card
 from minillm.config import MinillmStage, RunConfig, Stage
 from minillm.distillation import Distil
-from minillm.engines import Student, Teacher
 from minillm.loading import ModelFacts, load
 from minillm.loop import Keep, Validate, run_steps
 from minillm.moments import Boundary, Progressed, never
@@ -24,7 +23,9 @@ from minillm.references import References
 from minillm.saving import Keeping
 from minillm.state import States
 from minillm.store import RunFolder
+from minillm.student_engine import Student
 from minillm.teacher_cache import TeacherCache
+from minillm.teacher_engine import Teacher
 from minillm.text_stages import DistilStage, ReferenceStage
 from minillm.types import Examples, Prompt
 from minillm.updates import Objective

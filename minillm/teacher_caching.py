@@ -24,7 +24,6 @@ from torch import Tensor
 from minillm.batches import example_batch
 from minillm.config import RunConfig
 from minillm.divergences import kept_and_rest
-from minillm.engines import Teacher
 from minillm.errors import ConfigError, DataError, NonFinite, visible
 from minillm.kept import Kept
 from minillm.loading import fingerprint
@@ -54,6 +53,7 @@ from minillm.teacher_cache import (
     read_cache,
     read_manifest,
 )
+from minillm.teacher_engine import Teacher
 from minillm.types import Prompt
 from minillm.updates import nobody
 from minillm.vocabulary import identity

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from minillm.engines import Student
 from minillm.micro_batches import Limits, cut
 from minillm.ranks import Ranks
 from minillm.stage_base import BaseStage
 from minillm.state import State, States
+from minillm.student_engine import Student
 from minillm.types import Example
 
 Loss = Callable[[], Tensor]

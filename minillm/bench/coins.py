@@ -21,7 +21,6 @@ from minillm.bare_student import BareStudent
 from minillm.bench.bare import Sizes, check_pair, model_loader, random_prompts
 from minillm.bench.pairs import threads
 from minillm.cards import Kind, load_card
-from minillm.engines import Teacher
 from minillm.loading import inspect
 from minillm.models import CausalLM
 from minillm.objectives import Minillm
@@ -30,6 +29,7 @@ from minillm.ranks import Ranks
 from minillm.sampling import INDEPENDENT
 from minillm.stage_base import OptimiserConfig
 from minillm.stage_config import MinillmStage
+from minillm.teacher_engine import Teacher
 from minillm.types import Decoding, Ids, Prompt
 from minillm.vocabulary import eos_ids
 

@@ -19,11 +19,12 @@ from minillm.bench.bare import Bare, Case, model_loader, random_prompts
 from minillm.bench.pairs import Spread, in_turns, ratio, spread_of, threads
 from minillm.bench.peaks import Peaks, measure_peaks
 from minillm.cards import load_card
-from minillm.engines import Student, Teacher
 from minillm.objectives import Minillm
 from minillm.ranks import Ranks
 from minillm.stage_base import OptimiserConfig
 from minillm.stage_config import MinillmStage
+from minillm.student_engine import Student
+from minillm.teacher_engine import Teacher
 from minillm.types import Decoding, Ids
 
 UPDATES = 10**6

@@ -17,12 +17,12 @@ from minillm.bare_student import BareStudent
 from minillm.diagnose.measure import Lots
 from minillm.diagnose.names import Estimator
 from minillm.diagnose.scores import Memory, token_scores
-from minillm.engines import Teacher
 from minillm.objectives import Minillm
 from minillm.published import PublishedConfig
 from minillm.ranks import Ranks
 from minillm.sampling import INDEPENDENT
 from minillm.stage_config import MinillmStage
+from minillm.teacher_engine import Teacher
 from minillm.types import Decoding, Ids, Prompt, Targets
 
 HALVES = 2

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from minillm import engines, objectives, references
+from minillm import objectives, references, student_engine, teacher_engine
 from minillm.cards import Card
 from minillm.config import MinillmStage, OptimiserConfig
 from minillm.loading import inspect, load, quiet_transformers
@@ -47,7 +47,7 @@ class Trained:
         self.made: Tiny = tiny("gpt2")
         self.ranks = Ranks()
         self.ids = Ids(eos=(self.made.eos,), pad=self.made.eos)
-        self.student = engines.Student(
+        self.student = student_engine.Student(
             lambda: self.made.load(STUDENT), ranks=self.ranks, settings=settings, precision="fp32",
             optimiser=OPTIMISER, updates=UPDATES, real_ids=self.made.ids, from_files=False,
         )  # fmt: skip
@@ -122,7 +122,7 @@ def minillm_step(settings: str, *, placement: str = "replicated", rows_at_once: 
         inner_epochs=UPDATES, micro_batch=rows_at_once,
     )  # fmt: skip
     with Trained(settings=settings) as work, saved(work.made, TEACHER) as load_teacher:
-        teacher = engines.Teacher(
+        teacher = teacher_engine.Teacher(
             load_teacher, ranks=work.ranks, placement=placement, precision="fp32", real_ids=work.made.ids
         )
         objective = objectives.Minillm(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from minillm import distill, engines
+from minillm import distill, student_engine
 from minillm.cards import Card
 from minillm.config import RunConfig
 from minillm.lost import leave
@@ -106,7 +106,7 @@ def write_inputs(folder: Path) -> None:
 @contextlib.contextmanager
 def averaged() -> Iterator[None]:
     """Engines that average the ranks' gradients, as if ``Student.update`` did not multiply by their number."""
-    initialise = engines._initialise
+    initialise = student_engine.initialise
 
     def broken(root: Any, *, ranks: Ranks, **options: Any) -> Any:
         engine = initialise(root, ranks=ranks, **options)
@@ -114,11 +114,11 @@ def averaged() -> Iterator[None]:
         engine.backward = lambda loss, **more: backward(loss / ranks.size, **more)
         return engine
 
-    engines._initialise = broken
+    student_engine.initialise = broken
     try:
         yield
     finally:
-        engines._initialise = initialise
+        student_engine.initialise = initialise
 
 
 if __name__ == "__main__":

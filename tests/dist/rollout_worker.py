@@ -12,7 +12,8 @@ from torch import Tensor
 
 from minillm.cards import Card
 from minillm.config import MinillmStage, OptimiserConfig
-from minillm.engines import Student, Teacher
+from minillm.student_engine import Student
+from minillm.teacher_engine import Teacher
 from minillm.loading import inspect, load
 from minillm.lost import leave
 from minillm.objectives import Minillm

@@ -25,11 +25,11 @@ from minillm.cards import Card
 from minillm.checkpoints import Checkpoints
 from minillm.config import OptimiserConfig
 from minillm.engine_state import layout_of
-from minillm.engines import Student
 from minillm.errors import NonFinite
 from minillm.loading import inspect, load
 from minillm.lost import leave
 from minillm.ranks import Ranks
+from minillm.student_engine import Student
 from tests import tiny
 
 BEFORE, AFTER, ROWS, COLUMNS = 3, 3, 6, 7

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minillm.engine_state import layout_of
-from minillm.engines import Student
 from minillm.ranks import Ranks
+from minillm.student_engine import Student
 from tests.dist.ranks import start_ranks
 from tests.resume import engine_worker
 from tests.resume.engine_worker import AFTER, BEFORE, CELLS, kept, student, train

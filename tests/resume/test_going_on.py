@@ -23,11 +23,11 @@ from minillm.checkpoint_manifest import MANIFEST, Manifest, manifest_text, read_
 from minillm.checkpoints import Checkpoints
 from minillm.config import RunConfig
 from minillm.disk import RealDisk
-from minillm.engines import Student
 from minillm.errors import CheckpointError, ConfigError, NonFinite, RunExists, RunInUse, SaveFailed, Stopped
 from minillm.publish import weights_sha256
 from minillm.run_listing import describe
 from minillm.stops import SIGNALS, Stops
+from minillm.student_engine import Student
 from minillm.updates import Sums
 from tests import tiny
 from tests.unit.test_runs import HOLDER

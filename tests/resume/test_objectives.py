@@ -19,12 +19,12 @@ from minillm import distillation, objectives
 from minillm.alarm_config import AlarmsConfig
 from minillm.alarms import Alarms
 from minillm.config import MinillmStage
-from minillm.engines import Student
 from minillm.errors import CheckpointError
 from minillm.moments import Progressed
 from minillm.practice import Practice
 from minillm.stage_base import BaseStage
 from minillm.state import State, States
+from minillm.student_engine import Student
 from minillm.text_mix import FollowedShare, Written, packed, unpacked
 from minillm.text_stages import (
     GkdStage,

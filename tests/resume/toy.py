@@ -23,7 +23,6 @@ from minillm.alarms import Alarms
 from minillm.cards import Card
 from minillm.config import MinillmStage, OptimiserConfig
 from minillm.distillation import Distil
-from minillm.engines import Student, Teacher
 from minillm.loading import inspect
 from minillm.loading import load as load_model
 from minillm.loop import Keep, run_steps
@@ -36,6 +35,8 @@ from minillm.rows import Row
 from minillm.stage_base import BaseStage
 from minillm.state import State, States, from_json, to_json
 from minillm.store import RunFolder
+from minillm.student_engine import Student
+from minillm.teacher_engine import Teacher
 from minillm.text_stages import DistilStage
 from minillm.types import Decoding, Ids, Prompt
 from minillm.updates import Objective

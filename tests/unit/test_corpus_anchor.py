@@ -22,7 +22,6 @@ from minillm import distill
 from minillm.cards import Card
 from minillm.config import MinillmStage, RunConfig
 from minillm.corpus import blocks_of
-from minillm.engines import Student, Teacher
 from minillm.errors import RunExists
 from minillm.loading import inspect, load
 from minillm.objectives import Minillm
@@ -30,6 +29,8 @@ from minillm.prompts import prepare
 from minillm.ranks import Ranks
 from minillm.records import Document, Row
 from minillm.rows import read_corpus
+from minillm.student_engine import Student
+from minillm.teacher_engine import Teacher
 from minillm.types import Decoding, Examples, Ids, Prompt
 from tests import tiny
 from tests.corpus_twin import ALONE, EOS, OPTIMISER, REAL, CorpusTwin, Text, read_blocks, save_text

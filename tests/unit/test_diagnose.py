@@ -25,7 +25,6 @@ from minillm.diagnose.measure import Budget, Lots, Whole, covariance, figures_of
 from minillm.diagnose.names import DEFAULTS, REFERENCE, changes_of, chosen, name_of
 from minillm.diagnose.run import Diagnosis, Sizes, diagnose
 from minillm.diagnose.scores import direction, token_scores
-from minillm.engines import Teacher
 from minillm.errors import ConfigError, DataError
 from minillm.loading import load
 from minillm.models import CausalLM
@@ -34,6 +33,7 @@ from minillm.preflight import check_pair, decoding_record, read_split
 from minillm.ranks import Ranks
 from minillm.stage_base import OptimiserConfig
 from minillm.stage_config import MinillmStage
+from minillm.teacher_engine import Teacher
 from tests import tiny
 
 RANKS = Ranks(threads=1)

@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM
 from minillm import divergences
 from minillm.config import MinillmStage, OptimiserConfig, RunConfig
 from minillm.distillation import Distil
-from minillm.engines import Teacher
 from minillm.errors import ConfigError, UnsupportedCombination
 from minillm.objectives import Minillm
 from minillm.preflight import check_pair, read_split
 from minillm.references import References
+from minillm.teacher_engine import Teacher
 from minillm.text_mix import FollowedShare, Replay, Written, sources
 from minillm.text_stages import (
     DistilStage,

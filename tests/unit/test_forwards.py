@@ -19,11 +19,12 @@ from minillm import decode, objectives, reading, token_loss
 from minillm.alarm_config import AlarmsConfig
 from minillm.cards import Card
 from minillm.config import MinillmStage, OptimiserConfig
-from minillm.engines import Student, Teacher
 from minillm.loading import inspect, load
 from minillm.objectives import Minillm
 from minillm.ranks import Ranks
 from minillm.scoring import HeadWeights, score
+from minillm.student_engine import Student
+from minillm.teacher_engine import Teacher
 from minillm.types import Decoding, DrawKey, Ids, Prompt, Purpose, Rollout
 from tests import tiny
 from tests.coins import heads_of, lives, wanted

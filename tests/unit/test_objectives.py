@@ -21,7 +21,6 @@ from minillm import objectives, updates
 from minillm.batches import example_batch
 from minillm.cards import Card
 from minillm.config import MinillmStage, SftStage
-from minillm.engines import Student, Teacher
 from minillm.errors import DataError
 from minillm.loading import inspect, load
 from minillm.micro_batches import Limits
@@ -33,6 +32,8 @@ from minillm.ranks import Ranks
 from minillm.references import References, learnt_tokens, likelihood, text_losses
 from minillm.rows import Row
 from minillm.stages import Start, run_stage
+from minillm.student_engine import Student
+from minillm.teacher_engine import Teacher
 from minillm.types import Decoding, Ids, Prompt, Rollout
 from tests import tiny
 

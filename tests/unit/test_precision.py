@@ -15,9 +15,10 @@ from torch import Tensor
 
 from minillm.cards import Card
 from minillm.config import OptimiserConfig
-from minillm.engines import Student, Teacher
 from minillm.loading import inspect, load
 from minillm.ranks import Ranks
+from minillm.student_engine import Student
+from minillm.teacher_engine import Teacher
 from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*reduce_scatter_tensor.*:FutureWarning")  # DeepSpeed's own

@@ -254,15 +254,15 @@ CONTROLS: dict[str, tuple[str, Wrap]] = {
         for family in ("gpt2", "opt", "llama", "qwen2")
     },
     "step: cross-entropy, ZeRO 0, against AdamW": (
-        "minillm.engines:learning_rate_factor",
+        "minillm.student_engine:learning_rate_factor",
         becomes(lambda *a, **k: 1.0),
     ),
     "step: cross-entropy, ZeRO 2, against AdamW": (
-        "minillm.engines:build_optimiser",
+        "minillm.student_engine:build_optimiser",
         lambda plain: lambda root, config: plain(root, config.model_copy(update={"weight_decay": 0.0})),
     ),
     "step: cross-entropy in micro-batches": (
-        "minillm.engines:Student.update",
+        "minillm.student_engine:Student.update",
         lambda plain: lambda student, losses: plain(student, losses[-1:]),
     ),
     "step: MiniLLM, ZeRO 0, against AdamW": ("minillm.objectives:targets_of", other_credit),

@@ -10,9 +10,9 @@ import pytest
 
 from minillm import distill
 from minillm.config import MinillmStage, RunConfig
-from minillm.engines import Teacher
 from minillm.errors import DataError
 from minillm.stage_base import BETTER, KeepConfig
+from minillm.teacher_engine import Teacher
 from minillm.text_mix import Replay, Written
 from minillm.text_stages import GkdStage, ImitkdStage, RklStage, SkewFklStage
 from minillm.types import Prompt

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from minillm import api, distill
 from minillm.cards import Card
-from minillm.engines import Teacher
 from minillm.loading import inspect, load
 from minillm.ranks import Ranks
 from minillm.scoring import HeadWeights
+from minillm.teacher_engine import Teacher
 from tests import tiny
 
 REAL, ROWS = len(tiny.WORDS), 32
