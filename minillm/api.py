@@ -28,6 +28,7 @@ from minillm.preflight import (
     read_anchor,
     read_teacher_caches,
 )
+from minillm.profiling import profiled
 from minillm.ranks import Ranks
 from minillm.report import build_report, combine, write_reports
 from minillm.report_files import sets_in
@@ -59,15 +60,17 @@ from minillm.types import Purpose
 
 
 def distill(
-    config: RunConfig, *, fresh: bool = False, resume: Resume = "auto", accept_changes: Sequence[str] = ()
-) -> Path:
+    config: RunConfig, *, fresh: bool = False, resume: Resume = "auto", accept_changes: Sequence[str] = (),
+    profile: int = 0,
+) -> Path:  # fmt: skip
     """Runs all stages of a configuration and its final evaluation; the run's folder.
 
     Works for a single process and for every rank of a launcher alike. A run that is done already is left as it is; one
     that was interrupted goes on from its newest checkpoint that is whole, bit for bit as if nothing had happened on the
     same number of ranks (``resume``: ``"auto"`` begins where there is none, True does not, a path names one). Settings
     that change training are refused then, unless their paths are in ``accept_changes``. ``fresh`` starts over. SIGTERM
-    and SIGINT save after the present update and raise ``Stopped``.
+    and SIGINT save after the present update and raise ``Stopped``. ``profile`` records so many steps as a trace
+    (``profiling``), and changes nothing else.
 
     Errors are those of ``minillm.errors``, and anything wrong with files or settings is found before any model is
     loaded.
@@ -115,7 +118,8 @@ def distill(
                 config=config, pair=pair, splits=splits, anchor=anchor, caches=caches, teacher=teacher, ranks=ranks,
                 folder=folder,
             )  # fmt: skip
-            behind = _train(run, checkpoints, resumed, fingerprints=fingerprints(config, sources, ranks=ranks))
+            with profiled(folder.path, profile, ranks=ranks, say=say):
+                behind = _train(run, checkpoints, resumed, fingerprints=fingerprints(config, sources, ranks=ranks))
             ranks.of_first(folder.require_log)  # its lines are made now or never
             seconds = _evaluate(run, behind, anew=resumed is None or not resumed.over)
             phases.enter("report")

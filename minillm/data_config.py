@@ -15,7 +15,7 @@ from minillm.stage_base import is_component
 
 LEAST_BLOCK = 2
 """Tokens of a block of a corpus: its first is not learnt."""
-NOT_SETS = ("student", "stages", "tensorboard", "checkpoints", "bad-batches", "")
+NOT_SETS = ("student", "stages", "tensorboard", "checkpoints", "bad-batches", "profile", "")
 """Folders of a run that no set may be called."""
 
 

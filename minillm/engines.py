@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from minillm import collectives
 from minillm.ranks import Ranks
 
 
@@ -38,6 +39,7 @@ def initialise(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         engine, *_ = deepspeed.initialize(model=root, optimizer=optimiser, config=full, dist_init_required=False)
+    collectives.watch()
     return engine
 
 

@@ -15,6 +15,7 @@ from minillm.errors import Alarmed
 from minillm.moments import Boundary, Progressed, Step, moment_at, never, taken_up
 from minillm.progress import Progress
 from minillm.ranks import Ranks
+from minillm.speed import SPEED, Speedometer
 from minillm.state import State, States
 from minillm.store import Clock, RunFolder
 from minillm.student_engine import Student
@@ -73,6 +74,8 @@ def run_steps(
         clock=Clock(done.seconds),
     )  # fmt: skip
 
+    speed = Speedometer(ranks.device)
+
     def ends(now: Step | None) -> bool:
         done.seconds = tell.clock()
         done.interrupted = boundary(moment_at(now, tell.place(), done=done, objective=objective, alarms=alarms))
@@ -81,6 +84,7 @@ def run_steps(
     try:
         while not done.over:
             phases.enter("rollout")
+            speed.begin()
             if now is None:
                 with tell.bad_batches():
                     now = Step(*objective.collect(done.step, student))  # prompts -> (rollout -> scored -> targets)
@@ -90,7 +94,7 @@ def run_steps(
             if figures is None:
                 break
             now, done.step = None, done.step + 1
-            tell.log("train", figures)
+            tell.log("train", {**figures, SPEED: speed.end(figures)})
             bar.advance(done.step, {name: figures[name] for name in headline if name in figures})
             if _rings([] if alarms is None else alarms.hear(figures), tell):
                 done.stopped_early = True
@@ -102,6 +106,8 @@ def run_steps(
             done.over = done.stopped_early or done.step >= steps
             if done.over and done.best is None:
                 _hand_on_the_last(tell, metric=keep.metric, publish=publish)
+            if done.over:
+                bar.say(f"{stage}: {speed.words()}")
             if ends(None):
                 break
     finally:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from minillm import work
 from minillm.cache import growing_cache
 from minillm.packing import Reads, pack
 from minillm.scoring import HeadWeights, token_statistics
@@ -66,6 +67,8 @@ class CausalLM(nn.Module):
         text = config.get_text_config()
         self.reads = Reads(hidden=int(text.hidden_size), positions=getattr(text, "max_position_embeddings", None))
         """What decides how wide lines of packed rows are."""
+        self._weights: tuple[int, int] | None = None
+        """Weights of the backbone and of the head that a token is multiplied by."""
         self.head = Head(
             model.get_output_embeddings(),
             real_ids=model.get_output_embeddings().weight.shape[0],
@@ -77,13 +80,26 @@ class CausalLM(nn.Module):
         """``extend``: (hidden, cache). ``read``: hidden states of whole rows. ``logits``: [N, V]. ``statistics``: dict
         of [N] from hidden states. ``train``: (loss, dict of [N]) from ids."""
         if mode == "extend":
+            self._count(inputs["mask_BL"][:, -inputs["ids_BS"].shape[1] :].sum())
             return self._extend(**inputs)
         if mode == "read":
+            self._count(inputs["mask_BL"].sum())
             return self._read(**inputs)
         if mode == "train":
+            self._count(inputs["mask_BL"].sum(), inputs["predict_BL"].sum(), each=work.TRAINED)
             return self._train(**inputs)
         assert mode in {"logits", "statistics"}, mode
+        self._count(0, inputs["hidden_NH"].shape[0])
         return self.head(**inputs)
+
+    def _count(self, read: Tensor | int, predicted: Tensor | int = 0, *, each: int = work.FORWARD) -> None:
+        """What a forward does, for whoever asks how fast the models run: tokens in the backbone, and in the head."""
+        if self._weights is None:  # not before: an engine may cut them into shards first
+            output = self.head.weight
+            rows, width = getattr(output, "ds_shape", output.shape)
+            self._weights = work.weights_in(self.backbone, beside=output), rows * width
+        for tokens, weights in zip((read, predicted), self._weights, strict=True):
+            work.add(tokens, weights, each=each)
 
     def _extend(self, ids_BS: Tensor, mask_BL: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
         cache = growing_cache() if cache is None else cache

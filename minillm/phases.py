@@ -6,9 +6,12 @@ the process runs, not that it gets on: a rollout may take minutes, and rank 0 ma
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from minillm import fault
@@ -25,6 +28,8 @@ class _State:
 
     def __init__(self) -> None:
         self.phase, self.since = "start", time.monotonic()
+        self.spent: dict[str, float] = {}
+        self.listeners: list[Callable[[str], None]] = []
         self.board: Board | None = None
         self.slot = 0
 
@@ -37,7 +42,16 @@ def enter(phase: str) -> None:
 
     Also a fault point, named ``phase``.
     """
-    _state.phase, _state.since = phase, time.monotonic()
+    torch = sys.modules.get("torch")  # the supervisor has none
+    if (
+        torch is not None and torch.cuda.is_initialized()
+    ):  # what the last phase asked of a GPU is its work, not the next one's
+        torch.cuda.synchronize()
+    now = time.monotonic()
+    _state.spent[_state.phase] = _state.spent.get(_state.phase, 0.0) + now - _state.since
+    _state.phase, _state.since = phase, now
+    for hear in tuple(_state.listeners):
+        hear(phase)
     if _state.board is not None:
         _state.board.enter(_state.slot, phase, _state.since)
     fault.point("phase", phase)
@@ -46,6 +60,22 @@ def enter(phase: str) -> None:
 def current() -> str:
     """The phase entered last; ``start`` before the first."""
     return _state.phase
+
+
+def seconds() -> dict[str, float]:
+    """Seconds of this process in each phase so far, the present one included."""
+    present = _state.spent.get(_state.phase, 0.0) + time.monotonic() - _state.since
+    return {**_state.spent, _state.phase: present}
+
+
+@contextlib.contextmanager
+def heard(hear: Callable[[str], None]) -> Iterator[None]:
+    """Calls ``hear`` with each phase that is entered while the block runs."""
+    _state.listeners.append(hear)
+    try:
+        yield
+    finally:
+        _state.listeners.remove(hear)
 
 
 def show() -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
-from minillm import phases
+from minillm import collectives, phases
 from minillm.errors import ConfigError, DiskError, MinillmError, NonFinite, told_to_all
 
 COLLECTIVE_LIMIT_S = 60.0 * int(os.environ.get("DEEPSPEED_TIMEOUT", "30"))
@@ -54,14 +54,16 @@ class Ranks:
         """Element-wise sum over ranks in float64, the same on each."""
         total = torch.as_tensor(values, dtype=torch.float64, device=self.device).clone()
         if self.size > 1:
-            dist.all_reduce(total)
+            with collectives.counted("all_reduce", total):
+                dist.all_reduce(total)
         return total
 
     def most(self, value: int) -> int:
         """The largest value on any rank."""
         total = torch.tensor(value, device=self.device)
         if self.size > 1:
-            dist.all_reduce(total, op=dist.ReduceOp.MAX)
+            with collectives.counted("all_reduce", total):
+                dist.all_reduce(total, op=dist.ReduceOp.MAX)
         return int(total)
 
     def anyone(self, mine: bool) -> bool:
@@ -79,9 +81,11 @@ class Ranks:
         padded = torch.full(shape, fill, dtype=rows.dtype, device=self.device)
         padded[tuple(slice(size) for size in rows.shape)] = rows
         everyone = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(everyone, padded)
+        with collectives.counted("all_gather", everyone):
+            dist.all_gather(everyone, padded)
         counts = [torch.zeros(1, dtype=torch.long, device=self.device) for _ in range(self.size)]
-        dist.all_gather(counts, torch.tensor([rows.shape[0]], device=self.device))
+        with collectives.counted("all_gather", counts):
+            dist.all_gather(counts, torch.tensor([rows.shape[0]], device=self.device))
         return torch.cat([part[: int(n)] for part, n in zip(everyone, counts, strict=True)])
 
     def gather_objects(self, mine: list[Any]) -> list[Any]:
@@ -89,7 +93,8 @@ class Ranks:
         if self.size == 1:
             return mine
         everyone: list[list[Any]] = [[] for _ in range(self.size)]
-        dist.all_gather_object(everyone, mine)
+        with collectives.counted("all_gather"):
+            dist.all_gather_object(everyone, mine)
         return [item for part in everyone for item in part]
 
     def of_first(self, work: Callable[[], Result]) -> Result:
@@ -132,7 +137,8 @@ class Ranks:
     def barrier(self) -> None:
         """Waits for all ranks."""
         if self.size > 1:
-            dist.barrier()
+            with collectives.counted("barrier"):
+                dist.barrier()
 
 
 def _start_process_group(limit_s: float) -> None:

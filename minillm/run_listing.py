@@ -14,11 +14,11 @@ from minillm.checkpoint_manifest import folder_name, in_a_line, verified
 from minillm.checkpoints import Checkpoints, OneRank, steps_in
 from minillm.errors import CheckpointError, ConfigError, DataError
 from minillm.run_lock import owner, run_lock
-from minillm.store import BAD_BATCHES, CHECKPOINTS, RunFolder
+from minillm.store import BAD_BATCHES, CHECKPOINTS, PROFILE, RunFolder
 from minillm.yaml_reader import read_yaml_file
 
 State = Literal["running", "stopped", "failed", "broken off", "done", "unreadable"]
-_OF_A_RUN = {BAD_BATCHES, CHECKPOINTS, "student", "stages", "tensorboard", "evaluation"}
+_OF_A_RUN = {BAD_BATCHES, CHECKPOINTS, PROFILE, "student", "stages", "tensorboard", "evaluation"}
 """Folders that a run makes: none of them holds another run."""
 _TAIL = 64 * 1024
 """Bytes at the end of a log that are looked through for where the run is."""

@@ -29,6 +29,8 @@ CHECKPOINTS = "checkpoints"
 """The folder of what an interrupted run goes on from."""
 BAD_BATCHES = "bad-batches"
 """The folder of batches in which a number was not finite."""
+PROFILE = "profile"
+"""The folder of traces of the profiler."""
 UNFINISHED = "samples.partial.jsonl"
 """What an evaluation has before it is done: of samples.jsonl, and of what exposure and calibration read."""
 RESULTS = ("run.json", "metrics.jsonl", "samples.jsonl", UNFINISHED, "results.json", "report.html")
@@ -91,7 +93,7 @@ class RunFolder:
             self._forget_sets()
             for name in ("config.yaml", *RESULTS):
                 (self.path / name).unlink(missing_ok=True)
-            for name in ("student", "stages", "tensorboard", CHECKPOINTS, BAD_BATCHES):
+            for name in ("student", "stages", "tensorboard", CHECKPOINTS, BAD_BATCHES, PROFILE):
                 _remove(self.path / name)
             write_text(self.path / "config.yaml", config_text)
 

@@ -174,9 +174,17 @@ def _figures(record: Mapping[str, Any]) -> dict[str, float]:
         return {f"{place}/{record['name']}": 1.0}
     return {
         f"{place}/{name}": float(value)
-        for name, value in record.items()
+        for name, value in _flat(record)
         if name != "step" and isinstance(value, int | float) and math.isfinite(value)
     }
+
+
+def _flat(record: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The figures of a line, those of a record within it as ``record/figure``."""
+    for name, value in record.items():
+        yield from (
+            ((f"{name}/{key}", inner) for key, inner in value.items()) if isinstance(value, dict) else [(name, value)]
+        )
 
 
 def _in_short(error: Exception) -> str:

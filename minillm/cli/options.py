@@ -22,3 +22,6 @@ AcceptChange = Annotated[
     list[str] | None,
     typer.Option("--accept-change", metavar="SETTING", help="Go on though this setting has changed; may be repeated."),
 ]
+Profile = Annotated[
+    int, typer.Option("--profile", min=0, metavar="STEPS", help="Record so many steps as a trace, in RUN/profile.")
+]

@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 
 @told_ends()
-def sft(
+def sft(  # noqa: PLR0917 (typer reads options from parameters)
     config: options.Config,
     overrides: options.Overrides = None,
     fresh: options.Fresh = False,
     resume: options.Resume = "auto",
     accept_change: options.AcceptChange = None,
+    profile: options.Profile = 0,
 ) -> None:
     """Train a model on reference responses (fine-tuning).
 
@@ -33,16 +34,17 @@ def sft(
     settings = _load(config, overrides)
     if any(stage.kind != "sft" for stage in settings.stages):
         raise ConfigError(f"{config}: holds a stage that is not sft; run it with: minillm distill --config {config}")
-    _run(settings, fresh=fresh, resume=resume, accept_change=accept_change)
+    _run(settings, fresh=fresh, resume=resume, accept_change=accept_change, profile=profile)
 
 
 @told_ends()
-def distill(
+def distill(  # noqa: PLR0917 (typer reads options from parameters)
     config: options.Config,
     overrides: options.Overrides = None,
     fresh: options.Fresh = False,
     resume: options.Resume = "auto",
     accept_change: options.AcceptChange = None,
+    profile: options.Profile = 0,
 ) -> None:
     """Distil a teacher into a student, evaluate it, report.
 
@@ -56,7 +58,7 @@ def distill(
       minillm launch --ranks 2 distill \\
         --config recipes/quickstart/minillm.yaml
     """
-    _run(_load(config, overrides), fresh=fresh, resume=resume, accept_change=accept_change)
+    _run(_load(config, overrides), fresh=fresh, resume=resume, accept_change=accept_change, profile=profile)
 
 
 def evaluate(  # noqa: PLR0917 (typer reads options from parameters)
@@ -197,10 +199,10 @@ def _preset(name: str) -> tuple[str, ...]:
     return found
 
 
-def _run(settings: RunConfig, *, fresh: bool, resume: str, accept_change: list[str] | None) -> None:
+def _run(settings: RunConfig, *, fresh: bool, resume: str, accept_change: list[str] | None, profile: int) -> None:
     if fresh and (resume != "auto" or accept_change):
         raise ConfigError("--fresh starts over, so there is nothing to go on from; leave out --resume, --accept-change")
     from minillm import api
 
     wanted: Literal["auto", True] | Path = "auto" if resume == "auto" else True if resume == "true" else Path(resume)
-    api.distill(settings, fresh=fresh, resume=wanted, accept_changes=accept_change or ())
+    api.distill(settings, fresh=fresh, resume=wanted, accept_changes=accept_change or (), profile=profile)

@@ -69,7 +69,7 @@ def manifest(checkpoint: Path) -> dict[str, Any]:
 
 def log(folder: Path) -> list[dict[str, Any]]:
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines]
+    return [{name: value for name, value in json.loads(line).items() if name not in tiny.TIMES} for line in lines]
 
 
 def stopped(place: Path, name: str) -> None:

@@ -22,6 +22,7 @@ from minillm.ranks import Ranks
 from minillm.state import State, States
 from minillm.store import RunFolder
 from minillm.updates import News, Update
+from tests import tiny
 from tests.resume.toy import from_bytes, to_bytes
 
 
@@ -171,7 +172,11 @@ def test_a_step_that_goes_on_is_logged_as_if_it_had_not_stopped(run: Callable[..
 def timeless(of: Run) -> list[dict[str, Any]]:
     """The log without its seconds."""
     log = of.folder.path / "metrics.jsonl"
-    return [{**json.loads(line), "seconds": None} for line in log.read_bytes().splitlines()] if log.exists() else []
+    return (
+        [{**json.loads(line), **dict.fromkeys(tiny.TIMES)} for line in log.read_bytes().splitlines()]
+        if log.exists()
+        else []
+    )
 
 
 def test_a_stage_that_is_over_stays_as_it_is(run: Callable[..., Run]) -> None:

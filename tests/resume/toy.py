@@ -284,7 +284,9 @@ def validate(student: Student) -> dict[str, float]:
 
 def lines(log: bytes) -> list[dict[str, Any]]:
     """Of a log, without the seconds."""
-    return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in log.splitlines()]
+    return [
+        {name: value for name, value in json.loads(line).items() if name not in tiny.TIMES} for line in log.splitlines()
+    ]
 
 
 def prompts() -> list[Prompt]:

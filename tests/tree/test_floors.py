@@ -21,7 +21,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "minillm"
 
 FLOORS: dict[int, tuple[str, ...]] = {
     1: ("exits", "errors", "types", "state"),
-    2: ("sampling", "repetition", "divergences", "kept", "by_definition", "credit", "ridge", "policy_loss"),
+    2: ("work", "sampling", "repetition", "divergences", "kept", "by_definition", "credit", "ridge", "policy_loss"),
     3: (
         *("settings", "alarm_config", "published", "stage_base", "text_stages", "text_mix"),
         *("minillm_settings", "stage_checks", "stage_config", "yaml_reader", "data_config", "config"),
@@ -50,6 +50,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "ranks",
         "engine_settings",
         "engines",
+        "collectives",
         "twins",
         "student_engine",
         "teacher_engine",
@@ -80,6 +81,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "advantages",
         "alarms",
         "updates",
+        *("speed", "profiling"),
         "practice",
         "left_out",
         "rollout_figures",

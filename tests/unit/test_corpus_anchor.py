@@ -73,7 +73,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in tiny.logged(run)]
+    return [{key: value for key, value in line.items() if key not in tiny.TIMES} for line in tiny.logged(run)]
 
 
 def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:

@@ -235,7 +235,7 @@ def config(inputs: Path, out: Path, kind: str, *, validation: str = "prompts.jso
 
 def train_lines(settings: RunConfig) -> list[dict[str, Any]]:
     lines = tiny.logged(distill(settings))
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in tiny.TIMES} for line in lines]
 
 
 @pytest.mark.parametrize("kind", ["sft", "minillm"])

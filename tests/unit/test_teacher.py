@@ -113,7 +113,7 @@ def figures(settings: Any) -> list[dict[str, Any]]:
     """Every logged number of a run but its clock's."""
     run = distill(settings)
     lines = tiny.logged(run) + tiny.logged(run, "validation")
-    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in tiny.TIMES} for line in lines]
 
 
 def spoilt(source: Path, target: Path, *, first: int, garbage: float) -> Path:

@@ -106,7 +106,8 @@ def wanted(folder: Path) -> dict[tuple[int, str], float]:
     found: dict[tuple[int, str], float] = {}
     for record in map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
         step = record["step"] + (2 if record["stage"] == "minillm" else 0)
-        for name, value in record.items():
+        speed = {f"speed/{name}": value for name, value in record.pop("speed", {}).items()}
+        for name, value in {**record, **speed}.items():
             if isinstance(value, int | float) and name != "step":
                 found[step, f"{record['stage']}/{record['kind']}/{name}"] = value
     return found
@@ -117,7 +118,8 @@ def test_every_tracker_hears_every_line_of_the_log(
 ) -> None:
     folder = distill(run_of(place, tmp_path, *NAMES))
     expected = wanted(folder)
-    assert {name.rpartition("/")[0] for _, name in expected} == {"sft/train", "minillm/train", "minillm/validation"}
+    places = {"sft/train", "sft/train/speed", "minillm/train", "minillm/train/speed", "minillm/validation"}
+    assert {name.rpartition("/")[0] for _, name in expected} == places
     for name in NAMES:
         (tracker,) = made[name]
         steps = [step for step, _ in tracker.lines]

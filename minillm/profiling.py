@@ -1,0 +1,92 @@
+"""What the processor and the GPU do in a few steps, as a trace that a viewer opens (torch.profiler)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from minillm import phases
+from minillm.ranks import Ranks
+from minillm.store import PROFILE, make_folder, told_as_disk_error
+
+FIRST_PHASE = "rollout"
+"""What every step begins with."""
+_LINES = 12
+"""Of the table of what took longest."""
+
+
+@contextmanager
+def profiled(folder: Path, steps: int, *, ranks: Ranks, say: Callable[[str], None]) -> Iterator[None]:
+    """Records the second to the (``steps`` + 1)th step that the block makes, on every rank, into
+    ``folder/profile/rankNNNNN.json.gz``; 0 records nothing. The first is left out: it pays for what is made once.
+
+    Phases stand in the trace as ranges of their own. ``DiskError`` where it cannot be written.
+    """
+    if not steps:
+        yield
+        return
+    file = folder / PROFILE / f"rank{ranks.rank:05d}.json.gz"
+    make_folder(file.parent, setting="out or name")
+    recorder = _Recorder(file, steps)
+    try:
+        with phases.heard(recorder.hear):
+            yield
+    finally:
+        recorder.end()
+        if recorder.recorded:
+            say(f"profile: {recorder.recorded} of this run's steps in {file.parent}, a file a rank; open one in "
+                "https://ui.perfetto.dev or chrome://tracing. What took longest on rank 0:")  # fmt: skip
+            say(recorder.table)
+        else:
+            say("profile: nothing was recorded; the first step is left out, and there was no second")
+
+
+class _Recorder:
+    """Begins at the second step, ends with the last one that is wanted."""
+
+    def __init__(self, file: Path, steps: int) -> None:
+        self._file, self._wanted = file, steps
+        self._begun = 0
+        """Steps of the block that have begun."""
+        self._profile: Any = None
+        self._range: Any = None
+        self.recorded = 0
+        self.table = ""
+
+    def hear(self, phase: str) -> None:
+        """A phase begins; the first of a step ends the step before."""
+        if self._range is not None:
+            self._range.__exit__(None, None, None)
+            self._range = None
+        if phase == FIRST_PHASE:
+            self._begun += 1
+            if self._begun == self._wanted + 2:
+                self.end()
+            elif self._begun == 2:
+                activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+                self._profile = profile(activities=activities)
+                self._profile.start()
+            if self._profile is not None:
+                self.recorded += 1
+        if self._profile is not None:
+            self._range = record_function(phase)
+            self._range.__enter__()
+
+    def end(self) -> None:
+        """Writes the trace, where one was begun and is not written yet."""
+        if self._profile is None:
+            return
+        if self._range is not None:
+            self._range.__exit__(None, None, None)
+            self._range = None
+        ended, self._profile = self._profile, None
+        ended.stop()
+        with told_as_disk_error(f"{self._file}: the trace of the profiler"):
+            ended.export_chrome_trace(str(self._file))
+        by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        self.table = str(ended.key_averages().table(sort_by=by, row_limit=_LINES, max_name_column_width=40))
