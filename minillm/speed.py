@@ -30,19 +30,21 @@ class Speedometer:
     """The clocks of this rank over the steps of a stage."""
 
     def __init__(self, device: torch.device) -> None:
-        self._peak = work.peak(device)
+        self._device, self._peak = device, work.peak(device)
         self._begun: _Clocks | None = None
         self._sums = defaultdict[str, float](float)
 
     def begin(self) -> None:
         """A step begins."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
         self._begun = _Clocks(phases.seconds(), collectives.seconds(), work.done())
 
     def end(self, figures: Mapping[str, float]) -> dict[str, float]:
         """Of the step, which ends with these figures: ``seconds``; ``tokens_per_second``, where it counted ``tokens``
         (those of all ranks); shares of the seconds in each phase that it had, and in ``communication`` (within the
         phases; waiting for other ranks included); ``tflops`` of this rank; on a known GPU ``mfu``, the share of its
-        rate."""
+        rate. On any GPU ``peak_bytes`` too: the most that tensors took of its memory."""
         begun = self._begun
         assert begun is not None, "a step that ends has begun"
         now = phases.seconds()
@@ -54,7 +56,10 @@ class Speedometer:
         }
         for name, value in spent.items():
             self._sums[name] += value
-        return {name: float(f"{value:.4g}") for name, value in self._told(spent).items()}
+        told = {name: float(f"{value:.4g}") for name, value in self._told(spent).items()}
+        if self._device.type == "cuda":
+            told["peak_bytes"] = float(torch.cuda.max_memory_allocated(self._device))
+        return told
 
     def words(self) -> str:
         """The same of all steps so far, for a person."""
