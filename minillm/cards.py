@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, PlainValidator, model_validator
 
 from minillm.errors import ConfigError, UnsupportedCombination, did_you_mean
+from minillm.figures import Figures, Training
 from minillm.settings import Count, Settings, Text, headed
 from minillm.stage_base import LONGEST_NAME
 from minillm.yaml_reader import MAX_BYTES, read_yaml
@@ -75,10 +76,14 @@ class Card(Settings):
     """Prompt template that suits the model, where one is known."""
     placement: Literal["replicated", "zero3", "offload"] = "replicated"
     """Where a teacher's weights live: whole on every rank, cut over the ranks, or in host memory. Teachers only."""
-    figures: dict[Literal["layers", "hidden", "vocabulary", "positions", "parameters"], Count] = Field(
-        default_factory=dict
-    )
+    figures: Figures = Figures()
     """Sizes for planning memory before anything is downloaded; the model itself decides once it is loaded."""
+    eos: Text | None = None
+    """The tokenizer's end-of-sequence token; one that has another is refused."""
+    pad: Text | None = None
+    """Its padding token, likewise; where not given it may have one or none."""
+    training: Training | None = None
+    """What was published on training the model as a student; ``minillm cards NAME`` makes stages of it."""
     notes: str = ""
     """What a reader should know before choosing it."""
     licence: str = ""

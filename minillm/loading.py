@@ -70,6 +70,7 @@ def inspect(card: Card) -> ModelFacts:
     else:
         assert card.model is not None
         tokenizer, config, generation = _read_pretrained(card.model, revision=card.revision)
+    _require_special_tokens(card, tokenizer)
     _require_known_code(card.name, config)
     positions = getattr(config, "max_position_embeddings", None)
     return ModelFacts(name=card.name, config=config, tokenizer=tokenizer, generation=generation, positions=positions)
@@ -183,6 +184,16 @@ def _read_pretrained(
             "  wanted one that AutoModelForCausalLM opens, such as gpt2, opt, llama or qwen2"
         )
     return tokenizer, config, generation
+
+
+def _require_special_tokens(card: Card, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ``ModelError`` where the tokenizer's end or padding is not what the card says."""
+    for what, wanted, got in (("eos", card.eos, tokenizer.eos_token), ("pad", card.pad, tokenizer.pad_token)):
+        if wanted is not None and got != wanted:
+            raise ModelError(
+                f"{card.name}: the card says {what} {wanted!r}, and the tokenizer has {got!r}.\n"
+                "  the model is not the one that the card was written for; look at its revision, or mend the card"
+            )
 
 
 def _require_known_code(name: str, config: PreTrainedConfig) -> None:

@@ -26,7 +26,7 @@ from minillm.bench import (  # noqa: F401 (each adds its benchmarks)
     commands_scale,
 )
 from minillm.bench.options import app as bench_app
-from minillm.cli import builtin, comparisons, kept, launching, runs
+from minillm.cli import builtin, comparisons, kept, launching, models, runs
 from minillm.errors import MinillmError, Stopped, visible
 from minillm.lost import as_rank_lost, leave
 from minillm.stops import SIGNALS
@@ -47,6 +47,7 @@ Examples:
   minillm cache runs/quickstart/teacher/student --top-k 16 --out cached \\
     --config recipes/quickstart/minillm.yaml
   minillm compare a=runs/a b=runs/b --out runs/a-or-b
+  minillm cards students/gpt2
   minillm world --out world
   minillm diagnose --config recipes/quickstart/minillm.yaml \\
     student=runs/mine/student --prompts 128
@@ -71,6 +72,7 @@ COMMANDS = (
     runs.cache,
     comparisons.report,
     comparisons.compare,
+    models.cards,
     builtin.world,
     runs.diagnose,
     comparisons.study,

@@ -238,7 +238,8 @@ def _model_digest(name: str, kind: Literal["students", "teachers"]) -> str:
     path = card.model or ""
     if names_a_folder(path) and not Path(path).is_dir():
         raise ModelError(f"{name}: there is no folder {path}\n  make that model first, or name another")
-    return _digest([card.model_dump(mode="json", exclude={"notes", "licence", "figures"}), by_name(card)])
+    told = {"notes", "licence", "figures", "eos", "pad", "training"}  # of the model, and no choice of it
+    return _digest([card.model_dump(mode="json", exclude=told), by_name(card)])
 
 
 @lru_cache(maxsize=64)

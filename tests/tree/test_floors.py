@@ -26,6 +26,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         *("settings", "alarm_config", "published", "stage_base", "text_stages", "text_mix"),
         *("minillm_settings", "stage_checks", "stage_config", "yaml_reader", "data_config", "config"),
         *(
+            "figures",
             "cards",
             "hub",
             "model_files",
@@ -45,7 +46,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         ),
         *("order", "templates", "vocabulary", "world"),
     ),
-    4: ("loading", "models", "probes", "reading", "decode", "scored_rows", "scoring", "token_loss"),
+    4: ("loading", "shapes", "models", "probes", "reading", "decode", "scored_rows", "scoring", "token_loss"),
     5: (
         "ranks",
         "engine_settings",

@@ -1,0 +1,49 @@
+"""A model's configuration from its card alone, and the same model on no device: sizes without weights or a network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from minillm.cards import Card
+from minillm.errors import ModelError
+from minillm.loading import inspect
+from minillm.model_files import in_short
+
+
+def config_of(card: Card) -> PreTrainedConfig:
+    """The configuration of a card's model, offline: from its figures, from how it is built, or from its folder.
+
+    Raises ``ModelError`` where the card says too little, or its folder cannot be read.
+    """
+    if card.figures.complete:
+        figures = card.figures
+        return AutoConfig.for_model(str(figures.architecture), **figures.config_fields())
+    if card.build is not None:
+        return inspect(card).config
+    folder = Path(str(card.model))
+    if (folder / "config.json").is_file():
+        try:
+            config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"{folder}/config.json: {in_short(error)}") from error
+        return config
+    raise ModelError(
+        f"{card.name}: its sizes are not known without a download: the card has no figures with an architecture, and "
+        f"{card.model} is no folder here.\n"
+        "  write the model's sizes under 'figures:' as teachers/qwen2.5-7b.yaml does, or name a model folder"
+    )
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a configuration on no device: every weight has its shape, and none has numbers."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def count_parameters(model: PreTrainedModel) -> int:
+    """Weights, a tied head counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
