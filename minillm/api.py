@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm import phases
+from minillm.adapters import FOLDER
 from minillm.cards import may_differ
 from minillm.checkpoints import Checkpoints, Resume
 from minillm.config import RunConfig, Stage, dump_config
@@ -18,6 +19,7 @@ from minillm.evaluation import Record, validator
 from minillm.evaluation_sets import evaluate_sets, forget_unfinished, read_sets, shared_words, stored_index, unanswered
 from minillm.generation import generate
 from minillm.loading import fingerprint, inspect
+from minillm.lora import peft_library
 from minillm.model_card import CardFacts, render
 from minillm.moments import Progressed
 from minillm.preflight import (
@@ -77,6 +79,8 @@ def distill(
     """
     require_resume(resume)
     require_packages(config.trackers)
+    if config.lora is not None:
+        peft_library()
     pair = check_pair(config)
     splits = read_splits(config, pair)
     anchor = read_anchor(config, pair=pair)
@@ -213,11 +217,18 @@ def _train(run: _Run, checkpoints: Checkpoints, resumed: Resumed | None, *, fing
                 behind.add(stage.name, done, updates=0 if saver is None else saver.updates)
             ranks.of_first(lambda: folder.tell_status(seconds=behind.seconds, stages=behind.stages))
             ranks.of_first(lambda stage=stage, into=into: behind.require_student(stage.name, into))  # type: ignore[misc]
-            card = run.pair.student_card.model_copy(update={"model": str(into), "build": None, "revision": None})
-            start = Start(card=card, facts=inspect(card))
+            start = _handed_on(run, into)
         if saver is not None:
             _say(ranks, saver.cost)
     return behind
+
+
+def _handed_on(run: _Run, into: Path) -> Start:
+    """What the next stage starts from: the student that stands there, or the run's own with the adapter that does."""
+    if run.config.lora is not None:
+        return Start(card=run.pair.student_card, facts=run.pair.student, adapter=into / FOLDER)
+    card = run.pair.student_card.of_folder(into)
+    return Start(card=card, facts=inspect(card))
 
 
 def _run_stage(
@@ -259,7 +270,7 @@ def _evaluate(run: _Run, behind: Behind, *, anew: bool) -> dict[str, float]:
     seconds = dict(behind.seconds)
     if sets := evaluated_sets(run.splits):
         clock = Clock()
-        card = pair.student_card.model_copy(update={"model": str(run.folder.student), "build": None, "revision": None})
+        card = pair.student_card.of_folder(run.folder.student)
         start = Start(card=card, facts=inspect(card))
         missing = list(sets)
         if anew:

@@ -18,7 +18,7 @@ from pydantic import Field, PlainValidator, model_validator
 
 from minillm.errors import ConfigError, UnsupportedCombination, did_you_mean
 from minillm.figures import Figures, Training
-from minillm.settings import Count, Settings, Text, headed
+from minillm.settings import Count, Settings, Text, Whole, headed
 from minillm.stage_base import LONGEST_NAME
 from minillm.yaml_reader import MAX_BYTES, read_yaml
 
@@ -70,6 +70,10 @@ class Card(Settings):
     """How to build it instead."""
     revision: Text | None = None
     """Commit or tag of a hub model; without it the hub's present one, which may change."""
+    adapter: Text | None = None
+    """Folder of a LoRA adapter in peft's format, trained on ``model``: merged into its weights as they are loaded."""
+    layers: tuple[Whole, ...] | None = None
+    """Keep only these layers of ``model``, by their numbers from 0, in this order; all where not given."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """What weights are loaded in; a teacher also computes in it."""
     template: Literal["plain", "alpaca", "chat"] | None = None
@@ -96,7 +100,23 @@ class Card(Settings):
             raise UnsupportedCombination(f"'model' and 'build': got {got}, wanted exactly one")
         if self.build is not None and self.revision is not None:
             raise UnsupportedCombination("'revision' names a version of a hub model; a card with 'build' has none")
+        for name, value in (("adapter", self.adapter), ("layers", self.layers)):
+            if value is not None and self.model is None:
+                raise UnsupportedCombination(f"'{name}' is of a model that is loaded; a card with 'build' has none")
+        if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
+            raise ConfigError(f"layers: got {list(self.layers)}, wanted one layer or more, each once")
         return self
+
+    @property
+    def as_in_files(self) -> bool:
+        """Whether the weights are those that stand in files, so that they can be read straight into shards."""
+        return self.build is None and self.adapter is None and self.layers is None
+
+    def of_folder(self, folder: Path) -> Card:
+        """The same card of a model that stands whole in a folder."""
+        return self.model_copy(
+            update={"model": str(folder), "build": None, "revision": None, "adapter": None, "layers": None}
+        )
 
 
 def load_card(name: str, *, kind: Kind) -> Card:
@@ -199,6 +219,12 @@ def _read_card(file: Traversable, *, source: str, stem: str) -> Card:
 
 
 def _unknown_card(name: str, *, stem: str, folder: Kind) -> str:
+    if name and (Path(name) / "adapter_config.json").is_file():
+        return (
+            f"{name!r}: holds an adapter (adapter_config.json), and no model that it is put on\n"
+            f"  name both in a card (model: BASE, adapter: {name}), or merge them: minillm merge-adapter BASE {name} "
+            "--out NEW"
+        )
     names = known_names(folder, suffix=".yaml")
     near = did_you_mean(stem, names) or f"; known cards: {', '.join(names) or 'none'}"
     no_card = f"no card of that name in {folder}/{near}"

@@ -33,8 +33,8 @@ EFFECTS = {
     Effect.LAST_BITS: ("threads", "engine.student", "stages.micro_batch", "stages.micro_tokens"),
     Effect.TRAINING: ("decoding", "engine.precision", "stages"),
     Effect.ANOTHER_RUN: (
-        "seed", "student", "teacher", "data", "stages.kind", "stages.name", "stages.keep", "stages.optimiser.name",
-        "stages.teacher_cache", "stages.student_share", "stages.replay",
+        "seed", "student", "teacher", "data", "lora", "stages.kind", "stages.name", "stages.keep",
+        "stages.optimiser.name", "stages.teacher_cache", "stages.student_share", "stages.replay",
     ),
 }  # fmt: skip
 """By the path of a setting, without the numbers of stages, or of a section whose settings are all alike; the longest

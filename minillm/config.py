@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from minillm.data_config import DataConfig
 from minillm.errors import ConfigError, UnsupportedCombination
+from minillm.lora_config import LoraConfig
 from minillm.settings import Count, Flag, NonNegative, Positive, PositiveShare, Seed, Settings, Text, Whole, headed
 from minillm.stage_base import BETTER, KeepConfig, OptimiserConfig, is_component
 from minillm.stage_config import MinillmStage, Stage
@@ -29,6 +30,7 @@ __all__ = [
     "EvaluationConfig",
     "ExposureConfig",
     "KeepConfig",
+    "LoraConfig",
     "MinillmStage",
     "OptimiserConfig",
     "RunConfig",
@@ -156,6 +158,9 @@ class RunConfig(Settings):
     """What is trained, in order; each stage starts from the weights that the one before hands on."""
     engine: EngineConfig = EngineConfig()
     """DeepSpeed settings of the student."""
+    lora: LoraConfig | None = None
+    """Trains a low-rank adapter on a frozen student (needs pip install 'minillm[lora]'); all weights where not
+    given."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """How the result is measured."""
     checkpoints: CheckpointsConfig | None = CheckpointsConfig()
@@ -212,6 +217,11 @@ class RunConfig(Settings):
             at = f"stages.{index} ('{stage.name}')"
             if stage.name in names[:index]:
                 raise ConfigError(f"{at} has the name of an earlier stage; give it another name")
+            if self.lora is not None and stage.optimiser.name == "muon":
+                raise UnsupportedCombination(
+                    f"{at} has optimiser muon with lora: muon makes a step of a whole matrix orthogonal, and an "
+                    "adapter is a product of two; set optimiser.name: adamw, or leave lora out"
+                )
             if asks_teacher(stage) and self.teacher is None:
                 raise UnsupportedCombination(f"{at} distils a teacher, but the run names none; add 'teacher: NAME'")
             if stage.validate_every > 0 and self.data.validation is None:

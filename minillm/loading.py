@@ -26,11 +26,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils.import_utils import is_flash_attn_2_available
+from transformers.utils.peft_utils import find_adapter_config_file
 
+from minillm.adapters import merge, read_adapter, require_base, require_fit
 from minillm.cards import UNKNOWN_REVISION, BuildSpec, Card
 from minillm.errors import ModelError, PositionsExceeded, did_you_mean
 from minillm.hub import asked_once
 from minillm.model_files import few, in_short, require_safe_folder
+from minillm.picked_layers import keep_layers, picked_config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +73,10 @@ def inspect(card: Card) -> ModelFacts:
     else:
         assert card.model is not None
         tokenizer, config, generation = _read_pretrained(card.model, revision=card.revision)
+        if card.adapter is not None:
+            require_base(read_adapter(Path(card.adapter)), card.model)
+        if card.layers is not None:
+            config = picked_config(config, card.layers, name=card.name)
     _require_special_tokens(card, tokenizer)
     _require_known_code(card.name, config)
     positions = getattr(config, "max_position_embeddings", None)
@@ -97,6 +104,12 @@ def load(card: Card, facts: ModelFacts, *, seed: int, dtype: torch.dtype | None 
             output_loading_info=True,
         )
     _require_all_weights(str(card.model), type(model).__name__, found)
+    if card.adapter is not None:
+        adapter = read_adapter(Path(card.adapter))
+        require_fit(adapter, model, name=str(card.model))
+        merge(adapter, model)
+    if card.layers is not None:
+        keep_layers(model, facts.config, card.layers, name=card.name)
     return model
 
 
@@ -132,7 +145,7 @@ def fingerprint(card: Card, *, seed: int = 0) -> str:
     name = str(card.model)
     if Path(name).is_dir():
         return by_name(card)
-    return f"{name}@{_commit_in_cache(name, card.revision) or card.revision or UNKNOWN_REVISION}"
+    return _changed(card, f"{name}@{_commit_in_cache(name, card.revision) or card.revision or UNKNOWN_REVISION}")
 
 
 def by_name(card: Card) -> str:
@@ -140,7 +153,18 @@ def by_name(card: Card) -> str:
     hold the rest of the card beside it, and may not depend on what was downloaded (the cells of a study)."""
     folder = Path(card.model or "")
     if card.model is None or not folder.is_dir():
-        return f"{card.model or card.name}@{card.revision}"
+        return _changed(card, f"{card.model or card.name}@{card.revision}")
+    return _changed(card, _folder_sha256(folder))
+
+
+def _changed(card: Card, weights: str) -> str:
+    """The weights with what the card changes of them as they are loaded."""
+    if card.adapter is not None:
+        weights = f"adapter {_folder_sha256(Path(card.adapter))} on {weights}"
+    return weights if card.layers is None else f"layers {','.join(map(str, card.layers))} of {weights}"
+
+
+def _folder_sha256(folder: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted((*folder.glob("*.safetensors"), *folder.glob("*.json"))):
         digest.update(file.name.encode())
@@ -173,6 +197,12 @@ def _read_pretrained(
     with contextlib.nullcontext() if local else asked_once(), quiet_transformers():
         tokenizer = _load_tokenizer(name, revision=revision)
         config = _hub_call(AutoConfig.from_pretrained, name, revision=revision)
+        if not local and find_adapter_config_file(name, revision=revision) is not None:
+            # With peft installed transformers puts it on by itself, from pickled weights too.
+            raise ModelError(
+                f"{name}: holds an adapter beside a model, and which of the two is meant is not said.\n"
+                "  fetch the one that you want into a folder, and name that"
+            )
         try:
             generation = GenerationConfig.from_pretrained(name, revision=revision or "main")
         except OSError as error:

@@ -17,6 +17,8 @@ from minillm.engine_settings import read_engine_settings, zero_stage
 from minillm.errors import CacheError, DataError, ManifestError, ModelError, UnsupportedCombination
 from minillm.generated import read_generated
 from minillm.loading import ModelFacts, fingerprint, inspect
+from minillm.lora import require_targets
+from minillm.lora_config import LoraConfig
 from minillm.micro_batches import Limits
 from minillm.prompts import PrepareReport, data_hash, prepare
 from minillm.records import Document, Row
@@ -96,6 +98,8 @@ def check_pair(config: RunConfig, *, student: str | None = None) -> Pair:
     if teacher_card is not None:
         _check_teacher(teacher_card)
     student_facts = inspect(student_card)
+    if config.lora is not None and student is None:
+        _check_lora(config.lora, student_card, student_facts)
     teacher_facts = None if teacher_card is None else inspect(teacher_card)
     longest = config.data.max_prompt_tokens + config.decoding.max_new_tokens
     student_facts.require_positions(longest, what="student")
@@ -154,11 +158,34 @@ def _check_teacher(card: Card, *, role: str = "teacher") -> None:
             f"{role} {card.name}: its card builds a model with random weights, which has nothing to teach.\n"
             "  give a card with 'model', a model folder or a hub name"
         )
+    if card.placement != "replicated" and not card.as_in_files:
+        what = "adapter" if card.adapter is not None else "layers"
+        remedy = (
+            f"write the merged model: minillm merge-adapter {card.model} {card.adapter} --out FOLDER, and name that"
+            if card.adapter is not None
+            else "write a folder of those layers and name it"
+        )
+        raise UnsupportedCombination(
+            f"{role} {card.name}: placement {card.placement!r} with {what!r}, which changes weights that are whole; "
+            f"{remedy}; or set placement: replicated"
+        )
     if card.placement == "zero3" and card.dtype == "float64":
         raise UnsupportedCombination(
             f"{role} {card.name}: placement zero3 with dtype float64: DeepSpeed shards "
             "float32 and bfloat16 only; set dtype: float32, or placement: replicated"
         )
+
+
+def _check_lora(settings: LoraConfig, card: Card, facts: ModelFacts) -> None:
+    """Raise where a student with this card cannot be the frozen base of an adapter."""
+    changed = {"build": card.build, "adapter": card.adapter, "layers": card.layers}
+    for name in (name for name, value in changed.items() if value is not None):
+        raise UnsupportedCombination(
+            f"student {card.name}: lora with a card that has {name!r}: the adapter would be on weights that stand in "
+            "no folder, where nobody else could put it on again; train such a student in whole first, or write it as a "
+            "folder (minillm merge-adapter), and name that"
+        )
+    require_targets(facts.config, settings)
 
 
 def _check_sampling(config: RunConfig) -> None:

@@ -6,11 +6,13 @@ import copy
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from minillm.adapters import FOLDER, Adapter, write_adapter
 from minillm.loading import quiet_transformers
 from minillm.models import CausalLM
 from minillm.store import replaced_folder, told_as_disk_error, write_text
@@ -28,13 +30,15 @@ def publish_student(
     eos_ids: tuple[int, ...],
     pad_id: int,
     card: str,
+    adapter: tuple[Adapter, Mapping[str, Any]] | None = None,
 ) -> str:
     """Writes an ordinary transformers folder: safetensors, tokenizer, generation config, README.md (the model card).
     Comes back with its ``weights_sha256``.
 
     Head and embedding rows beyond ``real_ids`` are cut off, so that plain transformers samples from the distribution
     that was trained (design D9). The folder appears under its name only when it is whole; ``DiskError`` where it cannot
-    be written, with the one before as it was.
+    be written, with the one before as it was. ``adapter``, with peft's record of it, is what was trained on weights
+    that are merged with it in ``state``: it stands in a folder of its own within.
     """
     # Made without storage, then given the real tensors: an initialisation would draw from the global random stream.
     with torch.device("meta"):
@@ -66,13 +70,15 @@ def publish_student(
             model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         write_text(staging / "README.md", card)
+        if adapter is not None:
+            write_adapter(staging / FOLDER, *adapter)
     return weights_sha256(folder)
 
 
 def weights_sha256(folder: Path) -> str:
     """Of model.safetensors in a student's folder (of its parts one after the other, where it was too long for one
-    file); "" where there is none."""
-    files = sorted(folder.glob("*.safetensors"))
+    file) and then of its adapter's, where it has one; "" where there is none."""
+    files = sorted(folder.glob("*.safetensors")) + sorted(folder.glob(f"{FOLDER}/*.safetensors"))
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:

@@ -2,7 +2,8 @@
 
 Beside the engine's files (``engine_files``): run.json, what every rank knows alike; shared.safetensors, its tensors;
 own-rank00000.json and .safetensors, what one rank has of a step that is under way; best-…, the student that is to be
-handed on as things stand, file by file (what is neither weights nor JSON stands in run.json).
+handed on as things stand, file by file (what is neither weights nor JSON stands in run.json); bestadapter-…, its
+adapter's, where it has one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm import phases
+from minillm.adapters import FOLDER
 from minillm.checkpoint_manifest import REMEDY, SUFFIXES, Manifest
 from minillm.checkpoints import Checkpoint, Checkpoints, Write
 from minillm.config import CheckpointsConfig
@@ -32,7 +34,7 @@ from minillm.store import Clock, RunFolder, replaced_folder
 from minillm.student_engine import Student
 from minillm.tensor_files import read_tensors, write_tensors
 
-RUN, SHARED, BEST = "run.json", "shared.safetensors", "best-"
+RUN, SHARED, BEST, BEST_ADAPTER = "run.json", "shared.safetensors", "best-", "bestadapter-"
 _AT_ONCE = 1 << 22
 """Bytes of a file that are copied at once."""
 
@@ -110,9 +112,11 @@ class Resumed:
     def _write_best(self, into: Path) -> None:
         with replaced_folder(into) as folder:
             for name in self.checkpoint.manifest.files:
-                if name.startswith(BEST):
-                    target = inside(folder, name.removeprefix(BEST), source=self.checkpoint.path / RUN)
-                    shutil.copyfile(self.checkpoint.file(name), target)
+                for prefix, place in ((BEST, folder), (BEST_ADAPTER, folder / FOLDER)):
+                    if name.startswith(prefix):
+                        place.mkdir(exist_ok=True)
+                        target = inside(place, name.removeprefix(prefix), source=self.checkpoint.path / RUN)
+                        shutil.copyfile(self.checkpoint.file(name), target)
             for name, content in self.others.items():
                 inside(folder, name, source=self.checkpoint.path / RUN).write_bytes(content)
 
@@ -260,6 +264,8 @@ class Saver:
                     files[BEST + file.name] = _copy(file)
                 else:
                     others[file.name] = base64.b64encode(file.read_bytes()).decode()
+            for file in sorted((into / FOLDER).glob("*")):
+                files[BEST_ADAPTER + file.name] = _copy(file)
         record = {
             "behind": dataclasses.asdict(behind), "log_bytes": self._folder.log_length(), "others": others,
             "shared": states.shared.record,

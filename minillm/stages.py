@@ -14,6 +14,7 @@ from minillm.config import MinillmStage, RunConfig, Stage
 from minillm.distillation import Distil
 from minillm.loading import ModelFacts, load
 from minillm.loop import Keep, Validate, run_steps
+from minillm.lora import Lora
 from minillm.moments import Boundary, Progressed, never
 from minillm.objectives import Minillm
 from minillm.preflight import Pair, decoding_record, require_rows
@@ -37,6 +38,8 @@ class Start:
 
     card: Card
     facts: ModelFacts
+    adapter: Path | None = None
+    """Folder of an adapter on them, which goes on training; without it one begins where the run has ``lora``."""
 
 
 def run_stage(
@@ -61,6 +64,13 @@ def run_stage(
     place of the teacher; ``keeping`` how it is saved, and where it goes on."""
     check_rows(stage, prompts, ranks=ranks)
     student = _student(config, stage, start=start, pair=pair, ranks=ranks)
+    if ranks.first:
+        print(
+            f"stage {stage.name}: trains {student.trained:,} beside {student.parameters:,} frozen weights"
+            if config.lora is not None
+            else f"stage {stage.name}: trains all {student.parameters:,} weights",
+            flush=True,
+        )
     try:
         begin: States | None = None
         boundary: Boundary = never
@@ -83,7 +93,13 @@ def run_stage(
             keep=Keep(metric=stage.keep.metric, highest=stage.keep.mode == "max"),
             patience=stage.patience,
             publish=lambda scores: _publish(
-                student, into=into, config=config, pair=pair, ranks=ranks, card=lambda: model_card(student, scores)
+                student,
+                into=into,
+                config=config,
+                pair=pair,
+                start=start,
+                ranks=ranks,
+                card=lambda: model_card(student, scores),
             ),
             alarms=Alarms(stage.alarms) if isinstance(stage, MinillmStage) else None,
             begin=begin,
@@ -154,19 +170,28 @@ def _student(config: RunConfig, stage: Stage, *, start: Start, pair: Pair, ranks
         optimiser=stage.optimiser,
         updates=stage.steps * stage.updates_per_step,
         real_ids=pair.real_ids,
-        from_files=start.card.build is None,
+        from_files=start.card.as_in_files,
         dropout=not stage.on_policy,
         seed=config.seed,
         name=stage.name,
+        lora=_lora(config, start),
     )
 
 
+def _lora(config: RunConfig, start: Start) -> Lora | None:
+    if config.lora is None:
+        return None
+    return Lora(settings=config.lora, seed=config.seed, base=str(start.card.model), start=start.adapter)
+
+
 def _publish(
-    student: Student, *, into: Path, config: RunConfig, pair: Pair, ranks: Ranks, card: Callable[[], str]
+    student: Student, *, into: Path, config: RunConfig, pair: Pair, start: Start, ranks: Ranks, card: Callable[[], str]
 ) -> str:
     """Writes the student as it stands; the SHA-256 of its weights on the disk. Called on every rank, since all of them
     hand over their shards."""
-    state = student.state()
+    state, adapter = student.state(), student.adapter()
+    lora = _lora(config, start)
+    record = None if lora is None or adapter is None else lora.record(adapter, student.config)
     return ranks.of_first(
         lambda: publish_student(
             into,
@@ -178,6 +203,7 @@ def _publish(
             eos_ids=pair.ids.eos,
             pad_id=pair.ids.pad,
             card=card(),
+            adapter=None if adapter is None or record is None else (adapter, record),
         )
     )
 

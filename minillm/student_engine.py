@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from minillm.adapters import Adapter
 from minillm.checkpoints import Checkpoint, Write
 from minillm.config import OptimiserConfig
 from minillm.engine_files import Progress, engine_writers, restore_engine
@@ -20,6 +21,7 @@ from minillm.engine_settings import read_engine_settings, zero_stage
 from minillm.engine_state import layout_of
 from minillm.engines import initialise, load_for
 from minillm.errors import NonFinite
+from minillm.lora import Lora, is_adapter
 from minillm.models import CausalLM, ModelReader
 from minillm.optimisers import build_optimiser, learning_rate_factor, set_learning_rate
 from minillm.probes import probe_head, probe_packing
@@ -34,6 +36,7 @@ class Student:
         self, load: Callable[[], PreTrainedModel], *, ranks: Ranks, settings: str, precision: str,
         optimiser: OptimiserConfig, updates: int, real_ids: int | None = None,
         from_files: bool = True, dropout: bool = False, seed: int = 0, name: str = "",
+        lora: Lora | None = None,
     ) -> None:  # fmt: skip
         """``load`` gives the transformers model; ``settings`` names a file of ds_configs; ``updates`` is the length
         of the schedule.
@@ -42,7 +45,7 @@ class Student:
         reading. A model that is made from nothing must be whole first, or its initialisation would not be
         transformers' own. ``dropout`` leaves the model's dropout on in training. A policy gradient needs it off: with
         it, q_new / q_old is not 1 at the start. Its masks are a function of ``seed``, ``name`` (the stage), update
-        and rank.
+        and rank. ``lora`` freezes the model and trains an adapter on it.
         """
         self.ranks = ranks
         self._optimiser, self._updates = optimiser, updates
@@ -50,14 +53,19 @@ class Student:
         self.stage = zero_stage(engine_config)
         sharded_read = self.stage == 3 and from_files
         model = load_for(load, engine_config, precision=precision, shard=sharded_read)
+        self._lora = lora
+        if lora is not None:
+            lora.put_on(model)
         model.eval()  # the probe compares two forwards, and a model that was built begins with dropout on
-        self.config = model.config
+        self.config, self._prefix = model.config, model.base_model_prefix
         self.root = CausalLM(model)
         if real_ids is not None:
             self.root.head.real_ids = real_ids
         if not sharded_read:
             probe_head(model, self.root)
-        self.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.root.parameters())
+        sizes = {name: (getattr(p, "ds_numel", p.numel()), p.requires_grad) for name, p in self.root.named_parameters()}
+        self.parameters = sum(size for name, (size, _) in sizes.items() if not is_adapter(name))
+        self.trained = sum(size for size, trains in sizes.values() if trains)
         self._dropout, self._seed, self._name, self._precision = dropout, seed, name, precision
         self.root.train(dropout)
         self._engine = initialise(
@@ -66,7 +74,7 @@ class Student:
             optimiser=build_optimiser(self.root, optimiser),
         )  # fmt: skip
         self._engine.train(dropout)
-        self._twin = meta_twin(model, real_ids=self.root.head.real_ids) if self.stage == 3 else None
+        self._twin = meta_twin(model, real_ids=self.root.head.real_ids, lora=lora) if self.stage == 3 else None
         self._probe_packing()
         self.updates_done = 0
         self.learning_rate = 0.0
@@ -137,13 +145,26 @@ class Student:
         return torch.nn.utils.get_total_norm([p.grad for p in self.root.parameters() if p.grad is not None])
 
     def state(self) -> dict[str, Tensor]:
-        """Whole weights on the CPU by root name (``backbone.…``, ``head.…``), on rank 0; an empty dict on the
-        others."""
+        """Whole weights on the CPU by root name (``backbone.…``, ``head.…``), on rank 0; an empty dict on the others.
+        An adapter is merged into them."""
+        found = self._gathered(dict(self.root.named_parameters(remove_duplicate=False)))
+        return found if self._lora is None else self._lora.merged(found, self.root)
+
+    def adapter(self) -> Adapter | None:
+        """The adapter as it stands, with layers named as in the model, on rank 0; None on the others, and of a student
+        without one. Called on all ranks."""
+        if self._lora is None:
+            return None
+        own = {name: p for name, p in self.root.named_parameters() if is_adapter(name)}
+        found = self._gathered(own)
+        return self._lora.adapter(found, prefix=self._prefix) if found else None
+
+    def _gathered(self, names: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
+        """Copies on the CPU, on rank 0; nothing on the others."""
         import deepspeed
 
-        names = dict(self.root.named_parameters(remove_duplicate=False))
         context = (
-            deepspeed.zero.GatheredParameters(list(self.root.parameters()))
+            deepspeed.zero.GatheredParameters(list(dict.fromkeys(names.values())))
             if self.stage == 3
             else contextlib.nullcontext()
         )

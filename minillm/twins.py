@@ -7,13 +7,17 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from minillm.lora import Lora
 from minillm.models import CausalLM
 
 
-def meta_twin(model: PreTrainedModel, *, real_ids: int) -> CausalLM:
-    """The same architecture on no device, in evaluation mode."""
+def meta_twin(model: PreTrainedModel, *, real_ids: int, lora: Lora | None = None) -> CausalLM:
+    """The same architecture on no device, in evaluation mode, with the adapter's modules where there is one."""
     with torch.device("meta"):
-        twin = CausalLM(AutoModelForCausalLM.from_config(model.config))
+        bare = AutoModelForCausalLM.from_config(model.config)
+        if lora is not None:
+            lora.put_on_twin(bare)
+        twin = CausalLM(bare)
     twin.head.real_ids = real_ids
     return twin.eval()
 

@@ -117,7 +117,7 @@ class Ours:
         self.student = Student(
             student, ranks=ranks, settings=case.settings or ("zero1" if sizes.precision == "bf16" else "zero0"),
             precision=sizes.precision, optimiser=stage.optimiser, updates=UPDATES,
-            from_files=load_card(sizes.student, kind="students").build is None,
+            from_files=load_card(sizes.student, kind="students").as_in_files,
         )  # fmt: skip
         self._objective = Minillm(
             stage,

@@ -13,7 +13,7 @@ from minillm.diagnose.gradients import HALVES, Drawn, draw, stage_of_draws
 from minillm.diagnose.measure import Budget, Whole, figures_of
 from minillm.diagnose.names import REFERENCE, Estimator, chosen, name_of
 from minillm.diagnose.scores import Memory
-from minillm.errors import ConfigError, DataError
+from minillm.errors import ConfigError, DataError, UnsupportedCombination
 from minillm.loading import fingerprint, load
 from minillm.models import CausalLM
 from minillm.order import GlobalOrder
@@ -74,6 +74,7 @@ def diagnose(
     """
     stage = _first_minillm(config)
     _check_sizes(sizes)
+    _require_whole(config)
     if config.decoding.max_new_tokens < 2:
         raise ConfigError("decoding.max_new_tokens 1: a response of one token has nothing ahead of it to measure")
     drawing = stage_of_draws(stage, prompts=sizes.prompts, samples=sizes.samples // HALVES)
@@ -146,6 +147,14 @@ def _check_sizes(sizes: Sizes) -> None:
         raise ConfigError(f"--prompts {sizes.prompts}: wanted at least {LEAST_PROMPTS}")
     if sizes.samples < HALVES or sizes.samples % HALVES:
         raise ConfigError(f"--samples {sizes.samples}: wanted an even number, since each prompt has two halves")
+
+
+def _require_whole(config: RunConfig) -> None:
+    if config.lora is not None:
+        raise UnsupportedCombination(
+            "lora: diagnose measures the gradient by all weights, and a run with lora has only that of its adapter; "
+            "give lora=null, and a student's folder (student=RUN/student)"
+        )
 
 
 def _student(config: RunConfig, pair: Pair, ranks: Ranks) -> BareStudent:

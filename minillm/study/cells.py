@@ -31,6 +31,7 @@ NO_PART_OF = {"evaluation": ("batch_tokens",)}
 """Settings of a section that change no result. (``evaluation.batch`` is older: without it the models that studies made
 would count as others.)"""
 SINCE = {
+    "lora": None,
     "data.teacher_text": None, "data.train_limit": None, "data.train_responses": None,
     "data.checker": None, "evaluation.exposure": None, "evaluation.calibration": False,
     "stages.non_finite": "stop", "stages.max_dropped_rows": 8,
@@ -225,8 +226,9 @@ def _recipe_digest(config: RunConfig) -> str:
     """Names the student that a run will make."""
     settings = _settings(config)
     for path, nothing in SINCE.items():
-        section, name = path.split(".")
-        for place in settings[section] if section == "stages" else [settings[section]]:
+        section, _, name = path.rpartition(".")
+        inside: Any = settings[section] if section else settings
+        for place in inside if section == "stages" else [inside]:
             if name in place and place[name] == nothing:
                 del place[name]
     return _digest([settings, made_from(config, student=None, teacher=None)])
@@ -239,7 +241,8 @@ def _model_digest(name: str, kind: Literal["students", "teachers"]) -> str:
     if names_a_folder(path) and not Path(path).is_dir():
         raise ModelError(f"{name}: there is no folder {path}\n  make that model first, or name another")
     told = {"notes", "licence", "figures", "eos", "pad", "training"}  # of the model, and no choice of it
-    return _digest([card.model_dump(mode="json", exclude=told), by_name(card)])
+    unsaid = {name for name in ("adapter", "layers") if getattr(card, name) is None}  # younger than the first cells
+    return _digest([card.model_dump(mode="json", exclude=told | unsaid), by_name(card)])
 
 
 @lru_cache(maxsize=64)

@@ -27,6 +27,8 @@ from minillm.config import OptimiserConfig
 from minillm.engine_state import layout_of
 from minillm.errors import NonFinite
 from minillm.loading import inspect, load
+from minillm.lora import Lora
+from minillm.lora_config import LoraConfig
 from minillm.lost import leave
 from minillm.ranks import Ranks
 from minillm.student_engine import Student
@@ -49,11 +51,15 @@ class Cell:
     precision: str = "fp32"
     optimiser: str = "adamw"
     dropout: bool = True
+    lora: bool = False
 
 
 CELLS = {
     "zero0": Cell("zero0", dropout=False),
     "zero0-muon": Cell("zero0", optimiser="muon"),
+    "zero0-lora": Cell("zero0", dropout=False, lora=True),
+    "zero2-lora": Cell("zero2", lora=True),
+    "zero3-lora": Cell("zero3", "bf16", lora=True),
     "zero1": Cell("zero1"),
     "zero1-bf16": Cell("zero1", "bf16"),
     "zero2": Cell("zero2", dropout=False),
@@ -92,6 +98,7 @@ def student(folder: Path, cell: Cell, ranks: Ranks) -> Student:
     return Student(
         lambda: load(card, inspect(card), seed=0), ranks=ranks, settings=settings, precision=cell.precision,
         optimiser=optimiser, updates=10, real_ids=VOCABULARY, dropout=cell.dropout, seed=5, name="it",
+        lora=Lora(settings=LoraConfig(rank=3, alpha=6), seed=5, base=str(card.model)) if cell.lora else None,
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     2: ("work", "sampling", "repetition", "divergences", "kept", "by_definition", "credit", "ridge", "policy_loss"),
     3: (
         *("settings", "alarm_config", "published", "stage_base", "text_stages", "text_mix"),
-        *("minillm_settings", "stage_checks", "stage_config", "yaml_reader", "data_config", "config"),
+        *("minillm_settings", "stage_checks", "stage_config", "yaml_reader", "data_config", "lora_config", "config"),
         *(
             "figures",
             "cards",
@@ -47,6 +47,9 @@ FLOORS: dict[int, tuple[str, ...]] = {
         *("order", "templates", "vocabulary", "world"),
     ),
     4: ("loading", "shapes", "models", "probes", "reading", "decode", "scored_rows", "scoring", "token_loss"),
+        "adapters",
+        "picked_layers",
+        "lora",
     5: (
         "ranks",
         "engine_settings",

@@ -55,7 +55,7 @@ LAST_BITS = {"threads", "engine.student", "stages.micro_batch", "stages.micro_to
 ANOTHER = {
     "seed", "student", "teacher", "stages.kind", "stages.name", "stages.keep.metric", "stages.keep.mode",
     "stages.optimiser.name", "stages.teacher_cache", "stages.student_share", "stages.replay",
-    *(path for path in EVERY if path.startswith("data.") and not path.startswith("data.test")),
+    *(path for path in EVERY if path.startswith(("data.", "lora.")) and not path.startswith("data.test")),
 }  # fmt: skip
 
 

@@ -459,7 +459,7 @@ def test_measures_are_the_ones_that_validation_reports() -> None:
 def test_run_fields_are_the_documented_ones() -> None:
     """A new top-level setting is a decision: change this list with it."""
     assert list(RunConfig.model_fields) == [
-        "name", "out", "seed", "threads", "student", "teacher", "data", "decoding", "stages", "engine", "evaluation",
-        "checkpoints",
+        "name", "out", "seed", "threads", "student", "teacher", "data", "decoding", "stages", "engine", "lora",
+        "evaluation", "checkpoints",
         "trackers",
     ]  # fmt: skip
