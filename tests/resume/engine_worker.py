@@ -209,7 +209,7 @@ def keep(folder: Path, name: str, it: Student) -> None:
 
 def require_gathered(it: Student) -> None:
     """The pieces put together are the weights that the engine itself gathers."""
-    tensors, gathered = whole(it), it.state()
+    tensors, gathered = whole(it), it._gathered(dict(it.root.named_parameters()))
     for name in layout_of(it._engine).shapes if it.ranks.first else ():
         assert torch.equal(tensors[f"weight/{name}"].to(gathered[name].dtype), gathered[name]), name
 

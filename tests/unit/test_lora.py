@@ -33,6 +33,8 @@ from minillm.store import RunFolder
 from minillm.yaml_reader import write_yaml
 from tests import quick, tiny
 
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own
+
 LORA = {"rank": 4, "alpha": 8}
 SFT = {"kind": "sft", "steps": 3, "batch": 6, "optimiser": {"lr": 1e-2}}
 MINILLM = {"kind": "minillm", "steps": 3, "prompts": 6, "teacher_mix": 0.2, "optimiser": {"lr": 1e-2}}
@@ -153,7 +155,7 @@ def test_it_goes_on_after_a_break_and_really_trains(inputs: Path) -> None:
     broken = config(inputs, name="broken", **kept)
     steps = iter(range(99))
 
-    class Cut(Exception):  # noqa: N818 (no error of anybody's)
+    class Cut(Exception):
         pass
 
     update = student_engine.Student.update
@@ -201,16 +203,20 @@ def test_all_linear_layers_of_the_blocks_and_nothing_else(inputs: Path, family: 
     model = opened(inputs / family)
     found = adapted_layers(model, None)
     matrices = {
-        name.removesuffix(".weight") for name, p in model.base_model.named_parameters() if p.dim() == 2 and "emb" not in name
+        name.removesuffix(".weight")
+        for name, p in model.base_model.named_parameters()
+        if p.dim() == 2 and "emb" not in name
     }
-    wanted = {f"{model.base_model_prefix}.{name}" for name in matrices if not name.rpartition(".")[2] in {"wte", "wpe"}}
+    wanted = {f"{model.base_model_prefix}.{name}" for name in matrices if name.rpartition(".")[2] not in {"wte", "wpe"}}
     assert set(found) == wanted
     one = found[0].rpartition(".")[2]
     assert adapted_layers(model, (one,)) == [name for name in found if name.endswith(one)]
 
 
 def test_chosen_layers_are_what_the_record_says(inputs: Path) -> None:
-    folder = distill(config(inputs, "llama", name="chosen", stages=(SFT,), lora={**LORA, "targets": ["q_proj", "1.mlp.down_proj"]}))
+    folder = distill(
+        config(inputs, "llama", name="chosen", stages=(SFT,), lora={**LORA, "targets": ["q_proj", "1.mlp.down_proj"]})
+    )
     adapter = read_adapter(folder / "student" / "adapter")
     assert {name.removeprefix("model.layers.") for name in adapter.pairs} == {
         "0.self_attn.q_proj", "1.self_attn.q_proj", "1.mlp.down_proj",
@@ -237,7 +243,11 @@ def test_the_first_adapter_is_of_the_seed_and_adds_nothing(inputs: Path) -> None
 @pytest.mark.parametrize(
     ("targets", "kind", "words"),
     [
-        (["c_atn"], ConfigError, "names no linear layer of a GPT2LMHeadModel; did you mean 'c_attn'.* c_attn, c_fc, c_proj"),
+        (
+            ["c_atn"],
+            ConfigError,
+            "names no linear layer of a GPT2LMHeadModel; did you mean 'c_attn'.* c_attn, c_fc, c_proj",
+        ),
         (["ln_1"], ConfigError, "names no linear layer"),
         (["wte"], UnsupportedCombination, "is the embedding"),
         (["lm_head"], UnsupportedCombination, "is the head"),
@@ -349,7 +359,7 @@ def test_an_adapter_of_another_shape_or_model_is_refused(inputs: Path, tmp_path:
     wider = {name: torch.cat([w, w], dim=1) if "lora_A" in name else w for name, w in weights.items()}
     save_file(wider, folder / "adapter_model.safetensors")
     card = Card(name="both", model=str(inputs / "llama"), adapter=str(folder))
-    with pytest.raises(ModelError, match="from 32 to 16, and that of"):
+    with pytest.raises(ModelError, match="from 48 to 16, and that of"):
         load(card, inspect(card), seed=0)
 
 
@@ -370,7 +380,7 @@ def test_a_folder_that_is_an_adapter_is_no_student(inputs: Path, tmp_path: Path)
     folder = write_adapter(inputs / "llama", tmp_path / "it")
     taught = config(inputs, "llama", name="refused")
     for field in ("student", "teacher"):
-        with pytest.raises(ConfigError, match="holds an adapter .*minillm merge-adapter BASE"):
+        with pytest.raises(ConfigError, match=r"holds an adapter (.|\n)*minillm merge-adapter BASE"):
             check_pair(taught.model_copy(update={field: str(folder)}))
 
 
@@ -379,5 +389,5 @@ def test_a_sharded_teacher_with_an_adapter_is_refused_with_the_way_out(inputs: P
     values = {"model": str(inputs / "llama"), "adapter": str(folder), "placement": "zero3"}
     (tmp_path / "t.yaml").write_text(write_yaml(values), encoding="utf-8")
     taught = config(inputs, "llama", name="refused").model_copy(update={"teacher": str(tmp_path / "t.yaml")})
-    with pytest.raises(UnsupportedCombination, match="minillm merge-adapter .* --out FOLDER"):
+    with pytest.raises(UnsupportedCombination, match=r"minillm merge-adapter .* --out FOLDER"):
         check_pair(taught)
