@@ -65,12 +65,8 @@ def run_stage(
     check_rows(stage, prompts, ranks=ranks)
     student = _student(config, stage, start=start, pair=pair, ranks=ranks)
     if ranks.first:
-        print(
-            f"stage {stage.name}: trains {student.trained:,} beside {student.parameters:,} frozen weights"
-            if config.lora is not None
-            else f"stage {stage.name}: trains all {student.parameters:,} weights",
-            flush=True,
-        )
+        for line in _trained_words(config, stage, start, student):
+            print(line, flush=True)
     try:
         begin: States | None = None
         boundary: Boundary = never
@@ -111,6 +107,18 @@ def run_stage(
         return done
     finally:
         student.close()
+
+
+def _trained_words(config: RunConfig, stage: Stage, start: Start, student: Student) -> list[str]:
+    """What learns, and what is frozen; and where a student that is sharded was whole while it was read."""
+    what = "all" if config.lora is None else f"an adapter of {student.trained:,} weights beside"
+    frozen = "" if config.lora is None else ", which are frozen"
+    words = [f"stage {stage.name}: trains {what} {student.parameters:,} weights{frozen}"]
+    if student.stage == 3 and start.card.build is None and not start.card.as_in_files:
+        words.append(
+            f"note: {start.card.name} is whole on every rank until it is sharded: its card changes its weights"
+        )
+    return words
 
 
 def load_teacher(pair: Pair, *, ranks: Ranks, say: Callable[[str], None]) -> Teacher:

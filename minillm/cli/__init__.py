@@ -54,6 +54,7 @@ Examples:
   minillm study --config docs/results/long-horizon.yaml --show
   minillm judge runs/a runs/b --url http://localhost:8000/v1 --model NAME
   minillm runs verify runs/mine
+  minillm merge-adapter BASE runs/mine/student/adapter --out merged
   minillm selftest --json selftest.json
   minillm bench loss --json bench.json
 
@@ -78,6 +79,7 @@ COMMANDS = (
     comparisons.study,
     comparisons.judge,
     kept.runs,
+    builtin.merge_adapter,
     builtin.selftest,
 )
 """In the order in which the help lists them."""

@@ -1,4 +1,4 @@
-"""Commands on what the library brings along: its world, and the proofs of what it says of itself."""
+"""Commands on what the library brings along, its world and the proofs of what it says of itself; and a small tool."""
 
 from __future__ import annotations
 
@@ -36,6 +36,25 @@ def world(
         records = rows(split)
         write_jsonl(out / f"{split}.jsonl", records)
         print(f"{out / f'{split}.jsonl'}: {len(records):,} rows")
+
+
+def merge_adapter(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model that the adapter was trained on.")],
+    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of a LoRA adapter in peft's format.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the merged model; it must be new or empty.")],
+) -> None:
+    """Write a model with a LoRA adapter merged into it.
+
+    For a teacher that is to be sharded, or any program that knows no adapters. BASE is a card, a folder or a hub name.
+
+    \b
+    Example:
+      minillm merge-adapter gpt2 runs/mine/student/adapter --out merged
+    """
+    from minillm import merging
+
+    layers = merging.merge_adapter(base, adapter, out)
+    print(f"{out}: {base} with {adapter} merged into {layers:,} layers")
 
 
 def _usable(file: Path | None) -> Path | None:

@@ -75,6 +75,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "supervisor",
         "own_files",
         "publish",
+        "merging",
         "model_card",
         "generated",
         "generation_parts",

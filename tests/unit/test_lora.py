@@ -25,9 +25,10 @@ from minillm import distill, student_engine
 from minillm.adapters import read_adapter
 from minillm.cards import Card
 from minillm.config import LoraConfig, RunConfig
-from minillm.errors import ConfigError, MinillmError, ModelError, RunExists, UnsupportedCombination
+from minillm.errors import ConfigError, DataError, MinillmError, ModelError, RunExists, UnsupportedCombination
 from minillm.loading import fingerprint, inspect, load
 from minillm.lora import Lora, adapted_layers, is_adapter
+from minillm.merging import merge_adapter
 from minillm.preflight import check_pair
 from minillm.store import RunFolder
 from minillm.yaml_reader import write_yaml
@@ -361,6 +362,26 @@ def test_an_adapter_of_another_shape_or_model_is_refused(inputs: Path, tmp_path:
     card = Card(name="both", model=str(inputs / "llama"), adapter=str(folder))
     with pytest.raises(ModelError, match="from 48 to 16, and that of"):
         load(card, inspect(card), seed=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_command_writes_the_merged_model_in_its_own_precision(inputs: Path, tmp_path: Path, dtype: str) -> None:
+    base = tmp_path / "base"
+    opened(inputs / "llama").to(getattr(torch, dtype)).save_pretrained(base)
+    tiny.tokenizer().save_pretrained(base)
+    adapter = write_adapter(base, tmp_path / "adapter")
+    assert merge_adapter(str(base), adapter, tmp_path / "merged") == 4
+    theirs = PeftModel.from_pretrained(opened(base), adapter).merge_and_unload()
+    found, wanted = opened(tmp_path / "merged").state_dict(), theirs.state_dict()
+    assert {str(weight.dtype) for weight in found.values()} == {f"torch.{dtype}"}
+    for name, weight in wanted.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-2 if dtype == "bfloat16" else NEAR, atol=NEAR)
+    assert inspect(Card(name="it", model=str(tmp_path / "merged"))).tokenizer.get_vocab()
+    with pytest.raises(DataError, match="holds something already"):
+        merge_adapter(str(base), adapter, tmp_path / "merged")
+    with pytest.raises(ModelError, match="was trained on"):
+        merge_adapter(str(inputs / "qwen2"), adapter, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_pickled_broken_and_missing_adapters_are_refused(inputs: Path, tmp_path: Path) -> None:

@@ -1,0 +1,40 @@
+"""A model with an adapter merged into its weights, as an ordinary folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from minillm.adapters import read_adapter
+from minillm.cards import load_card
+from minillm.errors import DataError, ModelError
+from minillm.loading import inspect, load, quiet_transformers
+from minillm.store import make_folder, replaced_folder, told_as_disk_error
+
+
+def merge_adapter(base: str, adapter: str | Path, out: Path) -> int:
+    """Writes the model ``base`` (a card, a folder or a hub name) with an adapter merged into it; how many layers that
+    changed.
+
+    In the precision that the model itself is in, as peft writes it. Raises ``ModelError`` for an adapter that is of
+    another model, or more than plain LoRA; ``DataError`` where ``out`` holds something.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} holds something already; nothing was touched.\n  give another --out")
+    card = load_card(base, kind="teachers")
+    if not card.as_in_files:
+        raise ModelError(
+            f"{card.name}: its card says 'build', 'adapter' or 'layers'; wanted a model as it stands in files.\n"
+            "  name the model itself"
+        )
+    card = card.model_copy(update={"adapter": str(adapter)})
+    facts = inspect(card)
+    own = getattr(facts.config, "dtype", None)
+    model = load(card, facts, seed=0, dtype=own if isinstance(own, torch.dtype) else torch.float32)
+    make_folder(out, setting="--out")
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    with told_as_disk_error(f"{out}: a model of {size:,} bytes"), replaced_folder(out) as staging, quiet_transformers():
+        model.save_pretrained(staging)
+        facts.tokenizer.save_pretrained(staging)
+    return len(read_adapter(Path(adapter)).pairs)
