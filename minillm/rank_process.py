@@ -112,11 +112,13 @@ class RankProcess:
 
 @dataclass(slots=True)
 class Voice:
-    """What a rank other than 0 prints, passed on line by line with its number before it."""
+    """What a rank other than 0 prints, or another host, passed on line by line with its number or name before it."""
 
     pipe: IO[bytes]
     into: IO[str]
     prefix: str
+    spoken: bool = False
+    """Whether anything has come."""
     _begun: bytes = field(default=b"")
 
     def pass_on(self) -> bool:
@@ -125,6 +127,7 @@ class Voice:
             heard = os.read(self.pipe.fileno(), 1 << 16)
         except BlockingIOError:
             return True
+        self.spoken = self.spoken or bool(heard)
         *lines, self._begun = (self._begun + heard).split(b"\n")
         if not heard and self._begun:
             lines, self._begun = [self._begun], b""

@@ -26,6 +26,7 @@ from types import FrameType
 from minillm import exits, phases
 from minillm.board import Board
 from minillm.guardian import Guardian
+from minillm.leash import Leash
 from minillm.rank_process import RankProcess, Voice, signal_name
 from minillm.stops import SAME_S, SIGNALS
 
@@ -75,8 +76,11 @@ class Supervisor:
         *,
         limit_s: float = LIMIT_S,
         environment: Mapping[str, str] | None = None,
+        leash: int | None = None,
     ) -> None:
+        """``leash`` is the descriptor from which to hear of signals and of the end of who started us (``leash``)."""
         self._command, self._place, self._limit_s = list(command), place, limit_s
+        self._leash = None if leash is None else Leash(leash, self._hear, limit_s=limit_s)
         self._environment = dict(os.environ if environment is None else environment)
         self._ranks: list[RankProcess] = []
         self._signals: list[tuple[int, float]] = []
@@ -92,15 +96,17 @@ class Supervisor:
         folder = Path(tempfile.mkdtemp(prefix="minillm-launch-"))
         guardian = Guardian(folder)
         try:
-            with _heard(self._hear), selectors.DefaultSelector() as voices:
+            with heard(self._hear), selectors.DefaultSelector() as voices:
                 board = Board.made(folder / "board", ranks=self._place.ranks)
+                if self._leash is not None:
+                    voices.register(self._leash, selectors.EVENT_READ, self._leash)
                 for local in range(self._place.ranks):
                     self._ranks.append(self._started(local, folder / "board", board, voices))
                     guardian.watch(self._ranks[-1].process.pid)
                 while any(rank.code is None for rank in self._ranks):
-                    _listen(voices, wait_s=_ROUND_S)
+                    listen(voices, wait_s=_ROUND_S)
                     self._go_round(time.monotonic())
-                while _listen(voices, wait_s=0):  # a grandchild may keep a pipe open: no waiting for its end
+                while listen(voices, wait_s=0):  # a grandchild may keep a pipe open: no waiting for its end
                     pass
         finally:
             guardian.dismiss()
@@ -126,6 +132,9 @@ class Supervisor:
     def _hear(self, number: int) -> None:
         """Runs as a signal handler: hands on at once, since a rank that got the signal from elsewhere, too, may be gone
         from where a second one does no harm."""
+        if number == signal.SIGKILL:  # by the leash
+            self._end_all(number)
+            return
         now = time.monotonic()
         if not self._signals or now - self._signals[-1][1] >= SAME_S:
             self._signals.append((number, now))
@@ -145,9 +154,11 @@ class Supervisor:
         if self._signals and not self._announced:
             self._announced = True
             name = signal_name(self._signals[0][0])
-            _say(f"{name}: the ranks save and stop where they next can; once more ends them at once")
+            say(f"{name}: the ranks save and stop where they next can; once more ends them at once")
         if len(self._signals) > 1 and now - self._signals[1][1] > LEAVES_S:
             self._end_all(signal.SIGKILL)  # a rank that could not answer
+        if self._leash is not None and self._leash.look(now):
+            self._end_all(signal.SIGKILL)  # nobody is left who could ask it to
         failed = [rank for rank in self._ranks if rank.failed]
         if failed:
             self._failed_at = self._failed_at or now
@@ -182,12 +193,15 @@ class Supervisor:
             return exits.DONE
         if len(self._signals) > 1 and not codes <= {exits.DONE, exits.STOPPED}:
             return exits.by_signal(self._signals[1][0])
-        culprit = min((rank for rank in self._ranks if rank.failed), key=_blame)
+        failed = [rank for rank in self._ranks if rank.failed]
+        if not failed:  # all were ended by the leash, because of another host
+            return exits.RANK_LOST
+        culprit = min(failed, key=_blame)
         assert culprit.code is not None
         if not culprit.stuck and -culprit.code in {number for number, _ in self._signals}:
             return exits.by_signal(-culprit.code)
         if culprit.code != exits.STOPPED and not (culprit.number == 0 and culprit.code in _TELLS_ITSELF):
-            _say(f"{culprit.how()}; all ranks have ended")
+            say(f"{culprit.how()}; all ranks have ended")
         return culprit.code if culprit.code > 0 and not culprit.stuck else exits.RANK_LOST
 
 
@@ -199,7 +213,7 @@ def _blame(rank: RankProcess) -> tuple[int, float, bool, int]:
     return no_cause, rank.when, code > 0, rank.number
 
 
-def _listen(voices: selectors.BaseSelector, *, wait_s: float) -> bool:
+def listen(voices: selectors.BaseSelector, *, wait_s: float) -> bool:
     """Passes on what the ranks have said; waits for so long where they are silent. Whether any said something."""
     if not voices.get_map():
         time.sleep(wait_s)
@@ -212,7 +226,7 @@ def _listen(voices: selectors.BaseSelector, *, wait_s: float) -> bool:
 
 
 @contextlib.contextmanager
-def _heard(hear: Callable[[int], None]) -> Iterator[None]:
+def heard(hear: Callable[[int], None]) -> Iterator[None]:
     """Tells of ``SIGNALS`` for the time of the block, but for those that are ignored already."""
 
     def handler(number: int, frame: FrameType | None) -> None:
@@ -229,5 +243,6 @@ def _heard(hear: Callable[[int], None]) -> Iterator[None]:
             signal.signal(number, before[number])
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """A line of the launcher's own."""
     print(f"launch: {line}", file=sys.stderr, flush=True)

@@ -1,18 +1,15 @@
 #!/usr/bin/env bash
 # Distils a teacher into a student with DeepSpeed, on several ranks.
 #
-#   bash scripts/distill.sh TEACHER STUDENT [key=value ...]
+#   bash scripts/distill.sh TEACHER STUDENT [key=value ...] [--hostfile FILE] [--dry-run]
 #   bash scripts/distill.sh gpt2-xl gpt2 data.train=prompts.jsonl name=my-run
 #
 # TEACHER and STUDENT are cards (teachers/*.yaml, students/*.yaml), model folders or hub names. CONFIG names another run file
 # than recipes/jsonl.yaml, and RANKS another number of processes than one a GPU. SIGTERM and Ctrl-C save at the next step
-# and end with exit code 75; the same command goes on.
+# and end with exit code 75; the same command goes on. Several nodes: docs/launching.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-if [[ $# -lt 2 || $1 == -* || $1 == *=* || $2 == *=* ]]; then
-  sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
-  exit 2
-fi
+source scripts/arguments.sh
 source scripts/setup.sh
 source scripts/launch.sh
-exec "${launcher[@]}" distill --config "${CONFIG:-recipes/jsonl.yaml}" teacher="$1" student="$2" "${@:3}"
+exec "${launcher[@]}" distill --config "${CONFIG:-recipes/jsonl.yaml}" teacher="$teacher" student="$student" "${settings[@]}"

@@ -3,12 +3,18 @@
 # signal to the script reaches it.
 #
 # RANKS sets the number of ranks: by default every GPU, or two on a machine without one. MASTER_PORT names the port where
-# they meet; by default each launch takes a free one.
+# they meet; by default each launch takes a free one. On several nodes: a hostfile, or NODE_RANK, NNODES and MASTER_ADDR
+# (docs/launching.md).
 PATH=$(dirname "$python"):$PATH
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
-ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}
-[[ $gpus -gt 0 ]] || export DS_ACCELERATOR=cpu
-
-launcher=("$python" -m minillm launch --ranks "$ranks" --master-port "${MASTER_PORT:-0}")
+[[ -v for_launch ]] || for_launch=()
+launcher=("$python" -m minillm launch "${for_launch[@]}")
+if [[ " ${for_launch[*]-}" == *" --hostfile"* ]]; then
+  launcher+=(${RANKS:+--ranks "$RANKS"}) # the file says it, and this machine's GPUs are not theirs
+else
+  gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+  ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}
+  [[ $gpus -gt 0 ]] || export DS_ACCELERATOR=cpu
+  launcher+=(--ranks "$ranks")
+fi
 launch() { "${launcher[@]}" "$@"; }

@@ -4,6 +4,7 @@
 #   bash scripts/setup.sh        # make it, or bring it up to date
 #   source scripts/setup.sh      # in a script: the same, and `$python` is its interpreter afterwards
 #
+# MINILLM_PYTHON names an interpreter that has minillm already, as in a container: then nothing is made.
 # MINILLM_VENV names another place than .venv (a relative one counts from the checkout). An environment that this script made and that an interruption left
 # half-made is thrown away and made again; one that was there before is installed into and never removed.
 set -euo pipefail
@@ -105,6 +106,11 @@ setup_install() {
 
 setup_main() {
   local digest
+  if [[ -n ${MINILLM_PYTHON:-} ]]; then
+    python=$(command -v "$MINILLM_PYTHON") || setup_fail "MINILLM_PYTHON=$MINILLM_PYTHON: no such program." \
+      "Name an interpreter that has minillm, or unset it and run this again."
+    return
+  fi
   digest=$(setup_digest)
   setup_is_current "$digest" && return
   # Two scripts started together must not both install: the second waits, and then finds the work done.

@@ -62,6 +62,7 @@ Examples:
 On several processes or GPUs:
   minillm launch --ranks 2 distill \\
     --config recipes/quickstart/minillm.yaml
+  minillm launch --hostfile hosts distill --config my-run.yaml
 
 More on a command: minillm COMMAND --help
 """

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from minillm import exits
+from minillm.cli import options
 from minillm.errors import ConfigError
 
 
@@ -99,6 +100,7 @@ def compare(  # noqa: PLR0917 (typer reads options from parameters)
 
 def study(  # noqa: PLR0917 (typer reads options from parameters)
     config: Annotated[Path, typer.Option("--config", help="The study's YAML file, as docs/results/long-horizon.yaml.")],
+    overrides: options.Overrides = None,
     arms: Annotated[
         str | None, typer.Option("--arms", metavar="A,B,…", help="Make the cells of these arms only.")
     ] = None,
@@ -124,30 +126,37 @@ def study(  # noqa: PLR0917 (typer reads options from parameters)
         str, typer.Option("--diversity", metavar="MEASURE", help="Equal diversity in what: distinct_4, self_bleu, …")
     ] = "distinct_4",
     html: Annotated[Path | None, typer.Option("--html", help="Also write all of it as one page.")] = None,
+    dry_run: options.DryRun = False,
 ) -> None:
     """Compare ways to train over several training seeds.
 
     Each arm and seed is a cell: a run, its evaluation, and one small file that is kept. Cells that are there
-    are not made again, so a table grows over several runs; seed by seed, so that it is balanced.
+    are not made again, so a table grows over several runs; seed by seed, so that it is balanced. KEY=VALUE replaces an
+    entry of the study's file (name, results, seeds), or else a setting of the recipe in every cell, teacher and student
+    among them.
 
     \b
     Example:
       minillm study --config docs/results/long-horizon.yaml --show
     """
-    from minillm.study.command import run, run_again
+    from minillm.study.command import describe, run, run_again
 
+    if dry_run:
+        describe(config, overrides=overrides or [], quick=quick)
+        return
     if again_as is not None:
         others = {"--arms": arms, "--seeds": seeds, "--show": show, "--again": again, "--json": json_file,
                   "--plot": plot, "--curves": curves, "--compare-with": compare_with, "--html": html}  # fmt: skip
         if unheard := [name for name, given in others.items() if given not in (None, False)]:
             raise ConfigError(f"--reproduce makes one cell and nothing else; leave {unheard[0]} out")
-        if not run_again(config, again_as, quick=quick):
+        if not run_again(config, again_as, overrides=overrides or [], quick=quick):
             raise typer.Exit(exits.CHECK_FAILED)
         return
     if seeds is not None and any(not each.strip().isdecimal() for each in seeds.split(",")):
         raise ConfigError(f"--seeds {seeds!r}: wanted whole numbers with commas between them, such as 1,2")
     run(
         config,
+        overrides=overrides or [],
         arms=[arm.strip() for arm in arms.split(",")] if arms is not None else None,
         seeds=[int(seed) for seed in seeds.split(",")] if seeds is not None else None,
         show=show, again=again, json_file=json_file, plot=plot, curves=curves, against=against,

@@ -25,3 +25,4 @@ AcceptChange = Annotated[
 Profile = Annotated[
     int, typer.Option("--profile", min=0, metavar="STEPS", help="Record so many steps as a trace, in RUN/profile.")
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the configuration with all defaults; do nothing.")]

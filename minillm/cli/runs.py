@@ -24,6 +24,7 @@ def sft(  # noqa: PLR0917 (typer reads options from parameters)
     resume: options.Resume = "auto",
     accept_change: options.AcceptChange = None,
     profile: options.Profile = 0,
+    dry_run: options.DryRun = False,
 ) -> None:
     """Train a model on reference responses (fine-tuning).
 
@@ -34,7 +35,7 @@ def sft(  # noqa: PLR0917 (typer reads options from parameters)
     settings = _load(config, overrides)
     if any(stage.kind != "sft" for stage in settings.stages):
         raise ConfigError(f"{config}: holds a stage that is not sft; run it with: minillm distill --config {config}")
-    _run(settings, fresh=fresh, resume=resume, accept_change=accept_change, profile=profile)
+    _run(settings, fresh=fresh, resume=resume, accept_change=accept_change, profile=profile, dry_run=dry_run)
 
 
 @told_ends()
@@ -45,6 +46,7 @@ def distill(  # noqa: PLR0917 (typer reads options from parameters)
     resume: options.Resume = "auto",
     accept_change: options.AcceptChange = None,
     profile: options.Profile = 0,
+    dry_run: options.DryRun = False,
 ) -> None:
     """Distil a teacher into a student, evaluate it, report.
 
@@ -58,7 +60,8 @@ def distill(  # noqa: PLR0917 (typer reads options from parameters)
       minillm launch --ranks 2 distill \\
         --config recipes/quickstart/minillm.yaml
     """
-    _run(_load(config, overrides), fresh=fresh, resume=resume, accept_change=accept_change, profile=profile)
+    settings = _load(config, overrides)
+    _run(settings, fresh=fresh, resume=resume, accept_change=accept_change, profile=profile, dry_run=dry_run)
 
 
 def evaluate(  # noqa: PLR0917 (typer reads options from parameters)
@@ -70,6 +73,7 @@ def evaluate(  # noqa: PLR0917 (typer reads options from parameters)
         str, typer.Option("--preset", help="A published protocol: minillm. Its settings replace the file's.")
     ] = "",
     fresh: options.Fresh = False,
+    dry_run: options.DryRun = False,
 ) -> None:
     """Measure a model on a configuration's test prompts.
 
@@ -84,6 +88,9 @@ def evaluate(  # noqa: PLR0917 (typer reads options from parameters)
         --config recipes/jsonl.yaml 'data.test={dolly: set:dolly, sinst: set:sinst}'
     """
     settings = _load(config, [*_preset(preset), *(overrides or [])])
+    if dry_run:
+        _show(settings, f"measures {model} into {out}")
+        return
     from minillm import api
 
     api.evaluate(model, settings, out=out, fresh=fresh)
@@ -199,9 +206,22 @@ def _preset(name: str) -> tuple[str, ...]:
     return found
 
 
-def _run(settings: RunConfig, *, fresh: bool, resume: str, accept_change: list[str] | None, profile: int) -> None:
+def _show(settings: RunConfig, what: str) -> None:
+    """Prints a configuration as a file that could be run, on the first rank."""
+    from minillm.config import dump_config
+
+    if os.environ.get("RANK", "0") == "0":
+        print(f"# {what}, as the following says\n{dump_config(settings)}", end="", flush=True)
+
+
+def _run(
+    settings: RunConfig, *, fresh: bool, resume: str, accept_change: list[str] | None, profile: int, dry_run: bool
+) -> None:
     if fresh and (resume != "auto" or accept_change):
         raise ConfigError("--fresh starts over, so there is nothing to go on from; leave out --resume, --accept-change")
+    if dry_run:
+        _show(settings, f"trains into {settings.out}/{settings.name}")
+        return
     from minillm import api
 
     wanted: Literal["auto", True] | Path = "auto" if resume == "auto" else True if resume == "true" else Path(resume)

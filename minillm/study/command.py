@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from minillm.config import dump_config
 from minillm.errors import ConfigError, did_you_mean
 from minillm.measures import MAIN_TEMPERATURE, temperature_key
 from minillm.own_files import OwnFile, page_file
@@ -35,6 +37,7 @@ from minillm.study.tuning import stored_tuning
 from minillm.study.verdict import correct, sentences, standings
 from minillm.study.yardsticks import make_yardsticks, read_yardsticks, told
 from minillm.terminal import print_table
+from minillm.yaml_reader import write_yaml
 
 PLOT, CURVES = "minillm study --plot", "minillm study --curves"
 T = TypeVar("T", str, int)
@@ -47,6 +50,7 @@ LABELS = {"validity": "validity", "coverage": "coverage", "rouge_l": "ROUGE-L", 
 def run(
     config: Path,
     *,
+    overrides: Sequence[str] = (),
     arms: Sequence[str] | None,
     seeds: Sequence[int] | None,
     show: bool,
@@ -70,7 +74,7 @@ def run(
     require_diversity(diversity)
     if show and again:
         raise ConfigError("--show makes nothing and --again makes all anew; leave one out")
-    study = load_study(config, quick=quick)
+    study = load_study(config, overrides, quick=quick)
     if compare_with is not None:
         _some_of("--compare-with", [compare_with], list(study.arms))
         study = study.model_copy(update={"compare_with": compare_with})
@@ -139,9 +143,22 @@ def _own(option: str, file: Path) -> OwnFile:
     return page_file(file, made_by=PAGE) if option == "--html" else drawing_file(file, made_by=makers[option])
 
 
-def run_again(config: Path, cell: str, *, quick: bool = False) -> bool:
+def describe(config: Path, *, overrides: Sequence[str] = (), quick: bool = False) -> None:
+    """Prints the study with what was given in its place, and the run that every cell starts from, on the first rank."""
+    study = load_study(config, overrides, quick=quick)
+    entries = study.model_dump(mode="json", exclude={"quick"}, exclude_none=True)
+    start = study.yardstick_config("NAME")
+    if os.environ.get("RANK", "0") == "0":  # no collective for so little
+        cells = f"{len(study.arms)} arms x {len(study.seeds)} seeds"
+        print(f"# makes {cells} into {study.results}, as the following says\n{write_yaml(entries)}", end="")
+        print(
+            f"---\n# every cell starts from this run; its arm, name and seed come on top\n{dump_config(start)}", end=""
+        )
+
+
+def run_again(config: Path, cell: str, *, overrides: Sequence[str] = (), quick: bool = False) -> bool:
     """Makes a committed cell, 'ARM:SEED', again and says whether its figures come out."""
-    study = load_study(config, quick=quick)
+    study = load_study(config, overrides, quick=quick)
     arm, _, seed = cell.partition(":")
     if not seed.isdecimal():
         raise ConfigError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -15,6 +15,7 @@ from minillm.manifests import parsed
 from minillm.measures import MEASURES
 from minillm.settings import Count, Flag, Positive, Seed, Settings, Text, headed
 from minillm.stage_base import BETTER, is_component
+from minillm.study.overrides import with_overrides
 from minillm.yaml_reader import read_yaml_file
 
 STUDENT, TEACHER = "student", "teacher"
@@ -266,14 +267,16 @@ class StudyConfig(Settings):
         return dict(found)
 
 
-def load_study(path: Path, *, quick: bool = False) -> StudyConfig:
-    """The study that a YAML file describes, or its short form, every cell's configuration checked.
+def load_study(path: Path, overrides: Sequence[str] = (), *, quick: bool = False) -> StudyConfig:
+    """The study that a YAML file describes, or its short form, every cell's configuration checked; ``overrides`` are
+    KEY=VALUE (``overrides.with_overrides``).
 
     Raises ``ConfigError``, or its child ``UnsupportedCombination``, naming the file, the arm and the problem.
     """
     values = read_yaml_file(path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds {'nothing' if values is None else 'no mapping'}; wanted 'name: value' lines")
+    values = with_overrides(values, overrides, entries=StudyConfig.model_fields)
     try:
         study = StudyConfig(**values)
         if quick:

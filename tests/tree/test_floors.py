@@ -73,6 +73,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "guardian",
         "rank_process",
         "supervisor",
+        *("hostfile", "leash", "hosts"),
         "own_files",
         "publish",
         "merging",
