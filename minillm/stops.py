@@ -127,7 +127,9 @@ class Stops:
         One rank's signal stops all. One small all-reduce; none with one process.
         """
         number = self._number if ranks.size == 1 else ranks.most(self._number)
-        self._answered = self._answered or number > 0
+        if number and not self._answered:
+            self._answered = True
+            self._when = self._when or time.monotonic()  # another rank's: ours may come while we are on our way out
         return signal.Signals(number).name if number else ""
 
     def _hear(self, number: int, frame: FrameType | None) -> None:

@@ -198,6 +198,28 @@ def test_the_flag_is_all_that_a_signal_sets(late: bool, monkeypatch: pytest.Monk
             signal.signal(number, owner)
 
 
+class Other:
+    """Ranks of which another one has got the signal."""
+
+    size = 2
+
+    def most(self, value: int) -> int:
+        return signal.SIGTERM
+
+
+def test_a_signal_that_comes_after_that_of_another_rank_ends_nothing() -> None:
+    """Signals to the hosts of a cluster come one after the other, and ranks that have saved are on their way out."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    try:
+        with Stops() as stops:
+            assert stops.agreed(Other()) == "SIGTERM"  # type: ignore[arg-type]
+        signal.raise_signal(signal.SIGTERM)  # would end this process
+        assert [signal.getsignal(number) for number in SIGNALS] != before
+    finally:
+        for number, owner in zip(SIGNALS, before, strict=True):
+            signal.signal(number, owner)
+
+
 def test_a_signal_that_nobody_answered_is_not_lost() -> None:
     heard = list[int]()
     before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
