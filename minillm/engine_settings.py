@@ -22,6 +22,8 @@ ENGINE_SETTINGS = {
 """Sections of DeepSpeed's JSON file that a run may set; others are the run's own or of training that we do not do."""
 WRITES_ELSEWHERE = {"tensorboard", "wandb", "comet", "csv_monitor", "nebula"}
 """Sections that name files, folders and accounts: an engine file that somebody else wrote must not."""
+OFFLOADS = {"offload_optimizer": 1, "offload_param": 3}
+"""What DeepSpeed may keep in host memory, by the ZeRO stage from which it can."""
 
 
 def read_engine_settings(name: str) -> dict[str, Any]:
@@ -55,12 +57,13 @@ def read_engine_settings(name: str) -> dict[str, Any]:
             f"{file}: {unknown[0]}: no engine setting of this name"
             f"{did_you_mean(unknown[0], ENGINE_SETTINGS) or '; known here: ' + ', '.join(sorted(ENGINE_SETTINGS))}"
         )
-    _check_zero(settings.get("zero_optimization", {}), file=str(file))
+    zero = _check_zero(settings.get("zero_optimization", {}), file=str(file))
+    _check_offload(zero, settings, file=str(file))
     return settings
 
 
-def _check_zero(section: Any, *, file: str) -> None:
-    """Asks DeepSpeed's own record of the section, before a model is loaded."""
+def _check_zero(section: Any, *, file: str) -> Any:
+    """DeepSpeed's own record of the section, which checks it before a model is loaded."""
     prepare_deepspeed()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
@@ -81,11 +84,52 @@ def _check_zero(section: Any, *, file: str) -> None:
             f"{file}: zero_optimization.compute_grad_norm: false: a gradient that is not finite would be stepped on, "
             "unseen; take it out"
         )
-    for part in ("offload_optimizer", "offload_param"):
-        if (device := getattr(getattr(zero, part), "device", "none")) != "none":
+    return zero
+
+
+def _check_offload(zero: Any, settings: dict[str, Any], *, file: str) -> None:
+    """Raise ``UnsupportedCombination`` where weights or moments would be kept where this library does not find them."""
+    section = settings.get("zero_optimization", {})
+    if old := sorted({"cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory"} & section.keys()):
+        raise ConfigError(
+            f"{file}: zero_optimization.{old[0]} is DeepSpeed's former name; "
+            'write "offload_optimizer" or "offload_param": {"device": "cpu"}'
+        )
+    parts = {name: getattr(zero, name) for name in OFFLOADS}
+    used = {name: part for name, part in parts.items() if getattr(part, "device", "none") != "none"}
+    for name, part in used.items():
+        at = f"{file}: zero_optimization.{name}"
+        if part.device != "cpu":
             raise UnsupportedCombination(
-                f"{file}: zero_optimization.{part}: offloading (to {device}) is not built yet; take it out"
+                f"{at}: offloading to {section[name]['device']!r}: DeepSpeed compiles C++ for it, and what lies there "
+                'is in no checkpoint; set "device": "cpu"'
             )
+        if zero.stage < OFFLOADS[name]:
+            raise UnsupportedCombination(
+                f"{at}: at ZeRO stage {int(zero.stage)} there is nothing that DeepSpeed could offload; "
+                f"set stage: {OFFLOADS[name]} or above, or take it out"
+            )
+    if used and settings.get("zero_force_ds_cpu_optimizer"):
+        raise UnsupportedCombination(
+            f"{file}: zero_force_ds_cpu_optimizer: true asks for DeepSpeed's own Adam, which compiles C++; an "
+            "offloaded student is stepped by torch's; take it out"
+        )
+    optimiser = used.get("offload_optimizer")
+    if optimiser is not None and (optimiser.ratio < 1 or optimiser.super_offload or zero.zenflow is not None):
+        raise UnsupportedCombination(
+            f"{file}: zero_optimization.offload_optimizer: with ratio below 1, super_offload or zenflow DeepSpeed "
+            "keeps moments in optimisers of its own, which no checkpoint finds; take it out"
+        )
+
+
+def with_torch_optimiser(settings: dict[str, Any], *, pinned: bool) -> dict[str, Any]:
+    """Engine settings with what offloading needs beside them: an optimiser of torch's, which DeepSpeed would refuse
+    there, and page-locked memory where there is a GPU to copy to (``pinned``), unless the file says otherwise."""
+    section = settings.get("zero_optimization", {})
+    offloads = {name: {"pin_memory": pinned, **section[name]} for name in OFFLOADS if section.get(name)}
+    if not offloads:
+        return settings
+    return {**settings, "zero_force_ds_cpu_optimizer": False, "zero_optimization": {**section, **offloads}}
 
 
 def zero_stage(settings: dict[str, Any]) -> int:

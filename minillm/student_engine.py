@@ -17,7 +17,7 @@ from minillm.adapters import Adapter
 from minillm.checkpoints import Checkpoint, Write
 from minillm.config import OptimiserConfig
 from minillm.engine_files import Progress, engine_writers, restore_engine
-from minillm.engine_settings import read_engine_settings, zero_stage
+from minillm.engine_settings import read_engine_settings, with_torch_optimiser, zero_stage
 from minillm.engine_state import layout_of
 from minillm.engines import initialise, load_for
 from minillm.errors import NonFinite
@@ -49,7 +49,7 @@ class Student:
         """
         self.ranks = ranks
         self._optimiser, self._updates = optimiser, updates
-        engine_config = read_engine_settings(settings)
+        engine_config = with_torch_optimiser(read_engine_settings(settings), pinned=ranks.device.type == "cuda")
         self.stage = zero_stage(engine_config)
         sharded_read = self.stage == 3 and from_files
         model = load_for(load, engine_config, precision=precision, shard=sharded_read)

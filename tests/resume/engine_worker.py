@@ -68,10 +68,18 @@ CELLS = {
     "zero3": Cell("zero3", dropout=False),
     "zero3-bf16": Cell("zero3", "bf16"),
     "zero3-groups": Cell("zero3-groups", "bf16"),
+    "zero1-offload": Cell("zero1-offload", "bf16"),
+    "zero2-offload": Cell("zero2-offload", dropout=False),
+    "zero2-offload-bf16": Cell("zero2-offload", "bf16"),
+    "zero3-offload": Cell("zero3-offload", dropout=False),
+    "zero3-offload-bf16": Cell("zero3-offload", "bf16"),
+    "zero3-param": Cell("zero3-param", "bf16"),
 }
 """Without dropout, whose masks are of the rank, where numbers of ranks are compared."""
 OWN_SETTINGS: dict[str, dict[str, Any]] = {
     "zero2-robin": {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+    "zero1-offload": {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}},
+    "zero3-param": {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
     # Small parameters stay gathered between forwards, and the optimiser steps each group in several parts.
     "zero3-groups": {
         "zero_optimization": {

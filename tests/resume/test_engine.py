@@ -28,11 +28,15 @@ from tests.resume.engine_worker import AFTER, BEFORE, CELLS, kept, student, trai
 pytestmark = pytest.mark.filterwarnings("ignore:.*reduce_scatter_tensor.*:FutureWarning")  # DeepSpeed's own
 
 MOVES = {
-    1: [("zero3", "zero3@2"), ("zero2", "zero2-robin@2"), ("zero0", "zero2@1")],
-    2: [("zero2", "zero2@1"), ("zero3", "zero2@2"), ("zero2", "zero0@2"), ("zero3-bf16", "zero1-bf16@2")],
-    3: [("zero2", "zero2@2"), ("zero3", "zero3@2")],
+    1: [("zero3", "zero3@2"), ("zero2", "zero2-robin@2"), ("zero0", "zero2@1"), ("zero2-offload", "zero3-offload@2")],
+    2: [
+        *(("zero2", "zero2@1"), ("zero3", "zero2@2"), ("zero2", "zero0@2"), ("zero3-bf16", "zero1-bf16@2")),
+        *(("zero3-offload", "zero2@2"), ("zero0", "zero3-offload@1"), ("zero3-offload-bf16", "zero2-offload-bf16@1")),
+    ],
+    3: [("zero2", "zero2@2"), ("zero3", "zero3@2"), ("zero3-offload", "zero2-offload@2")],
 }
 """By the number of ranks: which engine goes on, and from whose checkpoint (CELL@RANKS)."""
+OFFLOADED = ["zero2-offload@1", "zero2-offload@2", "zero3-offload@2"]
 ALL_MOVES = [(cell, source, ranks) for ranks, moves in MOVES.items() for cell, source in moves]
 STILL = [move for move in ALL_MOVES if not CELLS[move[1].partition("@")[0]].dropout]
 """Those whose updates can be compared: masks of dropout are of the rank."""
@@ -124,7 +128,7 @@ def test_other_ranks_and_stages_go_on_as_before(folder: Path, cell: str, source:
     assert apart(never, tensors(folder, source, "at")) > 1e-3, "the control: three updates are more than that"
 
 
-@pytest.mark.parametrize("name", ["zero2@1", "zero3@1", "zero0@2", "zero2@2", "zero3@2"])
+@pytest.mark.parametrize("name", ["zero2@1", "zero3@1", "zero0@2", "zero2@2", "zero3@2", *OFFLOADED])
 def test_every_stage_keeps_the_same_under_the_same_names(folder: Path, name: str) -> None:
     """Moments too, of which DeepSpeed itself gathers none at stages 1 and 2."""
     plain = tensors(folder, "zero0@1", "at")
@@ -133,7 +137,7 @@ def test_every_stage_keeps_the_same_under_the_same_names(folder: Path, name: str
     assert all(float((turned[kind] - tensor).abs().max()) > NEAR for kind, tensor in plain.items()), "the control"
 
 
-@pytest.mark.parametrize("cell", ["zero2", "zero1-bf16", "zero3-groups"])
+@pytest.mark.parametrize("cell", ["zero2", "zero1-bf16", "zero3-groups", "zero2-offload-bf16", "zero3-offload-bf16"])
 def test_an_engine_that_has_trained_on_can_go_back(folder: Path, cell: str) -> None:
     """Also where parameters stay gathered between forwards: those are made anew."""
     ranks = Ranks()

@@ -201,7 +201,9 @@ def test_a_forbidden_engine_setting_is_noticed_at_any_depth() -> None:
 @pytest.mark.parametrize("path", ENGINES, ids=lambda path: path.stem)
 def test_engine_files_say_the_stage_of_their_name(path: Path) -> None:
     zero = json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]
-    assert path.stem.endswith(f"zero{zero['stage']}")
+    stem = path.stem.removesuffix("-offload")
+    assert stem.endswith(f"zero{zero['stage']}")
+    assert (stem != path.stem) == ("offload_optimizer" in zero) >= ("offload_param" in zero)
     if zero["stage"] == 3:
         assert zero["stage3_param_persistence_threshold"] == 0
 

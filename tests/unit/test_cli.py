@@ -111,7 +111,7 @@ FILES: dict[str, str | bytes] = {
     "stage.json": '{"zero_optimization": {"stage": 7}}',
     "typo.json": '{"zero_optimisation": {"stage": 2}}',
     "unseen.json": '{"zero_optimization": {"stage": 2, "compute_grad_norm": false}}',
-    "offload.json": '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}',
+    "offload.json": '{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}',
     "malformed.jsonl": '{"prompt": "a"}\n{"prompt": "b",}\n',
     "number.jsonl": '{"prompt": 3}\n',
     "empty.jsonl": "",
@@ -296,7 +296,7 @@ DISTIL: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("engine.student={place}/stage.json",), ("ConfigError", "zero_optimization.stage: got 7")),
     (("engine.student={place}/typo.json",), ("ConfigError", "did you mean 'zero_optimization'?")),
     (("engine.student={place}/unseen.json",), ("UnsupportedCombination", "compute_grad_norm", "stepped on")),
-    (("engine.student={place}/offload.json",), ("UnsupportedCombination", "offload_optimizer", "not built yet")),
+    (("engine.student={place}/offload.json",), ("UnsupportedCombination", "offload_param", "ZeRO stage 2")),
     # places
     (("out={place}/a-file",), ("ConfigError", "a-file/run' cannot be used as a folder", "change out or name")),
     (('out="a\\0b"',), ("ConfigError", "null byte", "change out or name")),

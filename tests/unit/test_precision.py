@@ -9,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 from torch import Tensor
 
 from minillm.cards import Card
 from minillm.config import OptimiserConfig
+from minillm.engine_state import layout_of
 from minillm.loading import inspect, load
 from minillm.ranks import Ranks
 from minillm.student_engine import Student
@@ -25,7 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*reduce_scatter_tensor.*:Future
 
 REAL = len(tiny.WORDS)
 RANKS = Ranks()
-STAGES = ("zero1", "zero2", "zero3")
+MANY = 128
+STAGES = ("zero1", "zero2", "zero3", "zero2-offload", "zero3-offload")
 PRECISIONS = [("fp32", torch.float32), ("bf16", torch.bfloat16)]
 
 
@@ -48,18 +51,18 @@ def student(folder: Path) -> Callable[..., Student]:
     return make
 
 
-def learn(student: Student) -> float:
-    """One step on two rows of text; its loss."""
+def learn(student: Student, *, micro_batches: int = 1) -> tuple[float, float]:
+    """One step on two rows of text, the same in each micro-batch; its loss and the gradient's norm."""
     ids_BL = torch.tensor([[3, 4, 5, 6, 7], [9, 2, 11, 4, 1]])
     mask_BL, predict_BL = ids_BL > 0, torch.arange(5).expand(2, 5) > 1
 
     def loss() -> Tensor:
         return student.loss(
             ids_BL=ids_BL, mask_BL=mask_BL, predict_BL=predict_BL, wanted=("logq",),
-            loss=lambda numbers, _: -numbers["logq"].sum() / 6,
+            loss=lambda numbers, _: -numbers["logq"].sum() / (6 * micro_batches),
         )[0]  # fmt: skip
 
-    return student.update([loss])[0]
+    return student.update([loss] * micro_batches)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), PRECISIONS)
@@ -79,13 +82,45 @@ def test_a_student_computes_in_the_precision_of_its_engine_at_every_stage(
 
 @pytest.mark.parametrize(("precision", "_"), PRECISIONS)
 def test_every_stage_has_the_same_first_loss(precision: str, _: Any, student: Callable[..., Student]) -> None:
-    losses = [learn(student(stage, precision)) for stage in STAGES]
+    losses = [learn(student(stage, precision))[0] for stage in STAGES]
     assert losses == [pytest.approx(losses[0], abs=1e-6)] * len(STAGES)
 
 
 def test_sixteen_bits_are_another_loss(student: Callable[..., Student]) -> None:
     """Negative control: the comparison above would see a stage that passes over its precision."""
-    assert learn(student("zero2", "bf16")) != pytest.approx(learn(student("zero2", "fp32")), abs=1e-6)
+    (short, _), (whole, _) = (learn(student("zero2", precision)) for precision in ("bf16", "fp32"))
+    assert short != pytest.approx(whole, abs=1e-6)
+
+
+def norms(student: Callable[..., Student], stage: str) -> tuple[float, float]:
+    """Of the gradient as one micro-batch and as the sum of many equal ones, each in 16 bits; each is one step."""
+    found = []
+    for micro_batches in (1, MANY):
+        it = student(stage, "bf16")
+        found.append(learn(it, micro_batches=micro_batches)[1])
+        assert {piece.steps() for piece in layout_of(it._engine).pieces} == {1.0} and it.updates_done == 1
+        it.close()
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_micro_batches_add_up_in_32_bits_and_make_one_step(stage: str, student: Callable[..., Student]) -> None:
+    whole, summed = norms(student, stage)
+    assert summed == pytest.approx(whole, rel=1e-5)
+
+
+def test_micro_batches_that_add_up_in_16_bits_are_seen(
+    student: Callable[..., Student], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control: an engine that adds them up as DeepSpeed does by itself."""
+    initialize = deepspeed.initialize
+
+    def short(config: dict[str, Any], **more: Any) -> Any:
+        return initialize(config={key: value for key, value in config.items() if key != "data_types"}, **more)
+
+    monkeypatch.setattr(deepspeed, "initialize", short)
+    whole, summed = norms(student, "zero2-offload")
+    assert summed != pytest.approx(whole, rel=1e-3)
 
 
 @pytest.mark.parametrize("stage", STAGES)
