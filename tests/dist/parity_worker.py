@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from minillm import distill, student_engine
-from minillm.cards import Card
 from minillm.config import RunConfig
 from minillm.lost import leave
 from minillm.ranks import Ranks
@@ -19,7 +18,14 @@ from tests import corpus_twin, quick, tiny
 STEPS, HELD_OUT = 3, 3
 BLOCK, TAKEN = 7, 5
 """Tokens of a block of the corpus, and blocks of an update."""
-AVERAGED = "-averaged"
+FIVE = 5
+"""Steps of a cell of the matrix (``matrix``), which trains and does nothing else."""
+AVERAGED = ".averaged"
+PLACEMENTS = ("replicated", "zero3", "offload", "tp")
+"""Of the teacher, those to come too."""
+LORA = {"rank": 4, "alpha": 8}
+LR = {"fp32": 3e-3, "bf16": 3e-5}
+"""In 16 bits a larger one soon makes a weight round to its other neighbour, and with it another token be drawn."""
 CREDIT: dict[str, dict[str, Any]] = {
     "ridge": {"baseline": "ridge", "importance": "per_decision", "gamma": 0.9, "horizon": 4},
     "official": {"estimator": "official"},
@@ -40,15 +46,19 @@ NEIGHBOURS: dict[str, dict[str, Any]] = {
 
 
 def config(folder: Path, cell: str) -> RunConfig:
-    """The run of a cell ``STAGE-PLACEMENT``, such as ``zero2-zero3``, ``STAGE-PLACEMENT-averaged``, ``…-CREDIT``,
-    ``…-CORPUS`` or ``…-NEIGHBOUR``."""
-    stage, placement, *rest = cell.removesuffix(AVERAGED).split("-")
+    """The run of a cell ``STUDENT.PLACEMENT``, such as ``zero2-offload.zero3``, then ``.lora``, ``.bf16``, ``.five``, a
+    name of CREDIT, CORPUS or NEIGHBOURS, ``.averaged``."""
+    student, placement, *rest = cell.removesuffix(AVERAGED).split(".")
+    how = {word: word in rest for word in ("lora", "bf16", "five")}
+    rest = [word for word in rest if word not in how]
+    steps = FIVE if how["five"] else STEPS
     prompts = str(folder / "prompts.jsonl")
+    held_out = {"validation": prompts, "test": prompts, "validation_limit": HELD_OUT, "test_limit": HELD_OUT}
     neighbour = {name: {"run_stages": (_neighbour(name),)} for name in rest if name in NEIGHBOURS}
     corpus: dict[str, Any] = {"corpus": str(folder / "corpus.txt"), "corpus_length": BLOCK}
     changes: dict[str, Any] = {
         "lm_coefficient": 0.5,
-        "optimiser": {"lr": 3e-3, "schedule": "constant"},
+        "optimiser": {"lr": LR["bf16" if how["bf16"] else "fp32"], "schedule": "constant"},
         "inner_epochs": 2,
     }
     for name in rest:
@@ -57,28 +67,27 @@ def config(folder: Path, cell: str) -> RunConfig:
         del changes["lm_coefficient"]
     return tiny.minillm_config(
         folder,
-        teacher=folder / f"teacher-{placement}.yaml",
+        teacher=folder / ("bf16" if how["bf16"] else "fp32") / f"teacher-{placement}.yaml",
         student=folder / "student",
         prompts=folder / "prompts.jsonl",
         name=cell,
-        steps=STEPS,
+        steps=steps,
         samples_per_prompt=2,
         micro_batch=3,
         coin_groups=2,
         teacher_mix=0.3,
         lm_batch=TAKEN,
         **changes,
-        validate_every=STEPS,
-        run_engine={"student": stage},
+        validate_every=0 if how["five"] else STEPS,
+        run_engine={"student": student, "precision": "bf16" if how["bf16"] else "fp32"},
         run_data={
             "train": prompts,
-            "validation": prompts,
-            "test": prompts,
             "max_prompt_tokens": 8,
-            "validation_limit": HELD_OUT,
-            "test_limit": HELD_OUT,
+            **({} if how["five"] else held_out),
             **(corpus if set(rest) & CORPUS.keys() else {}),
         },
+        **({"run_lora": LORA} if how["lora"] else {}),
+        **({"run_checkpoints": None} if how["five"] else {}),
         # Three rows, one at a time: the second rank has none for the last batch.
         run_evaluation={"seeds": (10,), "batch": 1, "bootstrap": 10},
     )
@@ -92,15 +101,16 @@ def _neighbour(name: str) -> dict[str, Any]:
 
 
 def write_inputs(folder: Path) -> None:
-    """Two models, a card for each placement of the teacher, and prompts."""
+    """Two models, cards for each placement of the teacher in 32 and in 16 bits, and prompts."""
     tiny.save_model(folder / "teacher", "llama", seed=1, rows=32)
     tiny.save_model(folder / "student", "llama", seed=2)
     tiny.save_prompts(folder / "prompts.jsonl")
     corpus_twin.save_text(folder / "corpus.txt")
-    for placement in ("replicated", "zero3"):
-        card = Card(name=f"teacher-{placement}", model=str(folder / "teacher"), placement=placement)
-        text = write_yaml(card.model_dump(exclude_none=True, exclude={"name"}, exclude_defaults=True))
-        (folder / f"teacher-{placement}.yaml").write_text(text, encoding="utf-8")
+    for precision, dtype in (("fp32", "float32"), ("bf16", "bfloat16")):
+        (folder / precision).mkdir()
+        for placement in PLACEMENTS:
+            card = {"model": str(folder / "teacher"), "placement": placement, "dtype": dtype}
+            (folder / precision / f"teacher-{placement}.yaml").write_text(write_yaml(card), encoding="utf-8")
 
 
 @contextlib.contextmanager
