@@ -30,7 +30,9 @@ EFFECTS = {
     Effect.NOTHING: (
         "name", "out", "trackers", "checkpoints", "evaluation", "data.test", "data.test_limit",
     ),
-    Effect.LAST_BITS: ("threads", "engine.student", "stages.micro_batch", "stages.micro_tokens"),
+    Effect.LAST_BITS: (
+        "threads", "engine.student", "engine.activation_checkpointing", "stages.micro_batch", "stages.micro_tokens",
+    ),
     Effect.TRAINING: ("decoding", "engine.precision", "stages"),
     Effect.ANOTHER_RUN: (
         "seed", "student", "teacher", "data", "lora", "stages.kind", "stages.name", "stages.keep",

@@ -21,6 +21,7 @@ from minillm.lora import require_targets
 from minillm.lora_config import LoraConfig
 from minillm.micro_batches import Limits
 from minillm.prompts import PrepareReport, data_hash, prepare
+from minillm.recompute import require_layers
 from minillm.records import Document, Row
 from minillm.rows import counted, read_corpus, read_rows
 from minillm.slots import require_values
@@ -100,6 +101,8 @@ def check_pair(config: RunConfig, *, student: str | None = None) -> Pair:
     student_facts = inspect(student_card)
     if config.lora is not None and student is None:
         _check_lora(config.lora, student_card, student_facts)
+    if student is None and config.engine.activation_checkpointing:
+        require_layers(student_facts.config, name=student_card.name)
     teacher_facts = None if teacher_card is None else inspect(teacher_card)
     longest = config.data.max_prompt_tokens + config.decoding.max_new_tokens
     student_facts.require_positions(longest, what="student")

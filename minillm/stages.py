@@ -183,6 +183,7 @@ def _student(config: RunConfig, stage: Stage, *, start: Start, pair: Pair, ranks
         seed=config.seed,
         name=stage.name,
         lora=_lora(config, start),
+        recompute=config.engine.activation_checkpointing,
     )
 
 

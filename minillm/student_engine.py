@@ -26,6 +26,7 @@ from minillm.models import CausalLM, ModelReader
 from minillm.optimisers import build_optimiser, learning_rate_factor, set_learning_rate
 from minillm.probes import probe_head, probe_packing
 from minillm.ranks import Ranks
+from minillm.recompute import recompute_layers
 from minillm.twins import adopt, disown, meta_twin
 
 
@@ -35,7 +36,7 @@ class Student:
     def __init__(
         self, load: Callable[[], PreTrainedModel], *, ranks: Ranks, settings: str, precision: str,
         optimiser: OptimiserConfig, updates: int, real_ids: int | None = None,
-        from_files: bool = True, dropout: bool = False, seed: int = 0, name: str = "",
+        from_files: bool = True, dropout: bool = False, seed: int = 0, name: str = "", recompute: bool = False,
         lora: Lora | None = None,
     ) -> None:  # fmt: skip
         """``load`` gives the transformers model; ``settings`` names a file of ds_configs; ``updates`` is the length
@@ -45,7 +46,8 @@ class Student:
         reading. A model that is made from nothing must be whole first, or its initialisation would not be
         transformers' own. ``dropout`` leaves the model's dropout on in training. A policy gradient needs it off: with
         it, q_new / q_old is not 1 at the start. Its masks are a function of ``seed``, ``name`` (the stage), update
-        and rank. ``lora`` freezes the model and trains an adapter on it.
+        and rank. ``recompute`` is activation checkpointing (``recompute.recompute_layers``). ``lora`` freezes the model
+        and trains an adapter on it.
         """
         self.ranks = ranks
         self._optimiser, self._updates = optimiser, updates
@@ -68,6 +70,8 @@ class Student:
         self.trained = sum(size for size, trains in sizes.values() if trains)
         self._dropout, self._seed, self._name, self._precision = dropout, seed, name, precision
         self.root.train(dropout)
+        if recompute:
+            recompute_layers(self.root.backbone)
         self._engine = initialise(
             self.root, ranks=ranks, precision=precision,
             config={**engine_config, "gradient_clipping": optimiser.clip_grad},

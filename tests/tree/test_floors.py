@@ -50,6 +50,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "adapters",
         "picked_layers",
         "lora",
+        "recompute",
     5: (
         "ranks",
         "engine_settings",

@@ -51,7 +51,13 @@ NOTHING = {
     "name", "out", "trackers", "data.test", "data.test_limit",
     *(path for path in EVERY if path.startswith(("evaluation.", "checkpoints."))),
 }  # fmt: skip
-LAST_BITS = {"threads", "engine.student", "stages.micro_batch", "stages.micro_tokens"}
+LAST_BITS = {
+    "threads",
+    "engine.student",
+    "engine.activation_checkpointing",
+    "stages.micro_batch",
+    "stages.micro_tokens",
+}
 ANOTHER = {
     "seed", "student", "teacher", "stages.kind", "stages.name", "stages.keep.metric", "stages.keep.mode",
     "stages.optimiser.name", "stages.teacher_cache", "stages.student_share", "stages.replay",
