@@ -118,6 +118,8 @@ def distill(
             teacher = load_teacher(pair, ranks=ranks, say=say) if _needs_teacher(config, splits) else None
             if teacher is not None:
                 stack.callback(teacher.close)
+                kept = teacher.kept_record()
+                ranks.of_first(lambda: folder.tell_status(teacher_bytes=kept))
             run = _Run(
                 config=config, pair=pair, splits=splits, anchor=anchor, caches=caches, teacher=teacher, ranks=ranks,
                 folder=folder,

@@ -25,6 +25,8 @@ from minillm.yaml_reader import MAX_BYTES, read_yaml
 Kind = Literal["teachers", "students"]
 Folder = Literal["teachers", "students", "ds_configs", "recipes"]
 FROM_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")
+SHARDED = ("zero3", "offload")
+"""Placements that cut a teacher's weights over the ranks and gather them while a forward needs them."""
 _CARD_FOLDERS: tuple[Kind, ...] = ("teachers", "students")
 _PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 _NAME = re.compile(rf"{_PART}(?:/{_PART})*")
@@ -78,8 +80,9 @@ class Card(Settings):
     """What weights are loaded in; a teacher also computes in it."""
     template: Literal["plain", "alpaca", "chat"] | None = None
     """Prompt template that suits the model, where one is known."""
-    placement: Literal["replicated", "zero3", "offload"] = "replicated"
-    """Where a teacher's weights live: whole on every rank, cut over the ranks, or in host memory. Teachers only."""
+    placement: Literal["replicated", "zero3", "offload", "tp"] = "replicated"
+    """Where a teacher's weights live: whole on every rank, cut over the ranks, or cut and in host memory (``tp`` is
+    refused, with what to use instead). Teachers only."""
     figures: Figures = Figures()
     """Sizes for planning memory before anything is downloaded; the model itself decides once it is loaded."""
     eos: Text | None = None
@@ -117,6 +120,11 @@ class Card(Settings):
         return self.model_copy(
             update={"model": str(folder), "build": None, "revision": None, "adapter": None, "layers": None}
         )
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a teacher with this card is cut over the ranks."""
+        return self.placement in SHARDED
 
 
 def load_card(name: str, *, kind: Kind) -> Card:

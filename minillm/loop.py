@@ -58,13 +58,16 @@ def run_steps(
     alarms: Alarms | None = None,
     begin: States | None = None,
     boundary: Boundary = never,
+    traffic: Callable[[], Mapping[str, float]] = dict,
 ) -> Progressed:
     """Runs a stage's steps and publishes its best student (its last, if there is no validation).
 
     ``headline`` names the figures beside the progress bar. ``publish`` is called on every rank, at each new best.
     ``begin`` is what ``Moment.state`` gave, for a student that stands as it stood then and an objective and alarms as
     they were made; None is the beginning. After every update ``boundary`` may save, and end the stage there: nothing is
-    published then, and ``interrupted`` says so. Raises ``Alarmed`` where an alarm rings whose action is to stop.
+    published then, and ``interrupted`` says so. ``traffic`` gives what was moved since it was last asked, for the log;
+    it is of this process, not of the run, and decides nothing. Raises ``Alarmed`` where an alarm rings whose action is
+    to stop.
     """
     done = Progressed()
     now = None if begin is None else taken_up(begin, done=done, objective=objective, alarms=alarms)
@@ -85,6 +88,7 @@ def run_steps(
         while not done.over:
             phases.enter("rollout")
             speed.begin()
+            traffic()  # what was moved for a validation is no step's
             if now is None:
                 with tell.bad_batches():
                     now = Step(*objective.collect(done.step, student))  # prompts -> (rollout -> scored -> targets)
@@ -94,7 +98,7 @@ def run_steps(
             if figures is None:
                 break
             now, done.step = None, done.step + 1
-            tell.log("train", {**figures, SPEED: speed.end(figures)})
+            tell.log("train", {**figures, **traffic(), SPEED: speed.end(figures)})
             bar.advance(done.step, {name: figures[name] for name in headline if name in figures})
             if _rings([] if alarms is None else alarms.hear(figures), tell):
                 done.stopped_early = True

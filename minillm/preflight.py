@@ -89,7 +89,7 @@ def check_pair(config: RunConfig, *, student: str | None = None) -> Pair:
     _check_engine(config)
     student_card = load_card(student or config.student, kind="students")
     teacher_card = None if config.teacher is None else load_card(config.teacher, kind="teachers")
-    if student is not None and student_card.placement == "zero3":
+    if student is not None:
         student_card = student_card.model_copy(update={"placement": "replicated"})
     if student_card.placement != "replicated":
         raise UnsupportedCombination(
@@ -152,9 +152,11 @@ def _special_ids(facts: ModelFacts) -> Ids:
 
 def _check_teacher(card: Card, *, role: str = "teacher") -> None:
     """Raise where a model with this card cannot teach."""
-    if card.placement == "offload":
+    if card.placement == "tp":
         raise UnsupportedCombination(
-            f"{role} {card.name}: placement 'offload' is not built yet; wanted replicated or zero3"
+            f"{role} {card.name}: placement tp (tensor parallel) is refused: ranks read different rows, so each would "
+            "read the rows of all of them, with a cache for all (docs/placement.md).\n"
+            "  set placement: zero3, or offload where the shards do not fit beside the student"
         )
     if card.build is not None:
         raise ModelError(
@@ -172,9 +174,9 @@ def _check_teacher(card: Card, *, role: str = "teacher") -> None:
             f"{role} {card.name}: placement {card.placement!r} with {what!r}, which changes weights that are whole; "
             f"{remedy}; or set placement: replicated"
         )
-    if card.placement == "zero3" and card.dtype == "float64":
+    if card.sharded and card.dtype == "float64":
         raise UnsupportedCombination(
-            f"{role} {card.name}: placement zero3 with dtype float64: DeepSpeed shards "
+            f"{role} {card.name}: placement {card.placement} with dtype float64: DeepSpeed shards "
             "float32 and bfloat16 only; set dtype: float32, or placement: replicated"
         )
 

@@ -10,6 +10,10 @@ from pathlib import Path
 from minillm.disk import sync
 from minillm.errors import CheckpointError, DiskError, as_disk_error
 
+OF_THE_PROCESS = ("seconds", "speed", "teacher_gathers", "teacher_gathered_bytes")
+"""Figures of a step that tell what the processes took for it. A run that goes on may have others: the clock is not its
+clock, and DeepSpeed gathers layers that it knows already in fewer, larger pieces."""
+
 
 class RunLog:
     """One file of lines, written by one process."""

@@ -100,6 +100,7 @@ def run_stage(
             alarms=Alarms(stage.alarms) if isinstance(stage, MinillmStage) else None,
             begin=begin,
             boundary=boundary,
+            traffic=dict if teacher is None else teacher.traffic,
         )
         if isinstance(objective, Distil) and ranks.first and not done.interrupted:
             for line in objective.parting_words():
@@ -132,12 +133,13 @@ def load_teacher(pair: Pair, *, ranks: Ranks, say: Callable[[str], None]) -> Tea
         precision="bf16" if card.dtype == "bfloat16" else "fp32",
         real_ids=pair.real_ids,
     )
-    if card.placement == "zero3":
+    if card.sharded:
         say(f"note: {card.name} is read in shards, so its logits were not compared with its own forward pass")
     for rank, kept in enumerate(teacher.check_share()):
+        share = f"{kept.bytes / teacher.whole_bytes:.1%}{', in host memory' if kept.host else ''}"
         say(
-            f"rank {rank}: teacher {card.name} ({card.placement}) keeps {kept:,} of {teacher.whole_bytes:,} bytes "
-            f"between forwards ({kept / teacher.whole_bytes:.1%})"
+            f"rank {rank}: teacher {card.name} ({card.placement}) keeps {kept.bytes:,} of {teacher.whole_bytes:,} "
+            f"bytes between forwards ({share})"
         )
     return teacher
 

@@ -18,8 +18,6 @@ LETTERS = [chr(code) for code in range(ord("a"), ord("z") + 1)]
 EOS = "<|endoftext|>"
 """By this name, because transformers adds it to the tokenizer of any folder that calls itself qwen2."""
 WORDS = ["<pad>", EOS, *LETTERS]
-TIMES = ("seconds", "speed")
-"""What a line of metrics.jsonl has of clocks, never the same twice."""
 NATS = ("reverse_kl", "forward_kl", "teacher_nll", "gold_nll")
 """What a row of samples.jsonl has from models' numbers, equal to rounding only."""
 SIZES: dict[str, dict[str, Any]] = {

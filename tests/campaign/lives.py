@@ -21,7 +21,7 @@ from minillm.checkpoint_manifest import MANIFEST, folder_name
 from minillm.checkpoints import steps_in
 from minillm.publish import weights_sha256
 from minillm.run_listing import describe, fault_of
-from tests import tiny
+from minillm.run_log import OF_THE_PROCESS
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTLIVES_S = 20.0
@@ -177,7 +177,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     stages = {path.parent.name: weights_sha256(path) for path in sorted(folder.glob("stages/*/student"))}
     return {
-        "log": [{name: value for name, value in line.items() if name not in tiny.TIMES} for line in lines],
+        "log": [{name: value for name, value in line.items() if name not in OF_THE_PROCESS} for line in lines],
         "students": {**stages, "last": weights_sha256(folder / "student")},
         "samples": (folder / "samples.jsonl").read_text(encoding="utf-8"),
         "left": sorted(path.name for path in folder.glob("checkpoints/*")),

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from minillm.run_log import OF_THE_PROCESS
 from minillm import distill
 from minillm.errors import MinillmError
 from minillm.preflight import check_pair
@@ -48,7 +49,7 @@ SAME = (
     *("loss", "single_loss", "long_loss", "lm_loss", "reverse_kl", "tokens", "mean_length", "advantage_std"),
     *("grad_norm", "sampled_tokens", "kept_rows"),
 )
-OWN_COUNT = {"teacher_forwards"}
+OWN_COUNT = {"teacher_forwards", *OF_THE_PROCESS}
 """Of a rank, not of the text."""
 
 

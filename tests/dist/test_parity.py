@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from minillm import distill
+from minillm.run_log import OF_THE_PROCESS
 from tests import corpus_twin, quick, tiny
 from tests.dist import matrix, parity_worker
 from tests.dist.matrix import figures

@@ -26,6 +26,7 @@ from minillm.disk import RealDisk
 from minillm.errors import CheckpointError, ConfigError, NonFinite, RunExists, RunInUse, SaveFailed, Stopped
 from minillm.publish import weights_sha256
 from minillm.run_listing import describe
+from minillm.run_log import OF_THE_PROCESS
 from minillm.stops import SIGNALS, Stops
 from minillm.student_engine import Student
 from minillm.updates import Sums
@@ -90,7 +91,7 @@ def state(folder: Path) -> dict[str, Any]:
 
 def log(folder: Path) -> list[dict[str, Any]]:
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name not in tiny.TIMES} for line in lines]
+    return [{name: value for name, value in json.loads(line).items() if name not in OF_THE_PROCESS} for line in lines]
 
 
 @pytest.fixture(scope="module")

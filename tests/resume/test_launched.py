@@ -16,6 +16,7 @@ import pytest
 from minillm import exits
 from minillm.config import dump_config
 from minillm.publish import weights_sha256
+from minillm.run_log import OF_THE_PROCESS
 from tests import tiny
 
 LIMIT_S = 150
@@ -69,7 +70,7 @@ def manifest(checkpoint: Path) -> dict[str, Any]:
 
 def log(folder: Path) -> list[dict[str, Any]]:
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name not in tiny.TIMES} for line in lines]
+    return [{name: value for name, value in json.loads(line).items() if name not in OF_THE_PROCESS} for line in lines]
 
 
 def stopped(place: Path, name: str) -> None:

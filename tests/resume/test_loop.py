@@ -19,10 +19,10 @@ from minillm.errors import Alarmed
 from minillm.loop import Keep, run_steps
 from minillm.moments import Moment, Progressed
 from minillm.ranks import Ranks
+from minillm.run_log import OF_THE_PROCESS
 from minillm.state import State, States
 from minillm.store import RunFolder
 from minillm.updates import News, Update
-from tests import tiny
 from tests.resume.toy import from_bytes, to_bytes
 
 
@@ -173,7 +173,7 @@ def timeless(of: Run) -> list[dict[str, Any]]:
     """The log without its seconds."""
     log = of.folder.path / "metrics.jsonl"
     return (
-        [{**json.loads(line), **dict.fromkeys(tiny.TIMES)} for line in log.read_bytes().splitlines()]
+        [{**json.loads(line), **dict.fromkeys(OF_THE_PROCESS)} for line in log.read_bytes().splitlines()]
         if log.exists()
         else []
     )

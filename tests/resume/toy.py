@@ -32,6 +32,7 @@ from minillm.prompts import prepare
 from minillm.ranks import Ranks
 from minillm.references import References
 from minillm.rows import Row
+from minillm.run_log import OF_THE_PROCESS
 from minillm.stage_base import BaseStage
 from minillm.state import State, States, from_json, to_json
 from minillm.store import RunFolder
@@ -285,7 +286,8 @@ def validate(student: Student) -> dict[str, float]:
 def lines(log: bytes) -> list[dict[str, Any]]:
     """Of a log, without the seconds."""
     return [
-        {name: value for name, value in json.loads(line).items() if name not in tiny.TIMES} for line in log.splitlines()
+        {name: value for name, value in json.loads(line).items() if name not in OF_THE_PROCESS}
+        for line in log.splitlines()
     ]
 
 

@@ -46,11 +46,10 @@ FLOORS: dict[int, tuple[str, ...]] = {
         ),
         *("order", "templates", "vocabulary", "world"),
     ),
-    4: ("loading", "shapes", "models", "probes", "reading", "decode", "scored_rows", "scoring", "token_loss"),
-        "adapters",
-        "picked_layers",
-        "lora",
-        "recompute",
+    4: (
+        *("loading", "shapes", "models", "probes", "reading", "decode", "scored_rows", "scoring", "token_loss"),
+        *("adapters", "picked_layers", "lora", "recompute"),
+    ),
     5: (
         "ranks",
         "engine_settings",
@@ -59,6 +58,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "twins",
         "student_engine",
         "teacher_engine",
+        "gathers",
         *("engine_state", "engine_files"),
         "bare_student",
         "muon",

@@ -29,6 +29,7 @@ from minillm.prompts import prepare
 from minillm.ranks import Ranks
 from minillm.records import Document, Row
 from minillm.rows import read_corpus
+from minillm.run_log import OF_THE_PROCESS
 from minillm.student_engine import Student
 from minillm.teacher_engine import Teacher
 from minillm.types import Decoding, Examples, Ids, Prompt
@@ -73,7 +74,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key not in tiny.TIMES} for line in tiny.logged(run)]
+    return [{key: value for key, value in line.items() if key not in OF_THE_PROCESS} for line in tiny.logged(run)]
 
 
 def apart(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:

@@ -432,8 +432,9 @@ BAD: list[tuple[dict[str, Any], type[MinillmError], str]] = [
     ({"out": "a-file/out.jsonl"}, ConfigError, "change --out"),
     ({"model": "nomodel"}, ConfigError, "no card of that name in teachers/"),
     ({"model": "{here}/built.yaml"}, ModelError, "model built: its card builds a model with random weights"),
-    ({"model": "{here}/host.yaml"}, UnsupportedCombination, "model host: placement 'offload'"),
+    ({"model": "{here}/host.yaml"}, UnsupportedCombination, "model host: placement tp (tensor parallel) is refused"),
     ({"model": "{here}/wide.yaml"}, UnsupportedCombination, "zero3 with dtype float64"),
+    ({"model": "{here}/wide-host.yaml"}, UnsupportedCombination, "offload with dtype float64"),
     ({"config": {"max_prompt_tokens": 25}}, PositionsExceeded, "model exact has 48 positions"),
     ({"config": {"max_prompt_tokens": 1}}, DataError, "over-long prompts"),
     ({"config": {"train": "nowhere.jsonl"}}, DataError, "does not exist"),
@@ -450,8 +451,9 @@ def test_bad_input_is_told_before_a_model_is_loaded(  # noqa: PLR0917 (pytest fi
     (tmp_path / "a-file").touch()
     for name, text in {
         "built": "build: {architecture: llama, tokenizer: world}",
-        "host": f"{{model: {place}/teacher, placement: offload}}",
+        "host": f"{{model: {place}/teacher, placement: tp}}",
         "wide": f"{{model: {place}/teacher, placement: zero3, dtype: float64}}",
+        "wide-host": f"{{model: {place}/teacher, placement: offload, dtype: float64}}",
     }.items():
         (tmp_path / f"{name}.yaml").write_text(text + "\n", encoding="utf-8")
     there = set(tmp_path.rglob("*"))

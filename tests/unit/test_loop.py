@@ -20,6 +20,7 @@ from minillm.loop import Keep, run_steps
 from minillm.manifests import sha256_of
 from minillm.moments import Progressed
 from minillm.ranks import Ranks
+from minillm.run_log import OF_THE_PROCESS
 from minillm.store import RunFolder
 from minillm.updates import News, Update, over_updates
 from tests import tiny
@@ -235,7 +236,7 @@ def config(inputs: Path, out: Path, kind: str, *, validation: str = "prompts.jso
 
 def train_lines(settings: RunConfig) -> list[dict[str, Any]]:
     lines = tiny.logged(distill(settings))
-    return [{key: value for key, value in line.items() if key not in tiny.TIMES} for line in lines]
+    return [{key: value for key, value in line.items() if key not in OF_THE_PROCESS} for line in lines]
 
 
 @pytest.mark.parametrize("kind", ["sft", "minillm"])

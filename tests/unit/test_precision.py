@@ -137,7 +137,7 @@ def test_steps_too_small_for_sixteen_bits_add_up(stage: str, student: Callable[.
 
 
 @pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 2), ("float32", 4)])
-@pytest.mark.parametrize("placement", ["replicated", "zero3"])
+@pytest.mark.parametrize("placement", ["replicated", "zero3", "offload"])
 def test_a_teacher_is_kept_in_the_dtype_of_its_card_wherever_it_is_placed(
     placement: str, dtype: Any, width: int, folder: Path
 ) -> None:
@@ -148,7 +148,7 @@ def test_a_teacher_is_kept_in_the_dtype_of_its_card_wherever_it_is_placed(
     )
     assert teacher.whole_bytes == width * teacher.parameters
     assert teacher.check_share() == [teacher.resident_bytes()]
-    assert teacher.resident_bytes() <= teacher.whole_bytes + 8 * 20
+    assert teacher.resident_bytes().bytes <= teacher.whole_bytes + 8 * 20
     ids_BS = torch.arange(2, 8)[None]
     hidden_BSH, _ = teacher.reader.extend(ids_BS, torch.ones_like(ids_BS), None)
     assert hidden_BSH.dtype == getattr(torch, dtype)
