@@ -230,7 +230,7 @@ def _unknown_card(name: str, *, stem: str, folder: Kind) -> str:
     if name and (Path(name) / "adapter_config.json").is_file():
         return (
             f"{name!r}: holds an adapter (adapter_config.json), and no model that it is put on\n"
-            f"  name both in a card (model: BASE, adapter: {name}), or merge them: minillm merge-adapter BASE {name} "
+            f"  name both in a card (model: BASE, adapter: {name}), or merge it: minillm merge-adapter BASE {name} "
             "--out NEW"
         )
     names = known_names(folder, suffix=".yaml")

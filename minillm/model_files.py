@@ -30,7 +30,7 @@ def require_safe_folder(folder: Path) -> None:
     if (folder / "adapter_config.json").exists():
         raise ModelError(
             f"{folder}: holds an adapter (adapter_config.json), which names a model elsewhere to be put on.\n"
-            "  name both in a card (model: BASE, adapter: FOLDER), or merge them: minillm merge-adapter BASE FOLDER "
+            "  name both in a card (model: BASE, adapter: FOLDER), or merge it: minillm merge-adapter BASE FOLDER "
             "--out NEW"
         )
     for name in ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"):

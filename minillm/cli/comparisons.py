@@ -72,7 +72,7 @@ def compare(  # noqa: PLR0917 (typer reads options from parameters)
     shown: Annotated[int, typer.Option("--shown", min=0, help="Prompts side by side, in each direction.")] = 8,
     title: Annotated[str, typer.Option("--title", help="Heading of the page.")] = "minillm compare",
 ) -> None:
-    """Say which of several evaluated models is better, and how surely.
+    """Say which of several models is better, and how surely.
 
     Paired differences with intervals, wins and losses, prompts that differ most, quality at equal diversity, and a
     verdict in words. The same prompts, references and decoding settings are needed.

@@ -26,7 +26,7 @@ def runs(
     keep: Annotated[int, typer.Option("--keep", min=2, help="With clean: whole checkpoints of a run that stay.")] = 2,
     json_file: Annotated[bool, typer.Option("--json", help="Print one JSON object a run instead of a table.")] = False,
 ) -> None:
-    """List the runs in a folder, check or remove their checkpoints.
+    """List runs in a folder, check or remove their checkpoints.
 
     Of each run: its state (running, stopped, failed, broken off, done), last step, best validation, checkpoints that
     are whole, disk used. 'verify' names what is broken and ends with code 1 where anything is. 'clean' removes the

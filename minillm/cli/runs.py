@@ -168,7 +168,7 @@ def diagnose(  # noqa: PLR0917 (typer reads options from parameters)
     plot: Annotated[Path | None, typer.Option("--plot", help="Also draw the variances: .png, .svg or .pdf.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace the file that --json names.")] = False,
 ) -> None:
-    """Measure how noisy and how biased the gradient is on your pair.
+    """Measure noise and bias of the gradient on your models.
 
     Every choice of credit (returns, baseline, discount, horizon), on the configuration's teacher, student and prompts.
     Nothing is trained. The student is the one that the configuration starts from.

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from minillm import distill, student_engine
+from minillm import distill, loading, student_engine
 from minillm.adapters import read_adapter
 from minillm.cards import Card
 from minillm.config import LoraConfig, RunConfig
@@ -403,6 +404,19 @@ def test_a_folder_that_is_an_adapter_is_no_student(inputs: Path, tmp_path: Path)
     for field in ("student", "teacher"):
         with pytest.raises(ConfigError, match=r"holds an adapter (.|\n)*minillm merge-adapter BASE"):
             check_pair(taught.model_copy(update={field: str(folder)}))
+
+
+def test_an_adapter_beside_a_model_of_the_hub_is_refused(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With peft there transformers would put it on without a word, and read what it names."""
+    inside = loading._hub_call
+    monkeypatch.setattr(loading, "asked_once", contextlib.nullcontext)
+    monkeypatch.setattr(
+        loading, "_hub_call", lambda function, _, **more: inside(function, str(inputs / "gpt2"), **more)
+    )
+    for found in (None, "there"):
+        monkeypatch.setattr(loading, "find_adapter_config_file", lambda name, found=found, **more: found)
+        with contextlib.nullcontext() if found is None else pytest.raises(ModelError, match="holds an adapter beside"):
+            inspect(Card(name="it", model="owner/it"))
 
 
 def test_a_sharded_teacher_with_an_adapter_is_refused_with_the_way_out(inputs: Path, tmp_path: Path) -> None:
