@@ -83,6 +83,9 @@ class Card(Settings):
     placement: Literal["replicated", "zero3", "offload", "tp"] = "replicated"
     """Where a teacher's weights live: whole on every rank, cut over the ranks, or cut and in host memory (``tp`` is
     refused, with what to use instead). Teachers only."""
+    quantise: Literal["int8"] | None = None
+    """Keeps the matrices of a teacher's layers in 8 bits (bitsandbytes, the extra ``quantised``); ``replicated`` only.
+    It is another teacher than the same weights without it. Teachers only."""
     figures: Figures = Figures()
     """Sizes for planning memory before anything is downloaded; the model itself decides once it is loaded."""
     eos: Text | None = None
@@ -108,6 +111,20 @@ class Card(Settings):
                 raise UnsupportedCombination(f"'{name}' is of a model that is loaded; a card with 'build' has none")
         if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
             raise ConfigError(f"layers: got {list(self.layers)}, wanted one layer or more, each once")
+        if self.quantise is not None and self.placement != "replicated":
+            raise UnsupportedCombination(
+                f"'quantise: {self.quantise}' with placement {self.placement}: DeepSpeed cannot cut such weights; "
+                "set placement: replicated, or leave quantise out"
+            )
+        if self.quantise is not None and not self.as_in_files:
+            raise UnsupportedCombination(
+                f"'quantise: {self.quantise}' with 'build', 'adapter' or 'layers': weights are made smaller as they are "
+                "read from their files; write the changed model into a folder, and name that"
+            )
+        if self.quantise is not None and self.dtype == "float64":
+            raise UnsupportedCombination(
+                f"'quantise: {self.quantise}' with dtype float64: its products are made in 16 bits; set dtype: bfloat16"
+            )
         return self
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -102,6 +103,7 @@ def load(card: Card, facts: ModelFacts, *, seed: int, dtype: torch.dtype | None 
             use_safetensors=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **_quantised(card),
         )
     _require_all_weights(str(card.model), type(model).__name__, found)
     if card.adapter is not None:
@@ -111,6 +113,18 @@ def load(card: Card, facts: ModelFacts, *, seed: int, dtype: torch.dtype | None 
     if card.layers is not None:
         keep_layers(model, facts.config, card.layers, name=card.name)
     return model
+
+
+def _quantised(card: Card) -> dict[str, Any]:
+    """What ``from_pretrained`` is told of a card that keeps its layers in 8 bits: made on the device that computes."""
+    if card.quantise is None:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    # bitsandbytes says at every product of 32-bit inputs that it makes it in 16 bits; docs/placement.md says it once.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    where = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": {"": where}}
 
 
 def _require_all_weights(name: str, kind: str, found: dict[str, Any]) -> None:
@@ -137,8 +151,10 @@ def fingerprint(card: Card, *, seed: int = 0) -> str:
     Of a folder: SHA-256 of its safetensors and JSON files, read once. Of a model that is built: SHA-256 of how, and of
     ``seed`` (a teacher's is 0). Of a hub model: its name and the commit that stands in the cache, known without the
     network once the model was looked at; before that ``UNKNOWN_REVISION``, which is equal to nothing
-    (``cards.may_differ``).
+    (``cards.may_differ``). Weights that are kept in 8 bits are others: ``int8:`` stands before.
     """
+    if card.quantise is not None:
+        return f"{card.quantise}:{fingerprint(card.model_copy(update={'quantise': None}), seed=seed)}"
     if card.build is not None:
         built = {"build": card.build.model_dump(mode="json"), "dtype": card.dtype, "seed": seed}
         return hashlib.sha256(json.dumps(built, sort_keys=True).encode()).hexdigest()

@@ -4,6 +4,7 @@ files."""
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from minillm.cards import Card, load_card
 from minillm.config import DecodingConfig, EvaluationConfig, RunConfig
 from minillm.corpus import blocks_of
 from minillm.engine_settings import read_engine_settings, zero_stage
-from minillm.errors import CacheError, DataError, ManifestError, ModelError, UnsupportedCombination
+from minillm.errors import CacheError, ConfigError, DataError, ManifestError, ModelError, UnsupportedCombination
 from minillm.generated import read_generated
 from minillm.loading import ModelFacts, fingerprint, inspect
 from minillm.lora import require_targets
@@ -96,6 +97,11 @@ def check_pair(config: RunConfig, *, student: str | None = None) -> Pair:
             f"student {student_card.name}: placement {student_card.placement!r} is a teacher's setting; where "
             "a student's weights live is engine.student's to say (zero0 to zero3); take it out of the card"
         )
+    if student_card.quantise is not None:
+        raise UnsupportedCombination(
+            f"student {student_card.name}: quantise is a teacher's setting: what is trained and measured is not in "
+            "8 bits; take it out of the card"
+        )
     if teacher_card is not None:
         _check_teacher(teacher_card)
     student_facts = inspect(student_card)
@@ -173,6 +179,11 @@ def _check_teacher(card: Card, *, role: str = "teacher") -> None:
         raise UnsupportedCombination(
             f"{role} {card.name}: placement {card.placement!r} with {what!r}, which changes weights that are whole; "
             f"{remedy}; or set placement: replicated"
+        )
+    if card.quantise is not None and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"{role} {card.name}: quantise: {card.quantise} wants the package bitsandbytes, which is not installed\n"
+            "  pip install 'minillm[quantised]', or leave quantise out"
         )
     if card.sharded and card.dtype == "float64":
         raise UnsupportedCombination(

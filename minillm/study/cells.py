@@ -241,7 +241,9 @@ def _model_digest(name: str, kind: Literal["students", "teachers"]) -> str:
     if names_a_folder(path) and not Path(path).is_dir():
         raise ModelError(f"{name}: there is no folder {path}\n  make that model first, or name another")
     told = {"notes", "licence", "figures", "eos", "pad", "training"}  # of the model, and no choice of it
-    unsaid = {name for name in ("adapter", "layers") if getattr(card, name) is None}  # younger than the first cells
+    unsaid = {
+        name for name in ("adapter", "layers", "quantise") if getattr(card, name) is None
+    }  # younger than the first cells
     return _digest([card.model_dump(mode="json", exclude=told | unsaid), by_name(card)])
 
 
