@@ -118,7 +118,7 @@ class Card(Settings):
             )
         if self.quantise is not None and not self.as_in_files:
             raise UnsupportedCombination(
-                f"'quantise: {self.quantise}' with 'build', 'adapter' or 'layers': weights are made smaller as they are "
+                f"'quantise: {self.quantise}' with 'build', 'adapter' or 'layers': the weights shrink while they are "
                 "read from their files; write the changed model into a folder, and name that"
             )
         if self.quantise is not None and self.dtype == "float64":
