@@ -26,7 +26,7 @@ from minillm.bench import (  # noqa: F401 (each adds its benchmarks)
     commands_scale,
 )
 from minillm.bench.options import app as bench_app
-from minillm.cli import builtin, comparisons, kept, launching, models, runs
+from minillm.cli import builtin, checking, comparisons, kept, launching, models, runs
 from minillm.errors import MinillmError, Stopped, visible
 from minillm.lost import as_rank_lost, leave
 from minillm.stops import SIGNALS
@@ -37,6 +37,7 @@ FIRST_RANK_SPEAKS_S = 10.0
 EXAMPLES = """
 \b
 Examples:
+  minillm doctor --config recipes/quickstart/teacher.yaml
   minillm sft --config recipes/quickstart/teacher.yaml threads=2
   minillm distill --config recipes/quickstart/minillm.yaml name=mine seed=3
   minillm evaluate runs/mine/student --out runs/mine/again \\
@@ -72,6 +73,7 @@ COMMANDS = (
     runs.evaluate,
     runs.generate,
     runs.cache,
+    checking.doctor,
     comparisons.report,
     comparisons.compare,
     models.cards,
