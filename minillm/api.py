@@ -14,6 +14,7 @@ from minillm.adapters import FOLDER
 from minillm.cards import may_differ
 from minillm.checkpoints import Checkpoints, Resume
 from minillm.config import RunConfig, Stage, dump_config
+from minillm.doctor.at_start import words_at_start
 from minillm.errors import DataError, RunExists, Stopped, visible
 from minillm.evaluation import Record, validator
 from minillm.evaluation_sets import evaluate_sets, forget_unfinished, read_sets, shared_words, stored_index, unanswered
@@ -108,6 +109,8 @@ def distill(
         status = {"state": "running", "reason": None, "made_from": made_from, "ranks": ranks.size}
         ranks.of_first(lambda: folder.set_status(**status, versions=versions(), **told(resumed)))
         _introduce(config, pair, splits, anchor, caches=caches, ranks=ranks)
+        for line in words_at_start(config, pair, splits, ranks=ranks.size) if ranks.first else ():
+            say(line)
         phases.enter("loading")
         with told_as_ended(folder), contextlib.ExitStack() as stack:
             settings = config.model_dump(mode="json")
