@@ -19,6 +19,7 @@ from minillm.errors import DataError, RunExists, Stopped, visible
 from minillm.evaluation import Record, validator
 from minillm.evaluation_sets import evaluate_sets, forget_unfinished, read_sets, shared_words, stored_index, unanswered
 from minillm.generation import generate
+from minillm.introduction import introduction
 from minillm.loading import fingerprint, inspect
 from minillm.lora import peft_library
 from minillm.model_card import CardFacts, render
@@ -50,7 +51,7 @@ from minillm.resuming import (
 )
 from minillm.run_splits import evaluated_sets, read_splits
 from minillm.saving import Behind, Keeping, Resumed, Saver
-from minillm.stages import Start, check_rows, idle_words, load_teacher, run_stage, unbiased_words
+from minillm.stages import Start, check_rows, load_teacher, run_stage, unbiased_words
 from minillm.stops import Stops
 from minillm.store import Clock, RunFolder, make_folder
 from minillm.student_engine import Student
@@ -108,7 +109,8 @@ def distill(
         )  # fmt: skip
         status = {"state": "running", "reason": None, "made_from": made_from, "ranks": ranks.size}
         ranks.of_first(lambda: folder.set_status(**status, versions=versions(), **told(resumed)))
-        _introduce(config, pair, splits, anchor, caches=caches, ranks=ranks)
+        for line in introduction(config, pair, splits, anchor, caches=caches, ranks=ranks):
+            say(line)
         for line in words_at_start(config, pair, splits, ranks=ranks.size) if ranks.first else ():
             say(line)
         phases.enter("loading")
@@ -413,40 +415,6 @@ def _card_facts(
         licence_notes="; ".join(f"{card.name}: {card.licence}" for card in cards if card.licence),
         corpus="" if learnt is None else f"`{learnt.source}`, {learnt.size}, sha256 `{learnt.sha256}`",
     )
-
-
-def _introduce(
-    config: RunConfig,
-    pair: Pair,
-    splits: Mapping[str, Split],
-    anchor: Anchor | None,
-    *,
-    caches: Mapping[str, TeacherCache],
-    ranks: Ranks,
-) -> None:
-    _say(ranks, f"{config.name}: {ranks.size} process{'es' if ranks.size > 1 else ''} on {ranks.device.type}")
-    for split in splits.values():
-        for line in split.words:
-            _say(ranks, line)
-    read = [f"stage {name}: learns from {cache}" for name, cache in caches.items()]
-    for line in (*shared_words(evaluated_sets(splits)), *(anchor.words if anchor is not None else ()), *read):
-        _say(ranks, line)
-    if anchor is None and config.data.corpus is not None:
-        _say(ranks, f"corpus: {config.data.corpus} is not read; no stage has an lm_coefficient above 0")
-    for name in ("train", "teacher_text"):
-        if getattr(config.data, name) is not None and name not in splits:
-            _say(ranks, f"data.{name} is not read; no stage learns from it")
-    for stage in config.stages:
-        if words := unbiased_words(config, stage):
-            _say(ranks, f"stage {stage.name}: gradient unbiased: {words}")
-        for line in idle_words(config, stage):
-            _say(ranks, f"stage {stage.name}: {line}")
-    for card in (pair.teacher_card, pair.student_card):
-        if card is not None and card.template not in {None, config.data.template}:
-            _say(
-                ranks,
-                f"note: {card.name} was made for template '{card.template}'; data.template is '{config.data.template}'",
-            )
 
 
 def _say(ranks: Ranks, line: str) -> None:

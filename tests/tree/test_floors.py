@@ -110,7 +110,16 @@ FLOORS: dict[int, tuple[str, ...]] = {
         *("exposure_run", "calibration_run", "extras", "report", "report_files", "report_html"),
         *("report_style", "report_text", "report_words", "report_extras", "report_sets", "compare"),
         *("report_parts", "report_lengths"),
-        *("gold", "unfinished", "sweep", "evaluation_sets", "length_buckets", "report_samples", "run_splits"),
+        *(
+            "gold",
+            "unfinished",
+            "sweep",
+            "evaluation_sets",
+            "length_buckets",
+            "report_samples",
+            "run_splits",
+            "introduction",
+        ),
     ),
     8: ("resuming", "bench", "selftest", "study", "cli", "api", "__main__", "__init__"),
 }

@@ -1,0 +1,41 @@
+"""What a run says before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from minillm.config import RunConfig
+from minillm.evaluation_sets import shared_words
+from minillm.preflight import Anchor, Pair, Split
+from minillm.ranks import Ranks
+from minillm.run_splits import evaluated_sets
+from minillm.stages import idle_words, unbiased_words
+from minillm.teacher_cache import TeacherCache
+
+
+def introduction(
+    config: RunConfig, pair: Pair, splits: Mapping[str, Split], anchor: Anchor | None, *,
+    caches: Mapping[str, TeacherCache], ranks: Ranks,
+) -> Iterator[str]:  # fmt: skip
+    """A line for each thing that was read, left out or left unread, and for what the settings make of the gradient."""
+    yield f"{config.name}: {ranks.size} process{'es' if ranks.size > 1 else ''} on {ranks.device.type}"
+    for split in splits.values():
+        yield from split.words
+    yield from shared_words(evaluated_sets(splits))
+    yield from anchor.words if anchor is not None else ()
+    for name, cache in caches.items():
+        yield f"stage {name}: learns from {cache}"
+    if anchor is None and config.data.corpus is not None:
+        yield f"corpus: {config.data.corpus} is not read; no stage has an lm_coefficient above 0"
+    for name in ("train", "teacher_text"):
+        if getattr(config.data, name) is not None and name not in splits:
+            yield f"data.{name} is not read; no stage learns from it"
+    for stage in config.stages:
+        if words := unbiased_words(config, stage):
+            yield f"stage {stage.name}: gradient unbiased: {words}"
+        for line in idle_words(config, stage):
+            yield f"stage {stage.name}: {line}"
+    for card in (pair.teacher_card, pair.student_card):
+        if card is not None and card.template not in {None, config.data.template}:
+            own = config.data.template
+            yield f"note: {card.name} was made for template '{card.template}'; data.template is '{own}'"
