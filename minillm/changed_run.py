@@ -31,7 +31,8 @@ EFFECTS = {
         "name", "out", "trackers", "checkpoints", "evaluation", "data.test", "data.test_limit",
     ),
     Effect.LAST_BITS: (
-        "threads", "engine.student", "engine.activation_checkpointing", "stages.micro_batch", "stages.micro_tokens",
+        "threads", "engine.student", "engine.activation_checkpointing", "engine.gather",
+        "stages.micro_batch", "stages.micro_tokens",
     ),
     Effect.TRAINING: ("decoding", "engine.precision", "stages"),
     Effect.ANOTHER_RUN: (

@@ -85,6 +85,9 @@ class EngineConfig(Settings):
     activation_checkpointing: Flag = False
     """Keeps only the input of each layer between the passes and computes the rest again in the backward pass: less
     memory, about a third more work, the same numbers."""
+    gather: Literal["rollout", "forward"] = "rollout"
+    """When a ZeRO-3 student's weights are gathered to write or to be measured: all of them once for each rollout, or,
+    where a rank has no room for the whole student, layer by layer in every forward, with many times the traffic."""
 
 
 class CheckpointsConfig(Settings):

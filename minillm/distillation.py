@@ -164,6 +164,7 @@ class Distil:
                     batch, student=reader, teacher=None, decoding=self._decoding,
                     key=DrawKey(seed=self._seed, stage=self._stage.name, purpose=Purpose.TOKEN, rollout=step),
                     eos_ids=self._ids.eos, pad_id=self._ids.pad, policy_step=student.updates_done,
+                    anyone=self._ranks.anyone if reader.lockstep else bool,
                 )
             )  # fmt: skip
         rows = [(at[i], response) for i, response in zip(mine, _responses(rollout), strict=True)]

@@ -136,6 +136,7 @@ def _judge_batch(
 ) -> list[Record]:
     rows = [judge.prompts[place] for place, _ in cells]
     batch = prompt_batch(rows, [seed for _, seed in cells], pad_id=judge.ids.pad, device=reader.device)
+    lockstep = reader.lockstep or (judge.teacher is not None and judge.teacher.reader.lockstep)
     rollout = ranks.together(
         lambda: roll_out(
             batch,
@@ -146,12 +147,12 @@ def _judge_batch(
             eos_ids=judge.ids.eos,
             pad_id=judge.ids.pad,
             keep_hidden=judge.teacher is not None,
-            anyone=ranks.anyone if judge.teacher is not None and judge.teacher.reader.lockstep else bool,
+            anyone=ranks.anyone if lockstep else bool,
         )
     )
     scored = None
     if judge.teacher is not None:
-        with judge.teacher.head() as head:
+        with judge.teacher.head() as head, reader.scoring():
             scored = ranks.together(
                 lambda: score(
                     rollout,

@@ -111,7 +111,7 @@ def _draw(
             eos_ids=judge.ids.eos,
             pad_id=judge.ids.pad,
             keep_hidden=True,
-            anyone=ranks.anyone if teacher.reader.lockstep else bool,
+            anyone=ranks.anyone if reader.lockstep or teacher.reader.lockstep else bool,
         )
     )
 
@@ -122,7 +122,7 @@ def _forward_kl(
 ) -> list[list[float]]:
     """KL(teacher || student) at the state before each token of each row, without padding."""
     mask_BT = rollout.mask_BT
-    with teacher.head() as head:
+    with teacher.head() as head, reader.scoring():
         kl_N = reader.statistics(
             student_BTH[mask_BT],
             taken_N=rollout.response_BT[mask_BT],

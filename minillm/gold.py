@@ -42,8 +42,7 @@ def read_gold(
 ) -> list[Gold | None]:
     """A record for each prompt, in their order, all of them on every rank; None for a prompt without ``response_ids``.
 
-    Ranks share the prompts; neither their number nor ``limits`` change a figure, up to rounding. The reader must not be
-    in lockstep: ranks may read unequally often.
+    Ranks share the prompts; neither their number nor ``limits`` change a figure, up to rounding.
     """
     mine = [
         (place, Gold(uid=prompts[place].uid, logq=tuple(logq_N.tolist())))
@@ -74,12 +73,18 @@ def _own_share(
     answered = [place for place, prompt in enumerate(prompts) if prompt.response_ids]
     lengths = [len(prompts[place].ids) + len(prompts[place].response_ids) for place in answered]
     cuts = alike(lengths, limits=limits, ranks=ranks.size)[ranks.rank]
-    for places in ([answered[index] for index in rows] for rows in cuts if rows):
+    for places in ([answered[index] for index in rows] for rows in cuts if rows or reader.lockstep):
+        if not places:  # the other ranks read a batch, and in lockstep do not get it without this one
+            ids_11 = torch.zeros(1, 1, dtype=torch.int64, device=reader.device)
+            reader.read(ids_11, ids_11 == 0)
+            with reader.scoring():
+                continue
         rows = example_batch([prompts[place] for place in places], pad_id=pad_id, device=reader.device)
         hidden_BLH = reader.read(rows.ids_BL, rows.mask_BL)
-        values = reader.statistics(
-            hidden_BLH[:, :-1][rows.target_BL[:, 1:]], taken_N=rows.ids_BL[rows.target_BL], wanted=("logq",)
-        )
+        with reader.scoring():
+            values = reader.statistics(
+                hidden_BLH[:, :-1][rows.target_BL[:, 1:]], taken_N=rows.ids_BL[rows.target_BL], wanted=("logq",)
+            )
         logq_N = values["logq"].double().cpu()
         ends = rows.target_BL.sum(dim=1).cumsum(dim=0).tolist()
         yield from zip(places, logq_N.tensor_split(ends[:-1]), strict=True)

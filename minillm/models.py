@@ -5,6 +5,8 @@ Legend: B rows, L positions in the attention mask, S new positions, N tokens, H 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -164,6 +166,7 @@ class ModelReader:
         self._root = root
         self.device = device
         self.lockstep = lockstep
+        self._head: HeadWeights | None = None
 
     @torch.no_grad()
     def extend(self, ids_BS: Tensor, mask_BL: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
@@ -183,9 +186,28 @@ class ModelReader:
         logits: Tensor = self._root("logits", hidden_NH=hidden_NH)
         return logits
 
+    @contextlib.contextmanager
+    def scoring(self) -> Iterator[None]:
+        """A block in which ``statistics`` is a rank's own affair and nothing else is called: in lockstep the head is
+        gathered for it, so that all ranks must enter."""
+        if not self.lockstep:
+            yield
+            return
+        import deepspeed
+
+        head = getattr(self._root, "module", self._root).head
+        with deepspeed.zero.GatheredParameters(list(head.parameters())):
+            self._head = head.weights()
+            try:
+                yield
+            finally:
+                self._head = None
+
     @torch.no_grad()
     def statistics(self, hidden_NH: Tensor, **arguments: Any) -> dict[str, Tensor]:
-        """``scoring.token_statistics`` with this model's head."""
+        """``scoring.token_statistics`` with this model's head; within ``scoring`` without another rank."""
+        if self._head is not None:
+            return token_statistics(hidden_NH, head=self._head, **arguments)
         values: dict[str, Tensor] = self._root("statistics", hidden_NH=hidden_NH, **arguments)
         return values
 

@@ -123,9 +123,10 @@ class Minillm:
                 )
             )  # fmt: skip
             phases.enter("scoring")
-            kept = self._ranks.together(
-                lambda: self._left_out.scored(rollout, lambda left: self._scores(left, reader, head))
-            )
+            with reader.scoring():
+                kept = self._ranks.together(
+                    lambda: self._left_out.scored(rollout, lambda left: self._scores(left, reader, head))
+                )
             level = dict[str, float]()
             if step == 0 and stage.alarms.repetition is not None:
                 some = [rows[i] for i in mine if i < _TEACHER_ROWS]
@@ -298,8 +299,8 @@ class Minillm:
                 key=DrawKey(seed=self._seed, stage=self._stage.name, purpose=purpose, rollout=rollout),
                 eos_ids=self._ids.eos,
                 pad_id=self._ids.pad,
-                # Ranks need not stay in step token by token unless the teacher's weights are shared among them.
-                anyone=self._ranks.anyone if self._teacher.reader.lockstep else bool,
+                # Ranks need not stay in step token by token unless weights are shared among them.
+                anyone=self._ranks.anyone if reader.lockstep or self._teacher.reader.lockstep else bool,
                 **more,
             )
         except NonFinite as error:

@@ -226,6 +226,16 @@ def _check_engine(config: RunConfig) -> None:
             f"engine.student {name!r} (ZeRO stage 0) with engine.precision bf16: there DeepSpeed's optimiser makes a "
             "step of its own before the first; set engine.student: zero1, zero2 or zero3"
         )
+    if stage < 3 and config.engine.gather == "forward":
+        raise UnsupportedCombination(
+            f"engine.gather: forward with engine.student {name!r} (ZeRO stage {stage}): there every rank has the whole "
+            "student, and nothing is gathered; set engine.gather: rollout, or engine.student: zero3"
+        )
+    if config.engine.gather == "forward" and config.evaluation.calibration:
+        raise UnsupportedCombination(
+            "engine.gather: forward with evaluation.calibration: that reads a different number of pieces on each rank; "
+            "set evaluation.calibration: false, and measure it by 'minillm evaluate' where a rank holds the student"
+        )
     if stage > 0 and any(each.optimiser.name == "muon" for each in config.stages):
         raise UnsupportedCombination(
             f"engine.student {name!r} is ZeRO stage {stage}, which cuts matrices into shards, and muon needs them "

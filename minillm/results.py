@@ -62,6 +62,13 @@ def opened(config: RunConfig, pair: Pair, *, start: Start, ranks: Ranks) -> tupl
     """The weights of ``start`` as an evaluation reads them."""
     # In the precision that the student was trained and validated in.
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else None
+    if config.engine.gather == "forward":  # sharded, as it was trained
+        precision = "bf16" if dtype is not None or start.card.dtype == "bfloat16" else "fp32"
+        sharded = Teacher(
+            lambda: load(start.card, start.facts, seed=config.seed, dtype=dtype), ranks=ranks, placement="zero3",
+            precision=precision, real_ids=pair.real_ids,
+        )  # fmt: skip
+        return sharded.root, sharded.reader
     model = load(start.card, start.facts, seed=config.seed, dtype=dtype)
     root = CausalLM(model)
     root.head.real_ids = pair.real_ids
@@ -109,7 +116,13 @@ def evaluate_into(
     )
     extras = measure_extras(config, reader, judge, teacher=teacher, ranks=ranks, shown=shown, keeper=keeper)
     results = {
-        **_about(config, split, start=start, parameters=sum(p.numel() for p in root.parameters()), teacher=teacher),
+        **_about(
+            config,
+            split,
+            start=start,
+            parameters=sum(getattr(p, "ds_numel", p.numel()) for p in root.parameters()),
+            teacher=teacher,
+        ),
         "asked": asked,
         "measures": measures,
         "temperatures": by_temperature,

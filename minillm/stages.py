@@ -186,6 +186,7 @@ def _student(config: RunConfig, stage: Stage, *, start: Start, pair: Pair, ranks
         name=stage.name,
         lora=_lora(config, start),
         recompute=config.engine.activation_checkpointing,
+        gather=config.engine.gather,
     )
 
 

@@ -7,7 +7,7 @@ import gc
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class Student:
         self, load: Callable[[], PreTrainedModel], *, ranks: Ranks, settings: str, precision: str,
         optimiser: OptimiserConfig, updates: int, real_ids: int | None = None,
         from_files: bool = True, dropout: bool = False, seed: int = 0, name: str = "", recompute: bool = False,
-        lora: Lora | None = None,
+        lora: Lora | None = None, gather: Literal["rollout", "forward"] = "rollout",
     ) -> None:  # fmt: skip
         """``load`` gives the transformers model; ``settings`` names a file of ds_configs; ``updates`` is the length
         of the schedule.
@@ -47,7 +47,7 @@ class Student:
         transformers' own. ``dropout`` leaves the model's dropout on in training. A policy gradient needs it off: with
         it, q_new / q_old is not 1 at the start. Its masks are a function of ``seed``, ``name`` (the stage), update
         and rank. ``recompute`` is activation checkpointing (``recompute.recompute_layers``). ``lora`` freezes the model
-        and trains an adapter on it.
+        and trains an adapter on it. ``gather`` is what ``whole`` does under ZeRO-3.
         """
         self.ranks = ranks
         self._optimiser, self._updates = optimiser, updates
@@ -78,7 +78,9 @@ class Student:
             optimiser=build_optimiser(self.root, optimiser),
         )  # fmt: skip
         self._engine.train(dropout)
-        self._twin = meta_twin(model, real_ids=self.root.head.real_ids, lora=lora) if self.stage == 3 else None
+        twinned = self.stage == 3 and gather == "rollout"
+        self._twin = meta_twin(model, real_ids=self.root.head.real_ids, lora=lora) if twinned else None
+        self._by_forward = self.stage == 3 and gather == "forward"
         self._probe_packing()
         self.updates_done = 0
         self.learning_rate = 0.0
@@ -91,10 +93,12 @@ class Student:
     @contextlib.contextmanager
     def whole(self) -> Iterator[ModelReader]:
         """A reader over complete weights, in evaluation mode: gathered once for the whole block under ZeRO-3, without
-        its hooks."""
-        self.root.eval()
+        its hooks; or a reader in lockstep, for which the engine gathers layer by layer in every forward."""
+        self._engine.eval()
         try:
-            if self._twin is None:
+            if self._by_forward:
+                yield ModelReader(self._engine, device=self.ranks.device, lockstep=True)
+            elif self._twin is None:
                 yield ModelReader(self.root, device=self.ranks.device, lockstep=False)
             else:
                 import deepspeed
@@ -105,7 +109,7 @@ class Student:
         finally:
             if self._twin is not None:
                 disown(self._twin)
-            self.root.train(self._dropout)
+            self._engine.train(self._dropout)
 
     def update(self, losses: Sequence[Callable[[], Tensor]]) -> tuple[float, float]:
         """One optimiser step from micro-batches; (sum of the losses over ranks, gradient norm before clipping).
@@ -167,15 +171,13 @@ class Student:
         """Copies on the CPU, on rank 0; nothing on the others."""
         import deepspeed
 
-        context = (
-            deepspeed.zero.GatheredParameters(list(dict.fromkeys(names.values())))
-            if self.stage == 3
-            else contextlib.nullcontext()
-        )
-        with context:
-            if not self.ranks.first:
-                return {}
-            return {name: p.detach().to("cpu", copy=True) for name, p in names.items()}
+        found: dict[str, Tensor] = {}
+        for name, parameter in names.items():
+            # One at a time: a rank may have no room for all of them.
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
+                if self.ranks.first:
+                    found[name] = parameter.detach().to("cpu", copy=True)
+        return found
 
     def state_files(self) -> dict[str, Write]:
         """This rank's files of a checkpoint, for ``Checkpoints.save``: weights, moments and counts as they are now.
@@ -208,8 +210,9 @@ class Student:
         self._engine.global_samples = self.updates_done * self.ranks.size
 
     def _probe_packing(self) -> None:
-        with self.whole():  # without the hooks of ZeRO-3, whose record of the first forward is that of a training step
-            probe_packing(self._twin or self.root, name="student")
+        with self.whole():  # where there is a twin, without ZeRO-3's hooks: their first record is of a training step
+            call = self._engine if self._by_forward else None
+            probe_packing(self._twin or self.root, call=call, name="student")
         self.root.packs = (self._twin or self.root).packs
 
     def close(self) -> None:

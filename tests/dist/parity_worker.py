@@ -46,10 +46,10 @@ NEIGHBOURS: dict[str, dict[str, Any]] = {
 
 
 def config(folder: Path, cell: str) -> RunConfig:
-    """The run of a cell ``STUDENT.PLACEMENT``, such as ``zero2-offload.zero3``, then ``.lora``, ``.bf16``, ``.five``, a
+    """The run of a cell ``STUDENT.PLACEMENT``, such as ``zero2-offload.zero3``, then ``.lora``, ``.bf16``, ``.five``, ``.forward``, a
     name of CREDIT, CORPUS or NEIGHBOURS, ``.averaged``."""
     student, placement, *rest = cell.removesuffix(AVERAGED).split(".")
-    how = {word: word in rest for word in ("lora", "bf16", "five")}
+    how = {word: word in rest for word in ("lora", "bf16", "five", "forward")}
     rest = [word for word in rest if word not in how]
     steps = FIVE if how["five"] else STEPS
     prompts = str(folder / "prompts.jsonl")
@@ -79,7 +79,11 @@ def config(folder: Path, cell: str) -> RunConfig:
         lm_batch=TAKEN,
         **changes,
         validate_every=0 if how["five"] else STEPS,
-        run_engine={"student": student, "precision": "bf16" if how["bf16"] else "fp32"},
+        run_engine={
+            "student": student,
+            "precision": "bf16" if how["bf16"] else "fp32",
+            "gather": "forward" if how["forward"] else "rollout",
+        },
         run_data={
             "train": prompts,
             "max_prompt_tokens": 8,

@@ -18,12 +18,12 @@ from tests.dist.matrix import figures
 from tests.dist.ranks import start_ranks
 
 CELLS = matrix.eight()
-WHOLE = [cell for cell in CELLS if not cell.endswith(".lora")]
-"""Those that train all weights."""
 CREDIT = [f"zero2.replicated.{name}" for name in parity_worker.CREDIT]
 NEIGHBOURS = ["zero2.zero3.kd", "zero2.replicated.gkd", "zero3.zero3.skewed"]
 BESIDE, ALONE = "zero2.replicated.text", "zero3.zero3.alone"
 """Runs with a corpus: one beside the policy gradient, and one that learns from nothing else."""
+FORWARD, FORWARD_GKD = "zero3.zero3.forward", "zero3.replicated.gkd.forward"
+"""Runs of a student that is gathered in every forward: its rollouts, validation and evaluation too."""
 BROKEN = "zero2.replicated" + parity_worker.AVERAGED
 SEED = 10
 """Of every run here, which leaves it at its default."""
@@ -34,7 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All cells on two ranks in one launch, and what they are held against on one process."""
     folder = tmp_path_factory.mktemp("parity")
     parity_worker.write_inputs(folder)
-    printed = start_ranks("tests.dist.parity_worker", str(folder), *CELLS, *CREDIT, *NEIGHBOURS, BESIDE, ALONE, BROKEN)
+    printed = start_ranks("tests.dist.parity_worker", str(folder), *CELLS, *CREDIT, *NEIGHBOURS, BESIDE, ALONE, FORWARD, FORWARD_GKD, BROKEN)
     (folder / "printed.txt").write_text(printed, encoding="utf-8")
     for cell in {matrix.single_of(cell) for cell in CELLS}:
         distill(parity_worker.config(folder, cell).model_copy(update={"name": alone(cell)}))
@@ -51,10 +51,10 @@ def disagreements(folder: Path, one: str, other: str) -> set[str]:
 
 def alone(cell: str) -> str:
     """The run of one process that trains the same."""
-    return "alone" if cell in WHOLE else "alone.lora"
+    return "alone.lora" if cell.endswith(".lora") else "alone"
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", [*CELLS, FORWARD])
 def test_two_ranks_of_any_stage_have_the_losses_of_one_process(runs: Path, cell: str) -> None:
     assert not disagreements(runs, alone(cell), cell)
 
@@ -63,6 +63,10 @@ def test_two_ranks_of_any_stage_have_the_losses_of_one_process(runs: Path, cell:
 def test_credit_from_the_rows_of_two_ranks_is_that_of_one_process(runs: Path, cell: str) -> None:
     assert not disagreements(runs, f"alone-{cell}", cell)
     assert {"long_loss", "advantage_std", "grad_norm"} <= disagreements(runs, "alone", cell)
+
+
+def test_a_neighbour_that_is_gathered_in_every_forward_has_the_losses_of_one_process(runs: Path) -> None:
+    assert not disagreements(runs, "alone-zero2.replicated.gkd", FORWARD_GKD)
 
 
 @pytest.mark.parametrize("cell", NEIGHBOURS)
@@ -120,18 +124,18 @@ def test_another_seed_is_another_run(runs: Path) -> None:
     assert {"loss", "reverse_kl", "grad_norm"} <= disagreements(runs, "alone", "other")
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", [*CELLS, FORWARD])
 def test_two_ranks_publish_the_weights_of_one_process(runs: Path, cell: str) -> None:
     one, two = (load_file(runs / name / "student" / "model.safetensors") for name in (alone(cell), cell))
     begun = load_file(runs / "student" / "model.safetensors")
     assert one.keys() == two.keys() == begun.keys()
     for name, weight in one.items():
         assert float((weight - two[name]).abs().max()) < 1e-4, name
-        assert cell not in WHOLE or float((weight - begun[name]).abs().max()) > 1e-3, name
+        assert cell.endswith(".lora") or float((weight - begun[name]).abs().max()) > 1e-3, name
     assert max(float((weight - begun[name]).abs().max()) for name, weight in one.items()) > 1e-3
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", [*CELLS, FORWARD])
 def test_two_ranks_validate_and_evaluate_as_one_process(runs: Path, cell: str) -> None:
     """Also where a rank has no row for a batch."""
     one, two = (tiny.logged(runs / name, "validation") for name in (alone(cell), cell))
@@ -163,7 +167,7 @@ def teacher_shares(runs: Path, placement: str) -> list[float]:
 def test_a_sharded_teacher_keeps_half_of_its_bytes_on_each_of_two_ranks(runs: Path) -> None:
     """The control: a replicated one keeps all of them."""
     sharded, whole = teacher_shares(runs, "zero3"), teacher_shares(runs, "replicated")
-    launched = [*CELLS, *CREDIT, *NEIGHBOURS, BESIDE, ALONE, BROKEN]
+    launched = [*CELLS, *CREDIT, *NEIGHBOURS, BESIDE, ALONE, FORWARD, FORWARD_GKD, BROKEN]
     in_shards = sum(cell.split(".")[1] == "zero3" for cell in launched)
     in_whole = sum(cell.split(".")[1] == "replicated" for cell in launched)
     assert (len(sharded), len(whole)) == (2 * in_shards, 2 * in_whole) and in_shards and in_whole

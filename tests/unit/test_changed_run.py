@@ -55,6 +55,7 @@ LAST_BITS = {
     "threads",
     "engine.student",
     "engine.activation_checkpointing",
+    "engine.gather",
     "stages.micro_batch",
     "stages.micro_tokens",
 }

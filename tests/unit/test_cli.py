@@ -296,6 +296,11 @@ DISTIL: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("engine.student={place}/stage.json",), ("ConfigError", "zero_optimization.stage: got 7")),
     (("engine.student={place}/typo.json",), ("ConfigError", "did you mean 'zero_optimization'?")),
     (("engine.student={place}/unseen.json",), ("UnsupportedCombination", "compute_grad_norm", "stepped on")),
+    (("engine.student=zero2", "engine.gather=forward"), ("UnsupportedCombination", "nothing is gathered")),
+    (
+        ("engine.student=zero3", "engine.gather=forward", "evaluation.calibration=true"),
+        ("UnsupportedCombination", "evaluation.calibration: false"),
+    ),
     (("engine.student={place}/offload.json",), ("UnsupportedCombination", "offload_param", "ZeRO stage 2")),
     # places
     (("out={place}/a-file",), ("ConfigError", "a-file/run' cannot be used as a folder", "change out or name")),
