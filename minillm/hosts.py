@@ -106,7 +106,7 @@ class _Host:
     def tell(self, number: int) -> None:
         """Gives a signal to its launcher, or a sign of life: 0."""
         assert self.process.stdin is not None
-        if self.code is None:
+        if self.code is None and not self.process.stdin.closed:
             with contextlib.suppress(BlockingIOError, BrokenPipeError):
                 os.write(self.process.stdin.fileno(), b"%d\n" % number)
 

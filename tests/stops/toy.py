@@ -7,6 +7,7 @@ by event and rank.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import os
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from minillm import exits, fault, phases
-from minillm.stops import Stops
+from minillm.stops import SIGNALS, Stops
 
 if TYPE_CHECKING:
     from minillm.ranks import Ranks
@@ -42,9 +43,10 @@ class Two:
             with Listener("socket") as listener:
                 self._other = listener.accept()
         elif SIZE > 1:
-            while not Path("socket").exists():
+            while self._other is None:  # which is there a moment before anybody listens at it
+                with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                    self._other = Client("socket")
                 time.sleep(0.01)
-            self._other = Client("socket")
 
     def most(self, value: int) -> int:
         """The larger of the two values."""
@@ -164,5 +166,8 @@ if __name__ == "__main__":
         code = main(*sys.argv[2:])
     except (EOFError, ConnectionError):
         code = exits.RANK_LOST
+    if code == exits.STOPPED:
+        for number in SIGNALS:  # as the command line does; handlers go before the process does
+            signal.signal(number, signal.SIG_IGN)
     note("ended", str(code))
     sys.exit(code)
