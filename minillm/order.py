@@ -10,16 +10,35 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Rows = NDArray[Any]
 
 
 def permutation(count: int, *, seed: int, epoch: int, purpose: str = "rows") -> list[int]:
     """0 .. count-1 in an order that is a pure function of the arguments, the same in every process."""
+    return [int(row) for row in _permuted(count, seed=seed, epoch=epoch, purpose=purpose)]
+
+
+def _permuted(count: int, *, seed: int, epoch: int, purpose: str) -> Rows:
+    """The same as an array: a few bytes a row, where a list of Python's numbers takes forty."""
+    import numpy
+
     # hashlib, not hash(): strings hash differently in every interpreter.
     digest = hashlib.blake2b(f"{purpose}/{seed}/{epoch}".encode(), digest_size=16).digest()
-    source = random.Random(int.from_bytes(digest, "big"))
-    # Sorting by random() rather than shuffle(): of the two, Python promises only random() never to change.
-    key = [source.random() for _ in range(count)]
-    return sorted(range(count), key=key.__getitem__)
+    # Sorting by random() rather than shuffle(): of the two, Python promises only random() never to change. Numpy draws
+    # the same numbers from the same state of the same generator.
+    _, (*words, place), _ = random.Random(int.from_bytes(digest, "big")).getstate()
+    source = numpy.random.RandomState()
+    source.set_state(("MT19937", numpy.array(words, dtype=numpy.uint32), place, 0, 0.0))
+    return numpy.argsort(source.random_sample(count), kind="stable").astype(_kind(count))
+
+
+def _kind(count: int) -> str:
+    return "int32" if count < 2**31 else "int64"
 
 
 def parts(count: int, pieces: int, *, seed: int, epoch: int, purpose: str) -> list[list[int]]:
@@ -39,7 +58,7 @@ class GlobalOrder:
     seed: int
     purpose: str = "rows"
     """Tells apart the orders of one run: a stage's name, and what its rows are for."""
-    _epochs: dict[int, list[int]] = field(default_factory=dict, repr=False, compare=False)
+    _epochs: dict[int, Rows] = field(default_factory=dict, repr=False, compare=False)
     """The last permutations made; a cache, never state."""
 
     def __post_init__(self) -> None:
@@ -49,9 +68,9 @@ class GlobalOrder:
         """The row of the draw-th draw of the run, counted from 0."""
         epoch, place = divmod(draw, self.n)
         if epoch not in self._epochs:
-            made = permutation(self.n, seed=self.seed, epoch=epoch, purpose=self.purpose)
+            made = _permuted(self.n, seed=self.seed, epoch=epoch, purpose=self.purpose)
             _remember(self._epochs, epoch, made)
-        return self._epochs[epoch][place]
+        return int(self._epochs[epoch][place])
 
     def take(self, start: int, count: int) -> list[int]:
         """Rows of draws ``start`` .. ``start + count - 1``.
@@ -72,42 +91,44 @@ class WindowedOrder:
     def __init__(self, lengths: Sequence[int], batch: int, window: int, seed: int, *, purpose: str = "rows") -> None:
         assert len(lengths) > 0, "an order needs at least one row"
         assert batch > 0 and window > 0, "a batch and a window hold at least one row and one batch"
-        self._lengths = tuple(lengths)
+        self._count = len(lengths)
+        # Needed by no order of one batch a window.
+        self._lengths: Rows | None = None
+        if window > 1:
+            import numpy
+
+            self._lengths = numpy.array(lengths, dtype="int32")
         self._batch = batch
         self._window = window
         self._seed = seed
         self._purpose = purpose
-        self._epochs: dict[int, list[int]] = {}
+        self._epochs: dict[int, Rows] = {}
 
     def batch(self, step: int) -> list[int]:
         """Rows of one step, counted from 0: a pure function of (lengths, batch, window, seed, step)."""
-        start, count = step * self._batch, len(self._lengths)
-        return [self._epoch(draw // count)[draw % count] for draw in range(start, start + self._batch)]
+        start, count = step * self._batch, self._count
+        return [int(self._epoch(draw // count)[draw % count]) for draw in range(start, start + self._batch)]
 
-    def _epoch(self, epoch: int) -> list[int]:
+    def _epoch(self, epoch: int) -> Rows:
         if epoch not in self._epochs:
             _remember(self._epochs, epoch, self._arranged(epoch))
         return self._epochs[epoch]
 
-    def _arranged(self, epoch: int) -> list[int]:
-        count, batch = len(self._lengths), self._batch
-        rows = permutation(count, seed=self._seed, epoch=epoch, purpose=self._purpose)
+    def _arranged(self, epoch: int) -> Rows:
+        count, batch = self._count, self._batch
+        rows = _permuted(count, seed=self._seed, epoch=epoch, purpose=self._purpose)
+        if self._lengths is None:
+            return rows
         # The first rows fill the last epoch's open batch; only after them does a batch of this epoch begin.
         head = min(count, -epoch * count % batch)
         whole = (count - head) // batch
-        batches: list[list[int]] = []
-        for first in range(0, whole, self._window):
-            size = min(self._window, whole - first) * batch
-            begin = head + first * batch
-            ordered = rows[begin : begin + size]
-            if self._window > 1:
-                ordered.sort(key=self._lengths.__getitem__)
-            batches += [ordered[at : at + batch] for at in range(0, size, batch)]
-        order: Sequence[int] = range(whole)
-        if self._window > 1:
-            order = permutation(whole, seed=self._seed, epoch=epoch, purpose=f"{self._purpose}/batches")
-        middle = [row for place in order for row in batches[place]]
-        return rows[:head] + middle + rows[head + whole * batch :]
+        middle = rows[head : head + whole * batch].copy()
+        for begin in range(0, len(middle), self._window * batch):
+            window = middle[begin : begin + self._window * batch]
+            window[:] = window[self._lengths[window].argsort(kind="stable")]
+        order = _permuted(whole, seed=self._seed, epoch=epoch, purpose=f"{self._purpose}/batches")
+        rows[head : head + whole * batch] = middle.reshape(whole, batch)[order].reshape(-1)
+        return rows
 
 
 def share(rows: Sequence[int], *, lengths: Sequence[int], rank: int, ranks: int, window: int = 0) -> list[int]:
@@ -137,7 +158,7 @@ def occurrences(rows: Sequence[int]) -> list[int]:
     return earlier
 
 
-def _remember(epochs: dict[int, list[int]], epoch: int, made: list[int]) -> None:
+def _remember(epochs: dict[int, Rows], epoch: int, made: Rows) -> None:
     # Two epochs are enough: a step crosses from one to the next. More only where a batch spans several.
     for old in [key for key in epochs if abs(key - epoch) > 1]:
         del epochs[old]

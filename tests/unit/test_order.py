@@ -3,17 +3,20 @@
 1. every row is drawn once per epoch, and what a step draws is a pure function of seed and position;
 2. for every number of ranks the shares are the step, no row twice and none lost, sizes within one;
 3. windows give batches of nearly equal lengths, and with them less padding;
-4. nothing depends on Python's hash seed.
+4. nothing depends on Python's hash seed;
+5. a million rows have an order in a few bytes each, and it is the order that Python's own numbers give.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
 import random
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 
 import pytest
@@ -175,3 +178,56 @@ def test_the_order_does_not_depend_on_the_hash_seed() -> None:
 def test_the_order_is_the_one_of_earlier_releases() -> None:
     """Golden: a run that was begun with another version resumes with the same rows."""
     assert permutation(8, seed=7, epoch=0) == [7, 2, 0, 4, 6, 3, 5, 1]
+
+
+def by_python(count: int, *, seed: int, epoch: int, purpose: str) -> list[int]:
+    """The order as it is defined: rows by the numbers of Python's generator."""
+    digest = hashlib.blake2b(f"{purpose}/{seed}/{epoch}".encode(), digest_size=16).digest()
+    source = random.Random(int.from_bytes(digest, "big"))
+    key = [source.random() for _ in range(count)]
+    return sorted(range(count), key=key.__getitem__)
+
+
+@pytest.mark.parametrize("count", [1, 2, 17, 1000, 12_345])
+def test_the_order_is_that_of_pythons_own_numbers(count: int) -> None:
+    for seed, epoch in ((0, 0), (5, 3)):
+        wanted = by_python(count, seed=seed, epoch=epoch, purpose="rows")
+        assert permutation(count, seed=seed, epoch=epoch) == wanted
+        assert GlobalOrder(count, seed).take(epoch * count, count) == wanted
+        assert WindowedOrder([1] * count, batch=1, window=1, seed=seed).batch(epoch * count) == wanted[:1]
+    assert count < 17 or permutation(count, seed=0, epoch=0) != by_python(count, seed=0, epoch=0, purpose="other")
+
+
+def test_rows_sorted_by_length_in_windows_are_those_of_a_plain_sort() -> None:
+    for count, batch, window in ((10, 3, 2), (7, 9, 3), (100, 8, 4), (101, 8, 5), (3, 8, 2), (8, 8, 4)):
+        lengths = lengths_of(count)
+        order = WindowedOrder(lengths, batch=batch, window=window, seed=3)
+        drawn = list(itertools.chain.from_iterable(order.batch(step) for step in range(4 * count // batch + 1)))
+        for epoch in range(3):
+            rows = by_python(count, seed=3, epoch=epoch, purpose="rows")
+            head = min(count, -epoch * count % batch)
+            whole = (count - head) // batch
+            batches: list[list[int]] = []
+            for first in range(0, whole, window):
+                begin, size = head + first * batch, min(window, whole - first) * batch
+                some = sorted(rows[begin : begin + size], key=lengths.__getitem__)
+                batches += [some[at : at + batch] for at in range(0, size, batch)]
+            places = by_python(whole, seed=3, epoch=epoch, purpose="rows/batches")
+            wanted = rows[:head] + [row for place in places for row in batches[place]] + rows[head + whole * batch :]
+            assert drawn[epoch * count : (epoch + 1) * count] == wanted
+
+
+def test_an_order_of_many_rows_is_kept_in_a_few_bytes_each() -> None:
+    count = 200_000
+    order = GlobalOrder(count, 1)
+    order.row(0)  # numpy is imported by now
+    tracemalloc.start()
+    try:
+        order.row(count)
+        (kept, most), _ = tracemalloc.get_traced_memory(), tracemalloc.reset_peak()
+        listed = permutation(count, seed=1, epoch=1)
+        as_list, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 8 * count and most < 32 * count
+    assert as_list - kept > 30 * count and len(listed) == count  # the test of the test: numbers of Python's own
