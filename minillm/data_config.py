@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import field_validator, model_validator
@@ -22,8 +23,9 @@ NOT_SETS = ("student", "stages", "tensorboard", "checkpoints", "bad-batches", "p
 class DataConfig(Settings):
     """Where rows come from and how they are read.
 
-    A source is 'world:SPLIT', a .jsonl, .jsonl.gz or .parquet file, 'hub:NAME@SPLIT', or 'set:NAME' for a set that
-    MiniLLM was evaluated on; a corpus may be a .txt file.
+    A source is 'world:SPLIT', a .jsonl, .jsonl.gz or .parquet file, several of one kind (a folder, or a pattern such as
+    'data/train-*.parquet'), 'hub:NAME@SPLIT', or 'set:NAME' for a set that MiniLLM was evaluated on; a corpus may be
+    .txt files.
     """
 
     train: Text | None = None
@@ -157,10 +159,10 @@ def _check_source(source: str, endings: tuple[str, ...]) -> None:
             raise ConfigError(
                 f"got {source!r}, wanted 'hub:NAME@SPLIT' such as 'hub:databricks/databricks-dolly-15k@train'"
             )
-    elif not source.endswith(endings):
+    elif not source.endswith((*endings, "/")) and not Path(source).expanduser().is_dir():
         raise ConfigError(
-            f"got {source!r}, wanted 'world:SPLIT', 'hub:NAME@SPLIT', 'set:NAME' or a file ending in "
-            f"{', '.join(endings)}"
+            f"got {source!r}, wanted 'world:SPLIT', 'hub:NAME@SPLIT', 'set:NAME', a file ending in "
+            f"{', '.join(endings)} (or a pattern of such), or a folder of them"
         )
 
 

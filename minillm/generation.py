@@ -39,6 +39,7 @@ from minillm.prompts import encode
 from minillm.ranks import Ranks
 from minillm.records import Row, shown
 from minillm.results import versions
+from minillm.row_sources import files_of
 from minillm.rows import counted, read_rows
 from minillm.stages import load_teacher
 from minillm.store import make_folder, require_writable, write_text
@@ -128,7 +129,7 @@ def _source(config: RunConfig, split: str, *, out: Path, samples: int) -> str:
     if out.suffix != SUFFIX:
         raise ConfigError(f"--out {str(out)!r}: wanted a file ending in {SUFFIX}, which training reads")
     for setting, read in _sources(config).items():
-        if out.exists() and (file := Path(read).expanduser()).exists() and out.samefile(file):
+        if out.exists() and any(map(out.samefile, files_of(read))):
             raise DataError(f"{out}: {setting} reads it; nothing was touched.\n  give another --out")
     source: str | dict[str, str] | None = getattr(config.data, split)
     if isinstance(source, dict):

@@ -24,6 +24,7 @@ from minillm.micro_batches import Limits
 from minillm.prompts import PrepareReport, data_hash, prepare
 from minillm.recompute import require_layers
 from minillm.records import Document, Row
+from minillm.row_sources import files_of
 from minillm.rows import counted, read_corpus, read_rows
 from minillm.slots import require_values
 from minillm.teacher_cache import TeacherCache, read_cache
@@ -341,9 +342,9 @@ def _held_out(config: RunConfig) -> dict[str, str]:
 
 
 def _same_source(one: str, other: str) -> bool:
-    """Whether two names are of one source, or of one file by different paths."""
-    paths = [Path(source).expanduser() for source in (one, other)]
-    return one == other or (all(path.is_file() for path in paths) and paths[0].samefile(paths[1]))
+    """Whether two names are of one source, or have a file in common, by whatever paths."""
+    files = [{(at.st_dev, at.st_ino) for at in map(Path.stat, files_of(source))} for source in (one, other)]
+    return one == other or not files[0].isdisjoint(files[1])
 
 
 def read_teacher_caches(config: RunConfig, *, pair: Pair, splits: Mapping[str, Split]) -> dict[str, TeacherCache]:

@@ -1,8 +1,8 @@
 """Where rows come from, as numbered records.
 
-One record per row, from JSON Lines (``.jsonl``, ``.jsonl.gz``), Parquet, a hub data set
-(``hub:NAME@SPLIT``, ``hub:NAME:CONFIG@SPLIT``), one of the published sets (``set:NAME``) or the embedded world
-(``world:SPLIT``); of a corpus also from text (``.txt``), where lines up to a blank one are a document.
+One record per row, from JSON Lines (``.jsonl``, ``.jsonl.gz``), Parquet, several such files of one kind (a folder, a
+pattern), a hub data set (``hub:NAME@SPLIT``, ``hub:NAME:CONFIG@SPLIT``), a published set (``set:NAME``) or the
+embedded world (``world:SPLIT``); of a corpus also from text (``.txt``), where lines up to a blank one are a document.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 from minillm.errors import DataError, did_you_mean
 from minillm.hub import asked_once
 from minillm.records import TEXT_FIELD, RowFault, decode_line, listed, parse_line, shown
 from minillm.released import known_set
+from minillm.shards import is_pattern, require_alike, shards_of
 
 Record = Mapping[str, object]
 Numbered = Iterator[tuple[int, Record | RowFault]]
@@ -32,6 +33,10 @@ MAX_LINE_BYTES = 16 * 2**20
 of a text file."""
 
 
+PARQUET_ROWS = 1024
+"""Rows of a Parquet file that are in memory at once."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """Where records come from, and how their places are spoken of."""
@@ -41,6 +46,15 @@ class Source:
     """Begins the uid of a row that has none of its own."""
     unit: Literal["line", "row"]
     records: Callable[[], Numbered]
+    files: Callable[[], Sequence[Path]] = tuple
+    """Those whose bytes decide what the records are; none where the library makes them."""
+    shards: tuple[Source, ...] = ()
+    """Its files in their order, where it has several; rows are numbered in each."""
+
+    @property
+    def parts(self) -> tuple[Source, ...]:
+        """What is read one after the other."""
+        return self.shards or (self,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,26 +92,49 @@ def locate(source: str, kind: Kind) -> Source:
 def _file(source: str, kind: Kind) -> Source:
     try:
         path = Path(source).expanduser()
-        folder = path.is_dir()
+        several = path.is_dir() or is_pattern(source)
     except (OSError, RuntimeError) as error:  # longer than any path may be; a home of nobody
         raise DataError(f"{shown(source)} cannot be looked up: {error}") from error
-    if folder:
-        raise DataError(
-            f"{source} is a folder, wanted a file{_files_in(path, kind)}\n  name one {' or '.join(kind.endings)} file"
-        )
+    if several:
+        return _several(source, kind)
     if not path.exists():
         raise DataError(f"{source} does not exist{_near_files(path, kind)}")
     suffix = next((end for end in kind.endings if path.name.endswith(end)), None)
     if suffix is None or not path.is_file():
         raise DataError(
-            f"{source} is not a kind of {kind.name} known here\n  wanted a {', '.join(kind.endings)} file, "
-            "'world:SPLIT', 'set:NAME' or 'hub:NAME@SPLIT'; JSON Lines holds one JSON object a line"
+            f"{source} is not a kind of {kind.name} known here\n  wanted a {', '.join(kind.endings)} file, a folder of "
+            "them, 'world:SPLIT', 'set:NAME' or 'hub:NAME@SPLIT'; JSON Lines holds one JSON object a line"
         )
-    stem = path.name.removesuffix(suffix)
+    return _one(path, name=source, stem=path.name.removesuffix(suffix), suffix=suffix)
+
+
+def _one(path: Path, *, name: str, stem: str, suffix: str) -> Source:
     if suffix == ".parquet":
-        return Source(name=source, stem=stem, unit="row", records=lambda: _parquet(path, source))
+        return Source(name=name, stem=stem, unit="row", records=lambda: _parquet(path, name), files=lambda: (path,))
     records = _text if suffix == TEXT_ENDING else _jsonl
-    return Source(name=source, stem=stem, unit="line", records=lambda: records(path, source))
+    return Source(name=name, stem=stem, unit="line", records=lambda: records(path, name), files=lambda: (path,))
+
+
+def _several(source: str, kind: Kind) -> Source:
+    found = shards_of(source, endings=kind.endings, what=kind.name)
+    paths = tuple(shard.path for shard in found)
+    if found[0].ending == ".parquet":
+        require_alike(paths, source=source)
+    each = tuple(_one(shard.path, name=str(shard.path), stem=shard.stem, suffix=shard.ending) for shard in found)
+    return Source(
+        name=source, stem="", unit=each[0].unit, files=lambda: paths, shards=each,
+        records=lambda: itertools.chain.from_iterable(one.records() for one in each),
+    )  # fmt: skip
+
+
+def files_of(source: str) -> tuple[Path, ...]:
+    """The files that a source names by path: none where it is no path, or nothing is there."""
+    try:
+        if Path(source).expanduser().is_dir() or is_pattern(source):
+            return tuple(shard.path for shard in shards_of(source, endings=CORPUS_ENDINGS, what="source"))
+        return tuple(path for path in (Path(source).expanduser(),) if path.is_file())
+    except (OSError, RuntimeError, DataError):
+        return ()
 
 
 def _data_files(folder: Path, kind: Kind) -> list[str]:
@@ -189,8 +226,9 @@ def _parquet(path: Path, name: str) -> Numbered:
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches():
+        # Row groups may be of any size: without buffers of their own only the pages that are read are in memory.
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**16) as table:
+            for batch in table.iter_batches(batch_size=PARQUET_ROWS, use_threads=False):
                 for record in batch.to_pylist():
                     number += 1
                     yield number, record
@@ -227,44 +265,48 @@ def _hub(source: str, rest: str) -> Source:
             f"{source!r} does not name a hub data set and its split\n"
             "  wanted 'hub:NAME@SPLIT', such as hub:openai/gsm8k:main@train (with the config 'main')"
         )
+    table = lru_cache(maxsize=1)(lambda: _hub_table(source, name, config, split))
     return Source(
-        name=source, stem=name.rpartition("/")[2], unit="row", records=lambda: _hub_records(source, name, config, split)
-    )
+        name=source, stem=name.rpartition("/")[2], unit="row",
+        records=lambda: enumerate(table(), start=1),
+        files=lambda: [Path(file["filename"]) for file in table().cache_files],
+    )  # fmt: skip
 
 
 def _set(source: str, name: str) -> Source:
     """A published set: its one file on the hub. Beside it are text files, which ``datasets`` would read instead."""
     known = known_set(name)
 
-    def records() -> Numbered:
+    @lru_cache(maxsize=1)
+    def fetched() -> Path:
         from huggingface_hub import hf_hub_download
 
         try:
             with asked_once():
-                path = hf_hub_download(known.repository, known.file, repo_type="dataset")
+                return Path(hf_hub_download(known.repository, known.file, repo_type="dataset"))
         except Exception as error:  # as below: what network and cache raise is one fault to the user
             raise DataError(
                 f"{source} could not be loaded: {_reason(error)}\n  check the network, or name a copy of {known.file} "
                 f"of the data set {known.repository}"
             ) from error
-        yield from _jsonl(Path(path), source)
 
-    return Source(name=source, stem=name, unit="line", records=records)
+    return Source(
+        name=source, stem=name, unit="line", records=lambda: _jsonl(fetched(), source), files=lambda: (fetched(),)
+    )
 
 
-def _hub_records(source: str, name: str, config: str, split: str) -> Numbered:
+def _hub_table(source: str, name: str, config: str, split: str) -> Any:
     import datasets
 
     try:
         with asked_once():
-            table = datasets.load_dataset(name, config or None, split=split)
+            return datasets.load_dataset(name, config or None, split=split)
     # The library raises what its network, cache and format readers raise; all of it is one fault to the user.
     except Exception as error:
         raise DataError(
             f"{source} could not be loaded: {_reason(error)}\n"
             "  check name, split and network; a data set with several configs is named hub:NAME:CONFIG@SPLIT"
         ) from error
-    yield from enumerate(table, start=1)
 
 
 def _reason(error: Exception) -> str:

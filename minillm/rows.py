@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from minillm.errors import DataError
 from minillm.records import TEXT_FIELD, Document, Row, RowFault, listed, parse_entry, parse_record, shown
 from minillm.released import unfolded
+from minillm.row_names import RowNames
 from minillm.row_sources import CORPUS, PROMPTS, Kind, Record, Source, locate
 
 Broken = Literal["error", "skip"]
@@ -21,7 +22,7 @@ class Skipped:
     """One row that ``broken: skip`` left out, and why."""
 
     where: str
-    """'line 5' of a text file, 'row 5' elsewhere; counted from 1."""
+    """'line 5' of a text file, 'row 5' elsewhere; counted from 1, of each file where a source has several."""
     reason: str
 
 
@@ -59,7 +60,8 @@ def read_rows(source: str, *, broken: Broken = "error", max_broken: int = 0) -> 
     ``broken='skip'`` counts broken rows and raises once there are more than ``max_broken``. A source
     that cannot be read at all, or holds no usable row, is a ``DataError`` in both modes.
     """
-    return _read(source, kind=PROMPTS, parse=parse_record, broken=broken, max_broken=max_broken)
+    reading = prompt_rows(locate(source, PROMPTS), broken=broken, max_broken=max_broken)
+    return list(reading), reading.report()
 
 
 def read_corpus(
@@ -67,54 +69,104 @@ def read_corpus(
 ) -> tuple[list[Row] | list[Document], ReadReport]:
     """The same of a corpus: all its documents, or its prompts with their responses. One that holds both is a
     ``DataError``."""
-    found, report = _read(source, kind=CORPUS, parse=parse_entry, broken=broken, max_broken=max_broken)
+    reading = corpus_rows(locate(source, CORPUS), broken=broken, max_broken=max_broken)
+    found = list(of_one_kind(reading))
     rows = [entry for entry in found if isinstance(entry, Row)]
-    documents = [entry for entry in found if isinstance(entry, Document)]
-    if rows and documents:
+    return rows or [entry for entry in found if isinstance(entry, Document)], reading.report()
+
+
+def prompt_rows(origin: Source, *, broken: Broken = "error", max_broken: int = 0) -> Reading[Row]:
+    """The rows that ``read_rows`` gives, one at a time."""
+    return Reading(origin, kind=PROMPTS, parse=parse_record, broken=broken, max_broken=max_broken)
+
+
+def corpus_rows(origin: Source, *, broken: Broken = "error", max_broken: int = 0) -> Reading[Row | Document]:
+    """What stands in a corpus, one at a time, of whatever kind."""
+    return Reading(origin, kind=CORPUS, parse=parse_entry, broken=broken, max_broken=max_broken)
+
+
+def of_one_kind(reading: Reading[Row | Document]) -> Iterator[Row | Document]:
+    """What a corpus holds, as long as it is of the first one's kind; ``DataError`` at the end where it was not."""
+    counts, first = {Row: 0, Document: 0}, dict[type, str]()
+    for entry in reading:
+        kind = type(entry)
+        counts[kind] += 1
+        first.setdefault(kind, entry.uid)
+        if len(first) == 1:
+            yield entry
+    if len(first) > 1:
         raise DataError(
-            f"{report.source} holds {counted(len(documents), 'document')} ({shown(documents[0].uid)} is the first) and "
-            f"{counted(len(rows), 'row')} with a prompt ({shown(rows[0].uid)})\n"
+            f"{reading.name} holds {counted(counts[Document], 'document')} ({shown(first[Document])} is the first) and "
+            f"{counted(counts[Row], 'row')} with a prompt ({shown(first[Row])})\n"
             "  a corpus is of one kind: put the two into files of their own, and choose one"
         )
-    return rows or documents, report
 
 
-def _read(
-    source: str, *, kind: Kind, parse: Callable[..., tuple[Entry, list[str]]], broken: Broken, max_broken: int
-) -> tuple[list[Entry], ReadReport]:
-    origin = locate(source, kind)
-    allowed = max_broken if broken == "skip" else 0
-    entries: list[Entry] = []
-    skipped: list[Skipped] = []
-    ignored: dict[str, int] = {}
-    first_seen: dict[str, int] = {}
-    for number, record, default_uid in _unfolded(origin, kind):
+class Reading(Generic[Entry]):
+    """The rows of a source, read once from its beginning to its end, one at a time; then ``report`` says what was
+    found."""
+
+    def __init__(
+        self, origin: Source, *, kind: Kind, parse: Callable[..., tuple[Entry, list[str]]], broken: Broken,
+        max_broken: int,
+    ) -> None:  # fmt: skip
+        self._origin, self._kind, self._parse = origin, kind, parse
+        self._broken, self._max_broken = broken, max_broken
+        self._skipped: list[Skipped] = []
+        self._ignored: dict[str, int] = {}
+        self._names, self._used = RowNames(), 0
+        self.records = 0
+        """Lines or rows of the files that were met so far."""
+
+    @property
+    def name(self) -> str:
+        """The source's."""
+        return self._origin.name
+
+    def __iter__(self) -> Iterator[Entry]:
+        for part in self._origin.parts:
+            before = self.records
+            for number, record, default_uid in _unfolded(part, self._kind):
+                self.records = before + number
+                entry = self._entry(part, number, record, default_uid=default_uid)
+                if entry is not None:
+                    self._used += 1
+                    yield entry
+
+    def report(self) -> ReadReport:
+        """What became of all rows; ``DataError`` where none is left."""
+        report = ReadReport(
+            source=self.name,
+            rows=self._used + len(self._skipped),
+            skipped=tuple(self._skipped),
+            ignored=self._ignored,
+        )
+        if not self._used:
+            what = f"{report}; no row is left" if self._skipped else f"{self.name} is empty: it holds no rows"
+            raise DataError(f"{what}\n  wanted {self._kind.row}")
+        return report
+
+    def _entry(self, part: Source, number: int, record: Record | RowFault, *, default_uid: str) -> Entry | None:
+        """The checked row; None for a broken one that may be left out."""
+        where = f"{part.unit} {number}{f' of {part.name}' if self._origin.shards else ''}"
         try:
             if isinstance(record, RowFault):
                 raise record
-            entry, left_out = parse(record, default_uid=default_uid)
-            if entry.uid in first_seen:
-                raise RowFault(
-                    f"id {shown(entry.uid)} already names {origin.unit} {first_seen[entry.uid]}; ids are unique"
-                )
+            entry, left_out = self._parse(record, default_uid=default_uid)
+            if (first := self._names.first(entry.uid)) is not None:
+                raise RowFault(f"id {shown(entry.uid)} already names {first}; ids are unique")
         except RowFault as fault:
-            skipped.append(Skipped(where=f"{origin.unit} {number}", reason=fault.reason))
-            if len(skipped) > allowed:
+            self._skipped.append(Skipped(where=where, reason=fault.reason))
+            if len(self._skipped) > (self._max_broken if self._broken == "skip" else 0):
                 column = "" if fault.column is None else f", column {fault.column}"
-                where = f"{origin.name}, {origin.unit} {number}{column}: {fault.reason}"
-                message = _too_broken(where, skipped=skipped, broken=broken, max_broken=max_broken)
+                told = f"{part.name}, {part.unit} {number}{column}: {fault.reason}"
+                message = _too_broken(told, skipped=self._skipped, broken=self._broken, max_broken=self._max_broken)
                 raise DataError(message) from fault
-            continue
-        first_seen[entry.uid] = number
-        entries.append(entry)
+            return None
+        self._names.add(entry.uid, where)
         for name in left_out:
-            ignored[name] = ignored.get(name, 0) + 1
-    met = len(entries) + len(skipped)
-    report = ReadReport(source=origin.name, rows=met, skipped=tuple(skipped), ignored=ignored)
-    if not entries:
-        what = f"{report}; no row is left" if skipped else f"{origin.name} is empty: it holds no rows"
-        raise DataError(f"{what}\n  wanted {kind.row}")
-    return entries, report
+            self._ignored[name] = self._ignored.get(name, 0) + 1
+        return entry
 
 
 def _unfolded(origin: Source, kind: Kind) -> Iterator[tuple[int, Record | RowFault, str]]:

@@ -19,7 +19,8 @@ from minillm.config import RunConfig
 from minillm.engine_settings import read_engine_settings
 from minillm.errors import ConfigError, DataError, ModelError
 from minillm.loading import by_name, names_a_folder
-from minillm.manifests import parsed
+from minillm.manifests import parsed, sha256_of
+from minillm.row_sources import files_of
 from minillm.store import make_folder, record_text, write_text
 from minillm.study.config import StudyConfig
 from minillm.world import rows
@@ -256,8 +257,10 @@ def _source_digest(source: str) -> str:
     if scheme in {"hub", "set"}:
         return source
     try:
-        with Path(source).expanduser().open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        files = files_of(source) or (Path(source).expanduser(),)
+        found = [sha256_of(file) for file in files]
+        # Of one file as it always was; of several the names are in the ids of their rows.
+        return found[0] if len(found) == 1 else _digest([[file.name for file in files], found])
     except OSError as error:
         raise DataError(f"{source} cannot be read: {error.strerror}") from error
 
