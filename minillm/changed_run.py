@@ -28,7 +28,7 @@ class Effect(StrEnum):
 
 EFFECTS = {
     Effect.NOTHING: (
-        "name", "out", "trackers", "checkpoints", "evaluation", "data.test", "data.test_limit",
+        "name", "out", "trackers", "checkpoints", "evaluation", "data.test", "data.test_limit", "data.cache",
     ),
     Effect.LAST_BITS: (
         "threads", "engine.student", "engine.activation_checkpointing", "engine.gather",

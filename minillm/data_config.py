@@ -57,6 +57,10 @@ class DataConfig(Settings):
     checker: Literal["slots"] | None = None
     """What else responses to validation and test prompts are checked for: 'slots' measures the coverage of the values
     in a prompt's dialogue acts. The embedded world's own checker needs no setting."""
+    cache: Text | None = None
+    """Folder where the prompts and tokens of large sources (over 10,000 rows or 16 MiB) are kept once they are made
+    ready; $HF_HOME/minillm, $XDG_CACHE_HOME/minillm or ~/.cache/minillm where not given. It may be removed at any
+    time."""
     train_limit: Count | None = None
     """Use the first N rows of the training split; all where not given."""
     train_responses: Count | None = None

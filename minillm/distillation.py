@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from minillm.batches import prompt_batch
 from minillm.decode import roll_out
 from minillm.order import GlobalOrder, occurrences, share
+from minillm.prompt_table import answered
 from minillm.ranks import Ranks
 from minillm.references import Lesson, TeacherText, text_losses
 from minillm.scoring import TeacherView
@@ -38,7 +39,7 @@ class Distil:
     ) -> None:  # fmt: skip
         self._stage, self._prompts, self._decoding = stage, prompts, decoding
         self._teacher, self._ids, self._ranks, self._seed = teacher, ids, ranks, seed
-        self._answered = [prompt for prompt in prompts if prompt.response_ids]
+        self._answered = answered(prompts)
         self._order = GlobalOrder(len(prompts), seed, f"{stage.name}/rows")
         self._references = GlobalOrder(max(1, len(self._answered)), seed, f"{stage.name}/references")
         plan = stage.plan

@@ -31,6 +31,7 @@ from minillm.models import ModelReader
 from minillm.order import GlobalOrder, occurrences, parts, share
 from minillm.policy_loss import clipped_surrogate
 from minillm.practice import Practice, rollout_inputs
+from minillm.prompt_table import answered
 from minillm.ranks import Ranks
 from minillm.references import Lesson, TeacherText, learnt_tokens, likelihood, soft_labels, text_losses
 from minillm.rollout_figures import rollout_figures, text_figures
@@ -100,8 +101,7 @@ class Minillm:
         self._constant = stage.expected_length or float(decoding.max_new_tokens)
         self._anchor_order = None
         if stage.lm_coefficient > 0.0:
-            answered = [prompt for prompt in prompts if prompt.response_ids]
-            self._anchored: Examples = answered if corpus is None else corpus
+            self._anchored: Examples = answered(prompts) if corpus is None else corpus
             self._anchor_order = GlobalOrder(
                 len(self._anchored), seed, f"{stage.name}/{'anchor' if corpus is None else 'corpus'}"
             )

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from minillm.cards import Card, load_card
 from minillm.config import DecodingConfig, EvaluationConfig, RunConfig
-from minillm.corpus import blocks_of
+from minillm.data_cache import DataCache
 from minillm.engine_settings import read_engine_settings, zero_stage
 from minillm.errors import CacheError, ConfigError, DataError, ManifestError, ModelError, UnsupportedCombination
 from minillm.generated import read_generated
@@ -21,11 +21,11 @@ from minillm.loading import ModelFacts, fingerprint, inspect
 from minillm.lora import require_targets
 from minillm.lora_config import LoraConfig
 from minillm.micro_batches import Limits
-from minillm.prompts import PrepareReport, data_hash, prepare
+from minillm.prepared import Prepared, PreparedBlocks, Wanted, holds_text, prepared_blocks, prepared_prompts
+from minillm.prompt_table import answered
 from minillm.recompute import require_layers
-from minillm.records import Document, Row
-from minillm.row_sources import files_of
-from minillm.rows import counted, read_corpus, read_rows
+from minillm.row_sources import CORPUS, PROMPTS, Source, files_of, locate
+from minillm.rows import counted, read_rows
 from minillm.slots import require_values
 from minillm.teacher_cache import TeacherCache, read_cache
 from minillm.templates import raw_text
@@ -60,7 +60,7 @@ class Split:
     """The prompts of one split, and what was said when they were read."""
 
     source: str
-    prompts: list[Prompt]
+    prompts: Sequence[Prompt]
     sha256: str
     words: tuple[str, ...]
     """Counted sentences for the terminal: what was read, dropped, cut or left out."""
@@ -250,17 +250,13 @@ def read_split(
     """The prompts of one source, ready for the models; ``DataError`` where a row breaks the run's policy or none is
     left."""
     data = config.data
-    rows, read_report = read_rows(source, broken=data.broken, max_broken=data.max_broken)
-    words = [str(read_report)] if read_report.skipped else []
-    if limit is not None and limit < len(rows):
-        words.append(f"{name}: the first {limit:,} of {len(rows):,} rows (limit set by data.{name}_limit)")
-        rows = rows[:limit]
-    kept = data.train_responses
-    if name == "train" and kept is not None and kept < len(rows):
-        rows = [*rows[:kept], *(dataclasses.replace(row, responses=()) for row in rows[kept:])]
-        words.append(f"train: the responses of the first {kept:,} rows (set by data.train_responses)")
-    prompts, report = _prepared(rows, config, pair=pair, need_response=need_response, name=name)
-    return Split(source=source, prompts=prompts, sha256=data_hash(prompts), words=(*words, str(report)))
+    kept = data.train_responses if name == "train" else None
+    wanted = _wanted(
+        config, locate(source, PROMPTS), pair=pair, name=name, need_response=need_response, limit=limit, responses=kept
+    )
+    found = prepared_prompts(wanted, pair.tokenizer, cache=DataCache(data.cache))
+    words = (*found.words, found.report, *([found.place] if found.place else []))
+    return Split(source=source, prompts=found.prompts, sha256=found.sha256, words=words)
 
 
 def with_checker(config: RunConfig, split: Split) -> Split:
@@ -283,21 +279,26 @@ def require_checked_rows(config: RunConfig) -> None:
             require_values([raw_text(row) for row in rows], source=source)
 
 
-def _prepared(
-    rows: Sequence[Row], config: RunConfig, *, pair: Pair, need_response: bool, name: str
-) -> tuple[list[Prompt], PrepareReport]:
+def _wanted(
+    config: RunConfig, origin: Source, *, pair: Pair, name: str, need_response: bool, corpus: bool = False,
+    limit: int | None = None, responses: int | None = None,
+) -> Wanted:  # fmt: skip
     """Rows as the run reads them everywhere."""
     data = config.data
-    return prepare(
-        rows,
-        tokenizer=pair.tokenizer,
+    return Wanted(
+        origin=origin,
+        corpus=corpus,
+        name=name,
+        broken=data.broken,
+        max_broken=data.max_broken,
+        limit=limit,
+        responses=responses,
         template=data.template,
         max_prompt_tokens=data.max_prompt_tokens,
         over_long=data.over_long,
         max_response_tokens=config.decoding.max_new_tokens,
         eos_id=pair.ids.eos[0],
         need_response=need_response,
-        name=name,
     )
 
 
@@ -360,7 +361,7 @@ def read_teacher_caches(config: RunConfig, *, pair: Pair, splits: Mapping[str, S
             cache = read_cache(stage.teacher_cache)
             _check_cache(cache, config, pair=pair)
             split = splits[stage.reads]
-            cache.require([row for row in split.prompts if row.response_ids], source=split.source)
+            cache.require(answered(split.prompts), source=split.source)
             caches[stage.name] = cache
     return caches
 
@@ -395,30 +396,29 @@ def read_anchor(config: RunConfig, *, pair: Pair) -> Anchor | None:
     data = config.data
     if data.corpus is None or not config.anchored:
         return None
-    length = _block_length(config, pair)
-    entries, read_report = read_corpus(data.corpus, broken=data.broken, max_broken=data.max_broken)
-    words = [str(read_report)] if read_report.skipped else []
+    length, cache = _block_length(config, pair), DataCache(data.cache)
+    wanted = _wanted(config, locate(data.corpus, CORPUS), pair=pair, name="corpus", need_response=True, corpus=True)
+    found: Prepared | PreparedBlocks
     rows: Examples
-    documents = [entry for entry in entries if isinstance(entry, Document)]
-    if documents:
-        blocks, report = blocks_of(documents, tokenizer=pair.tokenizer, ends=pair.ids.eos, length=length, name="corpus")
-        rows, size = blocks, str(blocks)
+    if holds_text(wanted):
+        found = prepared_blocks(wanted, pair.tokenizer, ends=pair.ids.eos, length=length, cache=cache)
+        rows, size = found.blocks, str(found.blocks)
     else:
         if data.corpus_length is not None:
             raise UnsupportedCombination(
                 f"data.corpus_length {data.corpus_length} with {data.corpus}, which holds prompts with responses: "
                 "nothing is cut; leave it out, or give a corpus of rows with a 'text'"
             )
-        found = [entry for entry in entries if isinstance(entry, Row)]
-        rows, report = _prepared(found, config, pair=pair, need_response=True, name="corpus")
-        size = f"{counted(len(rows), 'prompt')} with a response"
+        found = prepared_prompts(wanted, pair.tokenizer, cache=cache)
+        rows, size = found.prompts, f"{counted(len(found.prompts), 'prompt')} with a response"
     for stage in config.anchored:
         if stage.lm_batch > len(rows):
             raise DataError(
                 f"{data.corpus}: {size}, and an update of stage {stage.name} takes {stage.lm_batch:,} (lm_batch)\n"
                 "  give more text, or set a smaller lm_batch or data.corpus_length"
             )
-    return Anchor(source=data.corpus, rows=rows, size=size, sha256=data_hash(rows), words=(*words, f"{report}; {size}"))
+    words = (*found.words, f"{found.report}; {size}", *([found.place] if found.place else []))
+    return Anchor(source=data.corpus, rows=rows, size=size, sha256=found.sha256, words=words)
 
 
 def _block_length(config: RunConfig, pair: Pair) -> int:

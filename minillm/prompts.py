@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Literal
 
 from minillm.errors import DataError
-from minillm.records import Row, listed, plain_name, shown
+from minillm.records import SHOWN, Row, listed, plain_name, shown
 from minillm.rows import ReadReport, counted, read_rows
 from minillm.templates import Template, is_blank, render
 from minillm.types import Example, Prompt
@@ -68,12 +68,41 @@ class Group:
     fate: Fate
     detail: str
     """The limit in brackets, such as ' (> 256 tokens)', or ''."""
+    count: int
     uids: tuple[str, ...]
+    """The first few of them, one more than a message names."""
 
     def __str__(self) -> str:
         # 'responses with …', not 'response with …s': the plural belongs to the first noun for the 'with' fates.
         head, joint, tail = self.fate.value.partition(" with")
-        return f"{counted(len(self.uids), head)}{joint}{tail}{self.detail}: {listed(list(map(plain_name, self.uids)))}"
+        return f"{counted(self.count, head)}{joint}{tail}{self.detail}: {listed(list(map(plain_name, self.uids)))}"
+
+
+class Fates:
+    """How many rows had each fate, and the first few of each: of millions that are left out none is kept."""
+
+    def __init__(self) -> None:
+        self._counts: dict[Fate, int] = {}
+        self._uids: dict[Fate, list[str]] = {}
+
+    def add(self, fate: Fate, uid: str) -> None:
+        """One more row."""
+        self._counts[fate] = self._counts.get(fate, 0) + 1
+        if len(first := self._uids.setdefault(fate, [])) <= SHOWN:
+            first.append(uid)
+
+    def groups(self, detail: Callable[[Fate], str] = lambda fate: "") -> tuple[Group, ...]:
+        """The rows of each fate together; ``detail`` is a limit in brackets, or ''."""
+        return tuple(
+            Group(fate=fate, detail=detail(fate), count=self._counts[fate], uids=tuple(self._uids[fate]))
+            for fate in Fate
+            if fate in self._counts
+        )
+
+    @property
+    def count(self) -> int:
+        """Of all fates."""
+        return sum(self._counts.values())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,35 +173,59 @@ def prepare(
     Raises ``DataError`` for what the policy forbids, for a template that does not fit, and where
     no row is left.
     """
-    limits = _Limits(
-        prompt=max_prompt_tokens, response=max_response_tokens, over_long=over_long, need_response=need_response
-    )
-    dropped: dict[Fate, list[str]] = {}
-    changed: dict[Fate, list[str]] = {}
-    prompts: list[Prompt] = []
-    longest: dict[Fate, int] = {}
-    for item in _encoded(rows, tokenizer, template, eos_id):
-        prompt_fate, response_fate = _prompt_fate(item, limits), _response_fate(item, limits, eos_id)
-        for fate, size in ((prompt_fate, len(item.ids)), (response_fate, len(item.response_ids))):
-            if fate is not None:
-                longest[fate] = max(longest.get(fate, 0), size)
-        lost = _loss(prompt_fate, response_fate, limits)
-        if lost is not None:
-            dropped.setdefault(lost, []).append(item.row.uid)
-            continue
-        for fate in (prompt_fate, response_fate):
-            if fate is not None:
-                changed.setdefault(fate, []).append(item.row.uid)
-        prompts.append(_prompt(item, tokenizer, cut_to=limits.prompt, keep_response=response_fate is None))
-    report = PrepareReport(
-        name=name,
-        rows=len(rows),
-        used=len(prompts),
-        dropped=groups(dropped, limits.detail),
-        changed=groups(changed, limits.detail),
-    )
-    _enforce(report, limits, longest)
-    return prompts, report
+    preparing = Preparing(
+        tokenizer=tokenizer, template=template, max_prompt_tokens=max_prompt_tokens, over_long=over_long,
+        max_response_tokens=max_response_tokens, eos_id=eos_id, need_response=need_response, name=name,
+    )  # fmt: skip
+    some = (rows[start : start + ENCODE_ROWS] for start in range(0, len(rows), ENCODE_ROWS))
+    prompts = [prompt for each in some for prompt in preparing.take(each)]
+    return prompts, preparing.report()
+
+
+class Preparing:
+    """``prepare`` for rows that come some at a time; what was dropped and cut is counted over all of them."""
+
+    def __init__(
+        self, *, tokenizer: PreTrainedTokenizerBase, template: Template, max_prompt_tokens: int, over_long: OverLong,
+        max_response_tokens: int, eos_id: int, need_response: bool, name: str,
+    ) -> None:  # fmt: skip
+        self._tokenizer, self._template, self._eos_id, self._name = tokenizer, template, eos_id, name
+        self._limits = _Limits(
+            prompt=max_prompt_tokens, response=max_response_tokens, over_long=over_long, need_response=need_response
+        )
+        self._dropped, self._changed, self._longest = Fates(), Fates(), dict[Fate, int]()
+        self._rows = self._used = 0
+
+    def take(self, rows: Sequence[Row]) -> Iterator[Prompt]:
+        """The next rows as prompts, those that are dropped left out."""
+        limits, longest = self._limits, self._longest
+        for item in _encoded(rows, self._tokenizer, self._template, self._eos_id):
+            self._rows += 1
+            prompt_fate, response_fate = _prompt_fate(item, limits), _response_fate(item, limits, self._eos_id)
+            for fate, size in ((prompt_fate, len(item.ids)), (response_fate, len(item.response_ids))):
+                if fate is not None:
+                    longest[fate] = max(longest.get(fate, 0), size)
+            lost = _loss(prompt_fate, response_fate, limits)
+            if lost is not None:
+                self._dropped.add(lost, item.row.uid)
+                continue
+            for fate in (prompt_fate, response_fate):
+                if fate is not None:
+                    self._changed.add(fate, item.row.uid)
+            self._used += 1
+            yield _prompt(item, self._tokenizer, cut_to=limits.prompt, keep_response=response_fate is None)
+
+    def report(self) -> PrepareReport:
+        """What became of all of them; ``DataError`` for what the policy forbids, and where no row is left."""
+        report = PrepareReport(
+            name=self._name,
+            rows=self._rows,
+            used=self._used,
+            dropped=self._dropped.groups(self._limits.detail),
+            changed=self._changed.groups(self._limits.detail),
+        )
+        _enforce(report, self._limits, self._longest)
+        return report
 
 
 def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, uids: Sequence[str]) -> list[tuple[int, ...]]:
@@ -216,13 +269,27 @@ def _unreadable(texts: Sequence[str], uids: Sequence[str], tokenizer: PreTrained
     raise AssertionError("a batch failed to encode and each of its texts alone did not")
 
 
-def data_hash(rows: Iterable[Example]) -> str:
+class DataHash:
     """SHA-256 in hex over uid, ids and response ids of every row, in order: what a resumed run compares."""
-    digest = hashlib.sha256()
-    for row in rows:
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, row: Example) -> None:
+        """The next row."""
         # JSON closes every list, so no two different sequences of rows give the same bytes.
-        digest.update(json.dumps([row.uid, row.ids, row.response_ids]).encode() + b"\n")
-    return digest.hexdigest()
+        self._digest.update(json.dumps([row.uid, row.ids, row.response_ids]).encode() + b"\n")
+
+    def __str__(self) -> str:
+        return self._digest.hexdigest()
+
+
+def data_hash(rows: Iterable[Example]) -> str:
+    """The ``DataHash`` of all rows."""
+    digest = DataHash()
+    for row in rows:
+        digest.add(row)
+    return str(digest)
 
 
 def _encoded(
@@ -277,11 +344,6 @@ def _prompt(item: _Encoded, tokenizer: PreTrainedTokenizerBase, *, cut_to: int, 
         choices=item.row.choices,
         extra=item.row.extra,
     )
-
-
-def groups(fates: Mapping[Fate, Sequence[str]], detail: Callable[[Fate], str] = lambda fate: "") -> tuple[Group, ...]:
-    """The rows of each fate, those of one fate together; ``detail`` is a limit in brackets, or ''."""
-    return tuple(Group(fate=fate, detail=detail(fate), uids=tuple(fates[fate])) for fate in Fate if fate in fates)
 
 
 def _enforce(report: PrepareReport, limits: _Limits, longest: dict[Fate, int]) -> None:

@@ -17,6 +17,7 @@ from minillm.batches import ExampleBatch, example_batch
 from minillm.kept import Kept
 from minillm.micro_batches import Limits
 from minillm.order import WindowedOrder, share
+from minillm.prompt_table import lengths_of
 from minillm.ranks import Ranks
 from minillm.scoring import HeadWeights, TeacherView
 from minillm.state import State, States
@@ -40,9 +41,8 @@ class References:
         self._stage, self._prompts, self._ids, self._ranks = stage, prompts, ids, ranks
         self._teacher, self._cache = teacher, cache
         self._teacher_share = stage.teacher_share if isinstance(stage, KdStage) else 0.0
-        lengths = [len(prompt.ids) + len(prompt.response_ids) for prompt in prompts]
         self._order = WindowedOrder(
-            lengths, batch=stage.batch, window=stage.length_window, seed=seed, purpose=f"{stage.name}/rows"
+            lengths_of(prompts), batch=stage.batch, window=stage.length_window, seed=seed, purpose=f"{stage.name}/rows"
         )
 
     def collect(self, step: int, student: Student) -> tuple[list[Prompt], dict[str, float]]:

@@ -48,6 +48,8 @@ class Source:
     records: Callable[[], Numbered]
     files: Callable[[], Sequence[Path]] = tuple
     """Those whose bytes decide what the records are; none where the library makes them."""
+    count: Callable[[], int] = int
+    """Lines or rows that there are; 0 where that cannot be told before reading."""
     shards: tuple[Source, ...] = ()
     """Its files in their order, where it has several; rows are numbered in each."""
 
@@ -110,9 +112,15 @@ def _file(source: str, kind: Kind) -> Source:
 
 def _one(path: Path, *, name: str, stem: str, suffix: str) -> Source:
     if suffix == ".parquet":
-        return Source(name=name, stem=stem, unit="row", records=lambda: _parquet(path, name), files=lambda: (path,))
+        return Source(
+            name=name, stem=stem, unit="row", records=lambda: _parquet(path, name), files=lambda: (path,),
+            count=lambda: _parquet_rows(path),
+        )  # fmt: skip
     records = _text if suffix == TEXT_ENDING else _jsonl
-    return Source(name=name, stem=stem, unit="line", records=lambda: records(path, name), files=lambda: (path,))
+    return Source(
+        name=name, stem=stem, unit="line", records=lambda: records(path, name), files=lambda: (path,),
+        count=lambda: _lines_in(path),
+    )  # fmt: skip
 
 
 def _several(source: str, kind: Kind) -> Source:
@@ -124,6 +132,7 @@ def _several(source: str, kind: Kind) -> Source:
     return Source(
         name=source, stem="", unit=each[0].unit, files=lambda: paths, shards=each,
         records=lambda: itertools.chain.from_iterable(one.records() for one in each),
+        count=lambda: sum(one.count() for one in each),
     )  # fmt: skip
 
 
@@ -215,6 +224,18 @@ def _lines(stream: BinaryIO | gzip.GzipFile) -> Iterator[tuple[int, bytes | None
         yield number, None if too_long else line
 
 
+def _lines_in(path: Path) -> int:
+    """How many there are; 0 for a file that cannot be read, which reading tells."""
+    found, last = 0, b"\n"
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as stream:
+            while piece := stream.read(2**20):
+                found, last = found + piece.count(b"\n"), piece[-1:]
+    except (OSError, EOFError, zlib.error):
+        return 0
+    return found + (last != b"\n")
+
+
 def _beyond(unit: str, number: int) -> str:
     return f" beyond {unit} {number}" if number else ""
 
@@ -237,6 +258,16 @@ def _parquet(path: Path, name: str) -> Numbered:
         raise DataError(
             f"{name} cannot be read as Parquet{_beyond('row', number)}: {first_line}\n  write the file again"
         ) from error
+
+
+def _parquet_rows(path: Path) -> int:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return int(pyarrow.parquet.read_metadata(path).num_rows)
+    except (pyarrow.ArrowException, OSError):
+        return 0
 
 
 def _world(split: str) -> Source:
@@ -270,6 +301,7 @@ def _hub(source: str, rest: str) -> Source:
         name=source, stem=name.rpartition("/")[2], unit="row",
         records=lambda: enumerate(table(), start=1),
         files=lambda: [Path(file["filename"]) for file in table().cache_files],
+        count=lambda: len(table()),
     )  # fmt: skip
 
 
@@ -291,8 +323,9 @@ def _set(source: str, name: str) -> Source:
             ) from error
 
     return Source(
-        name=source, stem=name, unit="line", records=lambda: _jsonl(fetched(), source), files=lambda: (fetched(),)
-    )
+        name=source, stem=name, unit="line", records=lambda: _jsonl(fetched(), source), files=lambda: (fetched(),),
+        count=lambda: _lines_in(fetched()),
+    )  # fmt: skip
 
 
 def _hub_table(source: str, name: str, config: str, split: str) -> Any:

@@ -9,6 +9,7 @@ from minillm.config import RunConfig
 from minillm.errors import DataError
 from minillm.evaluation_sets import read_sets
 from minillm.preflight import Pair, Split, read_split, read_teacher_text, with_checker
+from minillm.prompt_table import answered
 from minillm.text_stages import DistilStage
 
 
@@ -45,14 +46,14 @@ def _read_train(config: RunConfig, pair: Pair) -> Split:
     learners = [name for name, which in needed.items() if which != "none"]
     always = all(which == "all" for which in needed.values())
     train = read_split(config, data.train, pair=pair, name="train", need_response=always, limit=data.train_limit)
-    answered = sum(bool(prompt.response_ids) for prompt in train.prompts)
-    if learners and not answered:
+    with_response = len(answered(train.prompts))
+    if learners and not with_response:
         raise DataError(
             f"{data.train}: no row has a response of at most {config.decoding.max_new_tokens} tokens, and stage "
             f"{learners[0]} learns from responses\n  give the rows a 'response' field, or raise decoding.max_new_tokens"
         )
-    if learners and answered < len(train.prompts):
-        of_all = f"{answered:,} of {len(train.prompts):,} rows have a response"
+    if learners and with_response < len(train.prompts):
+        of_all = f"{with_response:,} of {len(train.prompts):,} rows have a response"
         told = f"train: {of_all}; stage {', '.join(learners)} learns from those"
         train = dataclasses.replace(train, words=(*train.words, told))
     return train

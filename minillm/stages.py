@@ -18,6 +18,7 @@ from minillm.lora import Lora
 from minillm.moments import Boundary, Progressed, never
 from minillm.objectives import Minillm
 from minillm.preflight import Pair, decoding_record, require_rows
+from minillm.prompt_table import answered
 from minillm.publish import publish_student
 from minillm.ranks import Ranks
 from minillm.references import References
@@ -144,9 +145,9 @@ def load_teacher(pair: Pair, *, ranks: Ranks, say: Callable[[str], None]) -> Tea
     return teacher
 
 
-def usable(stage: Stage, prompts: Sequence[Prompt]) -> list[Prompt]:
+def usable(stage: Stage, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
     """The prompts that a stage's steps draw from: where it needs responses, those that have one."""
-    return [prompt for prompt in prompts if prompt.response_ids or stage.responses_needed != "all"]
+    return answered(prompts) if stage.responses_needed == "all" else prompts
 
 
 def check_rows(stage: Stage, prompts: Sequence[Prompt], *, ranks: Ranks) -> None:

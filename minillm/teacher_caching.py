@@ -31,6 +31,7 @@ from minillm.manifests import sha256_of
 from minillm.micro_batches import Limits, alike
 from minillm.preflight import Pair, check_alone, limits_record, read_split
 from minillm.progress import Progress
+from minillm.prompt_table import answered
 from minillm.prompts import data_hash
 from minillm.ranks import Ranks
 from minillm.results import versions
@@ -108,7 +109,7 @@ def cache_teacher(
     return cache
 
 
-def _read(teacher: str, config: RunConfig, *, top_k: int) -> tuple[Pair, list[Prompt]]:
+def _read(teacher: str, config: RunConfig, *, top_k: int) -> tuple[Pair, Sequence[Prompt]]:
     """The teacher's facts, and the rows with a response."""
     if config.data.train is None:
         raise DataError("data.train is missing; wanted the rows whose responses the teacher is to read")
@@ -117,7 +118,7 @@ def _read(teacher: str, config: RunConfig, *, top_k: int) -> tuple[Pair, list[Pr
         raise ConfigError(f"--top-k {top_k}: wanted 1 to {pair.real_ids:,}, the ids of {teacher}")
     limit = config.data.train_limit
     split = read_split(config, config.data.train, pair=pair, name="train", need_response=True, limit=limit)
-    return pair, [prompt for prompt in split.prompts if prompt.response_ids]
+    return pair, answered(split.prompts)
 
 
 def _done(out: Path, asked: Asked, *, fresh: bool) -> bool:

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 
 from minillm.errors import CheckpointError
+from minillm.prompt_table import named
 from minillm.state import State
 from minillm.types import Example, Prompt
 
@@ -56,17 +57,17 @@ def packed(rows: Sequence[Example]) -> State:
     )
 
 
-def unpacked(state: State, prompts: Iterable[Prompt]) -> list[Written]:
+def unpacked(state: State, prompts: Sequence[Prompt]) -> list[Written]:
     """The same rows again; ``CheckpointError`` where one of their prompts is not there."""
-    by_uid = {prompt.uid: prompt.ids for prompt in prompts}
+    found = named(prompts, set(state.record["uids"]))
     rows, ids, at = list[Written](), state.tensors["response_ids"].tolist(), 0
     for uid, length in zip(state.record["uids"], state.record["lengths"], strict=True):
-        if uid not in by_uid:
+        if uid not in found:
             raise CheckpointError(
                 f"the checkpoint has a response to row {uid!r}, which the prompts do not have\n"
                 "  resume with the prompts that it was made with"
             )
-        rows.append(Written(uid, by_uid[uid], tuple(ids[at : at + length])))
+        rows.append(Written(uid, found[uid].ids, tuple(ids[at : at + length])))
         at += length
     return rows
 
@@ -102,7 +103,7 @@ class Replay:
         """The rows."""
         return packed(self.rows)
 
-    def restore(self, state: State, prompts: Iterable[Prompt]) -> None:
+    def restore(self, state: State, prompts: Sequence[Prompt]) -> None:
         """Has them again, ``prompts`` being those that were answered."""
         self.rows = unpacked(state, prompts)
 

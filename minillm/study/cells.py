@@ -28,7 +28,11 @@ from minillm.world import rows
 SCHEMA = 1
 NO_PART = ("name", "out", "threads", "trackers", "checkpoints", "student", "teacher")
 """Settings of a run that change no result, and the names of models, which the digests of what they name stand for."""
-NO_PART_OF = {"evaluation": ("batch_tokens",), "engine": ("activation_checkpointing", "gather")}
+NO_PART_OF = {
+    "evaluation": ("batch_tokens",),
+    "engine": ("activation_checkpointing", "gather"),
+    "data": ("cache",),
+}
 """Settings of a section that change no result. (``evaluation.batch`` is older: without it the models that studies made
 would count as others.)"""
 SINCE = {

@@ -40,6 +40,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
             "rows",
             "slots",
             "prompts",
+            "prompt_table",
             "corpus",
             "batches",
             "packing",
@@ -84,6 +85,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "generated",
         "generation_parts",
         "teacher_cache",
+        "data_cache",
         "trackers",
     ),
     6: (
@@ -102,6 +104,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "loop",
         "saving",
         "stages",
+        "prepared",
         "preflight",
         "progress",
         "terminal",

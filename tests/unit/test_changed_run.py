@@ -48,7 +48,7 @@ def _sections(annotation: object) -> Iterator[type[Settings]]:
 
 EVERY = sorted(set(paths(RunConfig)))
 NOTHING = {
-    "name", "out", "trackers", "data.test", "data.test_limit",
+    "name", "out", "trackers", "data.test", "data.test_limit", "data.cache",
     *(path for path in EVERY if path.startswith(("evaluation.", "checkpoints."))),
 }  # fmt: skip
 LAST_BITS = {
@@ -62,7 +62,11 @@ LAST_BITS = {
 ANOTHER = {
     "seed", "student", "teacher", "stages.kind", "stages.name", "stages.keep.metric", "stages.keep.mode",
     "stages.optimiser.name", "stages.teacher_cache", "stages.student_share", "stages.replay",
-    *(path for path in EVERY if path.startswith(("data.", "lora.")) and not path.startswith("data.test")),
+    *(
+        path
+        for path in EVERY
+        if path.startswith(("data.", "lora.")) and not path.startswith(("data.test", "data.cache"))
+    ),
 }  # fmt: skip
 
 
