@@ -347,7 +347,8 @@ def _of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def _chat(tokenizer: PreTrainedTokenizerBase) -> Mapping[str, Any]:
     """What decides the text of a chat; some templates write the day's date."""
     day = date.today().isoformat() if "strftime_now" in str(tokenizer.chat_template) else ""
-    return {"template": tokenizer.chat_template, "tokens": dict(tokenizer.special_tokens_map), "day": day}
+    tokens = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return {"template": tokenizer.chat_template, "tokens": tokens, "day": day}
 
 
 def _unchanged(make: Callable[[Path, Sink], Made], origin: Source) -> Callable[[Path, Sink], Made]:

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import errno
 import gc
 import json
@@ -18,6 +19,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -146,6 +148,23 @@ def test_an_entry_is_taken_for_nothing_else(tmp_path: Path, tokenizer: PreTraine
     lower.backend_tokenizer.normalizer = __import__("tokenizers").normalizers.Lowercase()
     assert "kept in" in made(lower).place  # the same vocabulary, read otherwise
     assert "from the cache" in made().place
+
+
+@pytest.mark.usefixtures("large")
+def test_a_chat_template_decides_too_and_the_day_where_it_writes_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, cache, reader = save_rows(tmp_path / "train.jsonl", rows=40), DataCache(tmp_path / "cache"), tiny.tokenizer()
+
+    def made(template: str, day: int) -> str:
+        reader.chat_template = "{% for message in messages %}" + template + "{{ message.content }}{% endfor %}"
+        monkeypatch.setattr(prepared, "date", SimpleNamespace(today=lambda: datetime.date(2026, 11, day)))
+        return prepared_prompts(wanted_of(file, template="chat"), reader, cache=cache).place
+
+    dated = "{% if false %}{{ strftime_now('%d') }}{% endif %}"
+    assert "kept in" in made("a ", 1) and "from the cache" in made("a ", 2)
+    assert "kept in" in made("b ", 2)
+    assert "kept in" in made(dated, 1) and "from the cache" in made(dated, 1) and "kept in" in made(dated, 2)
 
 
 @pytest.mark.usefixtures("large")

@@ -23,6 +23,7 @@ from minillm.preflight import _same_source
 from minillm.row_names import RowNames
 from minillm.row_sources import files_of
 from minillm.rows import read_corpus, read_rows
+from minillm.study.cells import _source_digest
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes"
 
@@ -177,3 +178,12 @@ def test_what_is_held_out_is_known_by_any_file_that_it_shares(tmp_path: Path) ->
     assert [file.name for file in files_of(train)] == ["train-0.jsonl", "train-1.jsonl"]
     assert _same_source(every, f"{tmp_path}/test.jsonl") and _same_source(str(tmp_path), train)
     assert not _same_source(train, f"{tmp_path}/test.jsonl") and not _same_source("world:train", "world:test")
+
+
+def test_a_study_knows_what_all_files_of_a_source_hold(tmp_path: Path) -> None:
+    files = [shard(tmp_path, f"{name}.jsonl", {"prompt": name}) for name in "ab"]
+    before = _source_digest(str(tmp_path))
+    assert before == _source_digest(f"{tmp_path}/*.jsonl") != _source_digest(str(files[0]))
+    files[1].write_text(files[1].read_text().replace("b", "c"))
+    _source_digest.cache_clear()  # sources are read once a process
+    assert _source_digest(str(tmp_path)) != before
