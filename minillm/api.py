@@ -24,14 +24,8 @@ from minillm.loading import fingerprint, inspect
 from minillm.lora import peft_library
 from minillm.model_card import CardFacts, render
 from minillm.moments import Progressed
-from minillm.preflight import (
-    Anchor,
-    Pair,
-    Split,
-    check_pair,
-    read_anchor,
-    read_teacher_caches,
-)
+from minillm.pairs import Pair, check_pair
+from minillm.preflight import Anchor, Split, read_anchor, read_teacher_caches
 from minillm.profiling import profiled
 from minillm.ranks import Ranks
 from minillm.report import build_report, combine, write_reports

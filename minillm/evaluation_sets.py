@@ -19,7 +19,8 @@ from minillm.config import RunConfig
 from minillm.errors import DataError
 from minillm.extras import require_extras
 from minillm.manifests import parsed
-from minillm.preflight import Pair, Split, read_split, with_checker
+from minillm.pairs import Pair
+from minillm.preflight import Split, read_split, with_checker
 from minillm.ranks import Ranks
 from minillm.records import listed
 from minillm.report_files import SCHEMA, sets_in

@@ -11,7 +11,8 @@ from minillm.config import RunConfig
 from minillm.evaluation import Judge
 from minillm.exposure_run import measure_exposure, require_responses
 from minillm.models import ModelReader
-from minillm.preflight import Pair, Split
+from minillm.pairs import Pair
+from minillm.preflight import Split
 from minillm.ranks import Ranks
 from minillm.teacher_engine import Teacher
 from minillm.unfinished import Keeper

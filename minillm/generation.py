@@ -33,7 +33,8 @@ from minillm.generation_parts import Answer, Cell, Parts
 from minillm.loading import fingerprint
 from minillm.micro_batches import alike
 from minillm.models import ModelReader
-from minillm.preflight import Pair, Split, check_alone, decoding_record, limits_record, read_split
+from minillm.pairs import Pair, check_alone
+from minillm.preflight import Split, decoding_record, limits_record, read_split
 from minillm.progress import Progress
 from minillm.prompts import encode
 from minillm.ranks import Ranks

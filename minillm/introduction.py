@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from minillm.config import RunConfig
 from minillm.evaluation_sets import shared_words
-from minillm.preflight import Anchor, Pair, Split
+from minillm.pairs import Pair
+from minillm.preflight import Anchor, Split
 from minillm.ranks import Ranks
 from minillm.run_splits import evaluated_sets
 from minillm.stages import idle_words, unbiased_words

@@ -21,7 +21,8 @@ from minillm.loading import fingerprint, load
 from minillm.manifests import parsed
 from minillm.measures import infinite_rows, infinite_words, summarise
 from minillm.models import CausalLM, ModelReader
-from minillm.preflight import Pair, Split, decoding_record, limits_record
+from minillm.pairs import Pair
+from minillm.preflight import Split, decoding_record, limits_record
 from minillm.probes import probe_head
 from minillm.ranks import Ranks
 from minillm.report_files import SCHEMA

@@ -19,7 +19,7 @@ from minillm.checkpoints import Checkpoint, Checkpoints, Resume, steps_in
 from minillm.config import CheckpointsConfig, DecodingConfig, RunConfig, dump_config
 from minillm.engine_settings import read_engine_settings
 from minillm.errors import CheckpointError, ConfigError, DataError, DiskError, RunExists, Stopped
-from minillm.preflight import Pair
+from minillm.pairs import Pair
 from minillm.ranks import Ranks
 from minillm.results import versions
 from minillm.run_lock import run_lock, says

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from minillm.config import RunConfig
 from minillm.errors import DataError
 from minillm.evaluation_sets import read_sets
-from minillm.preflight import Pair, Split, read_split, read_teacher_text, with_checker
+from minillm.pairs import Pair
+from minillm.preflight import Split, read_split, read_teacher_text, with_checker
 from minillm.prompt_table import answered
 from minillm.text_stages import DistilStage
 

@@ -17,7 +17,8 @@ from minillm.loop import Keep, Validate, run_steps
 from minillm.lora import Lora
 from minillm.moments import Boundary, Progressed, never
 from minillm.objectives import Minillm
-from minillm.preflight import Pair, decoding_record, require_rows
+from minillm.pairs import Pair
+from minillm.preflight import decoding_record, require_rows
 from minillm.prompt_table import answered
 from minillm.publish import publish_student
 from minillm.ranks import Ranks

@@ -29,7 +29,8 @@ from minillm.kept import Kept
 from minillm.loading import fingerprint
 from minillm.manifests import sha256_of
 from minillm.micro_batches import Limits, alike
-from minillm.preflight import Pair, check_alone, limits_record, read_split
+from minillm.pairs import Pair, check_alone
+from minillm.preflight import limits_record, read_split
 from minillm.progress import Progress
 from minillm.prompt_table import answered
 from minillm.prompts import data_hash

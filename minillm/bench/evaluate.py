@@ -27,7 +27,8 @@ from minillm.evaluation_sets import read_sets
 from minillm.gold import read_gold
 from minillm.length_buckets import by_length
 from minillm.measures import summarise
-from minillm.preflight import Pair, Split, check_pair
+from minillm.pairs import Pair, check_pair
+from minillm.preflight import Split
 from minillm.ranks import Ranks
 from minillm.results import evaluate_into, judge_of, opened
 from minillm.scoring import token_statistics

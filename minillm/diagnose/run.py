@@ -17,7 +17,8 @@ from minillm.errors import ConfigError, DataError, UnsupportedCombination
 from minillm.loading import fingerprint, load
 from minillm.models import CausalLM
 from minillm.order import GlobalOrder
-from minillm.preflight import Pair, Split, check_pair, decoding_record, read_split
+from minillm.pairs import Pair, check_pair
+from minillm.preflight import Split, decoding_record, read_split
 from minillm.probes import probe_head
 from minillm.ranks import Ranks
 from minillm.stage_config import MinillmStage

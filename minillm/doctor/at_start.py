@@ -8,7 +8,8 @@ from minillm.config import RunConfig
 from minillm.doctor import data, folders, machine, tokens
 from minillm.doctor.findings import Finding, in_a_line
 from minillm.doctor.patient import Check, made, of_pair
-from minillm.preflight import Pair, Split
+from minillm.pairs import Pair
+from minillm.preflight import Split
 
 # Not those of ``check_pair`` and of reading the rows, which have raised by then what is wrong.
 CHECKS = (

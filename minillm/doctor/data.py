@@ -9,7 +9,8 @@ from minillm.config import RunConfig
 from minillm.doctor.findings import Finding, error, note, of_error, ok, warning
 from minillm.doctor.patient import UNREADABLE, Patient
 from minillm.errors import MinillmError
-from minillm.preflight import Pair, Split, read_split
+from minillm.pairs import Pair
+from minillm.preflight import Split, read_split
 from minillm.rows import counted, read_rows
 from minillm.templates import raw_text
 from minillm.types import Prompt

@@ -12,7 +12,7 @@ from minillm.doctor.findings import Finding, of_error, ok, warning
 from minillm.doctor.patient import UNREADABLE, Check, Patient, left_out, made, read_models, student_alone, with_splits
 from minillm.errors import MinillmError
 from minillm.model_files import in_short
-from minillm.preflight import Pair, check_pair
+from minillm.pairs import Pair, check_pair
 
 # Another check is a line here: its function gives findings from a ``Patient``.
 CHECKS: tuple[Check, ...] = (

@@ -12,7 +12,8 @@ from minillm.doctor.findings import Finding, note, of_error, warning
 from minillm.errors import MinillmError
 from minillm.loading import ModelFacts, inspect
 from minillm.model_files import in_short
-from minillm.preflight import Pair, Split
+from minillm.pairs import Pair
+from minillm.preflight import Split
 from minillm.types import Ids
 from minillm.vocabulary import eos_ids, real_ids
 

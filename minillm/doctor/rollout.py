@@ -14,7 +14,8 @@ from minillm.doctor.findings import Finding, note, ok, warning
 from minillm.doctor.patient import Model, Patient
 from minillm.loading import load
 from minillm.models import CausalLM, ModelReader
-from minillm.preflight import Pair, decoding_record
+from minillm.pairs import Pair
+from minillm.preflight import decoding_record
 from minillm.probes import probe_head
 from minillm.ranks import Ranks
 from minillm.text_stages import ReferenceStage

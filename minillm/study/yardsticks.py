@@ -18,7 +18,7 @@ from minillm.config import RunConfig
 from minillm.errors import ConfigError, DataError
 from minillm.evaluation import of_text
 from minillm.evaluation_sets import read_sets
-from minillm.preflight import check_pair
+from minillm.pairs import check_pair
 from minillm.prompts import encode
 from minillm.ranks import Ranks
 from minillm.report_files import read_samples

@@ -19,7 +19,7 @@ from pathlib import Path
 from minillm.run_log import OF_THE_PROCESS
 from minillm import distill
 from minillm.errors import MinillmError
-from minillm.preflight import check_pair
+from minillm.pairs import check_pair
 from tests import quick, tiny
 from tests.dist import parity_worker
 from tests.dist.parity_worker import PLACEMENTS

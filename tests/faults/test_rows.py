@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, normalizers
 from minillm import distill, evaluate, prompts, row_sources
 from minillm.config import RunConfig
 from minillm.errors import ConfigError, DataError, PositionsExceeded, VocabularyMismatch
-from minillm.preflight import check_pair
+from minillm.pairs import check_pair
 from minillm.rows import read_rows
 from tests import tiny
 from tests.unit.test_prompts_reading import BROKEN

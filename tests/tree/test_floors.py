@@ -105,7 +105,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "saving",
         "stages",
         "prepared",
-        "preflight",
+        *("pairs", "preflight"),
         "progress",
         "terminal",
     ),

@@ -29,7 +29,8 @@ from minillm.errors import ConfigError, DataError
 from minillm.loading import load
 from minillm.models import CausalLM
 from minillm.objectives import Minillm
-from minillm.preflight import check_pair, decoding_record, read_split
+from minillm.pairs import check_pair
+from minillm.preflight import decoding_record, read_split
 from minillm.ranks import Ranks
 from minillm.stage_base import OptimiserConfig
 from minillm.stage_config import MinillmStage

@@ -21,7 +21,8 @@ from minillm.config import MinillmStage, OptimiserConfig, RunConfig
 from minillm.distillation import Distil
 from minillm.errors import ConfigError, UnsupportedCombination
 from minillm.objectives import Minillm
-from minillm.preflight import check_pair, read_split
+from minillm.pairs import check_pair
+from minillm.preflight import read_split
 from minillm.references import References
 from minillm.teacher_engine import Teacher
 from minillm.text_mix import FollowedShare, Replay, Written, sources

@@ -15,7 +15,7 @@ from minillm.config import load_config
 from minillm.doctor import at_start, rollout, smoke
 from minillm.doctor.findings import error, exit_code, note, ok, warning
 from minillm.doctor.rollout import Answer, looked_over, repeated_share
-from minillm.preflight import check_pair
+from minillm.pairs import check_pair
 from minillm.run_splits import read_splits
 from tests.patients import healthy, levels, looked_at, of
 

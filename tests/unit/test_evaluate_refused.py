@@ -11,7 +11,7 @@ import pytest
 from minillm import evaluate
 from minillm.config import RunConfig
 from minillm.errors import ConfigError, DataError, UnsupportedCombination, VocabularyMismatch
-from minillm.preflight import check_pair
+from minillm.pairs import check_pair
 from tests import tiny
 
 

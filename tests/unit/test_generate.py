@@ -32,7 +32,8 @@ from minillm.errors import (
 from minillm.generated import Manifest, manifest_of, read_generated
 from minillm.generation_parts import Parts
 from minillm.loading import fingerprint
-from minillm.preflight import check_alone, read_split
+from minillm.pairs import check_alone
+from minillm.preflight import read_split
 from minillm.types import Prompt, Purpose
 from minillm.vocabulary import identity
 from tests import tiny

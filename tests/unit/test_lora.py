@@ -30,7 +30,7 @@ from minillm.errors import ConfigError, DataError, MinillmError, ModelError, Run
 from minillm.loading import fingerprint, inspect, load
 from minillm.lora import Lora, adapted_layers, is_adapter
 from minillm.merging import merge_adapter
-from minillm.preflight import check_pair
+from minillm.pairs import check_pair
 from minillm.store import RunFolder
 from minillm.yaml_reader import write_yaml
 from tests import quick, tiny

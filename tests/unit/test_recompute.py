@@ -23,7 +23,7 @@ from minillm.config import OptimiserConfig
 from minillm.errors import UnsupportedCombination
 from minillm.loading import inspect, load
 from minillm.models import CausalLM
-from minillm.preflight import check_pair
+from minillm.pairs import check_pair
 from minillm.probes import probe_packing
 from minillm.ranks import Ranks
 from minillm.student_engine import Student
@@ -167,7 +167,7 @@ def test_a_model_without_such_layers_is_refused(folder: Path) -> None:
 
 def test_a_run_asks_before_it_reads_weights(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[str] = []
-    monkeypatch.setattr("minillm.preflight.require_layers", lambda config, name: asked.append(config.model_type))
+    monkeypatch.setattr("minillm.pairs.require_layers", lambda config, name: asked.append(config.model_type))
     run = {"teacher": folder / "llama", "student": folder / "llama", "prompts": tmp_path / "none.jsonl"}
     for engine in ({"activation_checkpointing": True}, {}):
         check_pair(tiny.minillm_config(tmp_path, **run, run_engine={"student": "zero2", **engine}))

@@ -27,7 +27,8 @@ from minillm import api, distill, teacher_cache, teacher_caching
 from minillm.config import RunConfig
 from minillm.divergences import kept_and_rest
 from minillm.errors import CacheError, ConfigError, DataError, NonFinite, UnsupportedCombination
-from minillm.preflight import check_alone, read_split
+from minillm.pairs import check_alone
+from minillm.preflight import read_split
 from minillm.teacher_cache import FILES, IDS, LOGP, MANIFEST, ROWS, id_kind, read_cache
 from minillm.teacher_caching import cache_teacher
 from tests import tiny
