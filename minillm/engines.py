@@ -7,7 +7,9 @@ gather its weights see it.
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +38,8 @@ def initialise(
         # Micro-batches add up in 32 bits whatever the model computes in, or their number would change the sum.
         **({"data_types": {"grad_accum_dtype": "fp32"}} if precision == "bf16" and optimiser is not None else {}),
     }
-    with warnings.catch_warnings():
+    # One of its optimisers prints how much memory is used, on every run.
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         engine, *_ = deepspeed.initialize(model=root, optimizer=optimiser, config=full, dist_init_required=False)
     collectives.watch()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import logging
 import math
 import warnings
 from collections.abc import Mapping
@@ -31,6 +32,8 @@ _MARKS = (".lora_A.", ".lora_B.")
 
 def peft_library() -> ModuleType:
     """The library that adapts models. Raises ``ConfigError`` where it is not installed."""
+    # peft imports it where it is there, and it tells everybody what of its 4 bits a CPU lacks.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import peft
     except ImportError:

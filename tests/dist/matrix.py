@@ -152,7 +152,7 @@ Five MiniLLM steps on two ranks (gloo, CPU) against the same steps in one proces
 the teacher lives (`placement` of its card), what is trained, and in which precision. A number is the largest deviation of any figure in
 the log (losses, reverse KL, gradient norm, lengths, the teacher's level) at any step, relative to the single process, and to 0.1 where
 that is smaller. Limits: {fp32:.0e} in fp32, {bf16:.0e} in bf16. The single process is `zero0` with a replicated teacher in fp32, and
-`zero1` in bf16, where `zero0` is refused. In bf16 both models compute in 16 bits, and the learning rate is 3e-5 in place of 3e-3: with
+`zero1` in bf16, where `zero0` is refused. In bf16 both models compute in 16 bits, and the learning rate is 1e-5 in place of 3e-3: with
 a larger one a weight soon rounds to its other neighbour, another token is drawn, and the figures are those of another text. For
 comparison: gradients that are averaged over two ranks instead of added deviate by 0.5.
 

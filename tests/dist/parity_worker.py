@@ -24,7 +24,7 @@ AVERAGED = ".averaged"
 PLACEMENTS = ("replicated", "zero3", "offload", "tp")
 """Of the teacher, those to come too."""
 LORA = {"rank": 4, "alpha": 8}
-LR = {"fp32": 3e-3, "bf16": 3e-5}
+LR = {"fp32": 3e-3, "bf16": 1e-5}
 """In 16 bits a larger one soon makes a weight round to its other neighbour, and with it another token be drawn."""
 CREDIT: dict[str, dict[str, Any]] = {
     "ridge": {"baseline": "ridge", "importance": "per_decision", "gamma": 0.9, "horizon": 4},
