@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-_LEAST_SPARE = 64
+LEAST_SPARE = 64
 """Positions of spare room at least."""
-_SPARE_SHARE = 4
+SPARE_SHARE = 4
 """Spare room is 1/4 of what is held: memory beyond what is needed against copies."""
 
 
@@ -84,6 +84,6 @@ def growing_cache() -> Cache:
 def _wider(room_BKCD: Tensor, *, held: int, wanted: int) -> Tensor:
     """New room for ``wanted`` positions and some more, with what is held in it."""
     rows, heads, _, width = room_BKCD.shape
-    new = room_BKCD.new_empty(rows, heads, wanted + max(_LEAST_SPARE, wanted // _SPARE_SHARE), width)
+    new = room_BKCD.new_empty(rows, heads, wanted + max(LEAST_SPARE, wanted // SPARE_SHARE), width)
     new[:, :, :held] = room_BKCD[:, :, :held]
     return new

@@ -18,18 +18,36 @@ def extra_peak(work: Callable[[], object], *, device: torch.device) -> int:
     On a CPU the answer is only right in a process that has not freed large tensors to its own allocator before; so
     measure one piece of work in each process. Raises ``ConfigError`` where the system does not tell (Linux does).
     """
+    forget_peak(device)
+    before = standing_now(device)
+    work()
+    return peak_now(device) - before
+
+
+def standing_now(device: torch.device) -> int:
+    """Bytes that are taken at present."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        work()
+        return int(torch.cuda.memory_allocated(device))
+    return _resident("VmRSS")
+
+
+def peak_now(device: torch.device) -> int:
+    """Bytes at the highest point since it was last forgotten."""
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
-        return int(torch.cuda.max_memory_allocated(device) - before)
+        return int(torch.cuda.max_memory_allocated(device))
+    return _resident("VmHWM")
+
+
+def forget_peak(device: torch.device) -> None:
+    """The highest point counts from here. Raises ``ConfigError`` where the system does not tell it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return
     try:
-        _CLEAR.write_text("5", encoding="ascii")  # the highest point so far is forgotten
-        before = _resident("VmRSS")
-        work()
-        return _resident("VmHWM") - before
+        _CLEAR.write_text("5", encoding="ascii")
     except OSError as error:
         raise ConfigError(
             f"memory is measured through {_CLEAR}, which cannot be used here: {error.strerror}\n"

@@ -38,6 +38,10 @@ class StepCase(Case):
     inner_updates: int
     settings: str = ""
     """A file of ds_configs for the student; none names the smallest ZeRO stage that the precision allows."""
+    placement: str = "replicated"
+    """Where the teacher lives."""
+    micro_batch: int = 0
+    """Rows of a training forward; 0: all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,13 +111,14 @@ class Ours:
             teacher_mix=case.teacher_mix,
             coin_groups=case.coin_groups,
             length_norm=True,
+            micro_batch=case.micro_batch,
             optimiser=OptimiserConfig(lr=1e-5),
         )
         teacher = model_loader(sizes.teacher, "teachers", dtype=sizes.dtype, device=ranks.device)
         # As in a run: whole precision, from which the engine makes its own.
         whole = torch.promote_types(sizes.dtype, torch.float32)
         student = model_loader(sizes.student, "students", dtype=whole, device=ranks.device)
-        self.teacher = Teacher(teacher, ranks=ranks, placement="replicated", precision=sizes.precision)
+        self.teacher = Teacher(teacher, ranks=ranks, placement=case.placement, precision=sizes.precision)
         self.student = Student(
             student, ranks=ranks, settings=case.settings or ("zero1" if sizes.precision == "bf16" else "zero0"),
             precision=sizes.precision, optimiser=stage.optimiser, updates=UPDATES,
@@ -130,9 +135,11 @@ class Ours:
         )
         self._done = 0
 
-    def step(self) -> dict[str, float]:
-        """What the loop does in a step, the log and the progress bar left out; the rollout's figures."""
+    def step(self, *, between: Callable[[], object] = dict) -> dict[str, float]:
+        """What the loop does in a step, the log and the progress bar left out; the rollout's figures. ``between`` is
+        called before the first update."""
         collected, figures = self._objective.collect(self._done, self.student)
+        between()
         with self._objective.learning(collected, self.student) as updates:
             for update in updates:
                 self.student.update(update.losses)

@@ -49,6 +49,8 @@ Examples:
     --config recipes/quickstart/minillm.yaml
   minillm compare a=runs/a b=runs/b --out runs/a-or-b
   minillm cards students/gpt2
+  minillm plan --teacher llama-13b --student llama-7b --gpus 8 \\
+    --gpu-memory 80
   minillm world --out world
   minillm diagnose --config recipes/quickstart/minillm.yaml \\
     student=runs/mine/student --prompts 128
@@ -77,6 +79,7 @@ COMMANDS = (
     comparisons.report,
     comparisons.compare,
     models.cards,
+    models.plan,
     builtin.world,
     runs.diagnose,
     comparisons.study,
