@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minillm.config import RunConfig, load_config
-from minillm.doctor import data, folders, machine, rollout, smoke, tokens
+from minillm.doctor import data, folders, machine, memory, rollout, smoke, tokens
 from minillm.doctor.findings import Finding, of_error, ok, warning
 from minillm.doctor.patient import UNREADABLE, Check, Patient, left_out, made, read_models, student_alone, with_splits
 from minillm.errors import MinillmError
@@ -32,6 +32,7 @@ CHECKS: tuple[Check, ...] = (
     Check(id="rows-per-step", run=data.rows_per_step),
     Check(id="threads", run=machine.threads),
     Check(id="shared-memory", run=machine.shared_memory),
+    Check(id="memory", run=memory.memory, needs=("student", "teacher")),
     Check(id="disk", run=machine.disk, needs=("student",)),
     Check(id="out-folder", run=machine.out_folder),
 )
