@@ -88,6 +88,7 @@ def run_steps(
         while not done.over:
             phases.enter("rollout")
             speed.begin()
+            from_its_beginning = now is None
             traffic()  # what was moved for a validation is no step's
             if now is None:
                 with tell.bad_batches():
@@ -98,7 +99,9 @@ def run_steps(
             if figures is None:
                 break
             now, done.step = None, done.step + 1
-            tell.log("train", {**figures, **traffic(), SPEED: speed.end(figures)})
+            # Of a step that was begun by an earlier process only that one's clocks would know the rest.
+            fast = {SPEED: speed.end(figures)} if from_its_beginning else {}
+            tell.log("train", {**figures, **traffic(), **fast})
             bar.advance(done.step, {name: figures[name] for name in headline if name in figures})
             if _rings([] if alarms is None else alarms.hear(figures), tell):
                 done.stopped_early = True

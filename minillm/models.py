@@ -69,7 +69,7 @@ class CausalLM(nn.Module):
         text = config.get_text_config()
         self.reads = Reads(hidden=int(text.hidden_size), positions=getattr(text, "max_position_embeddings", None))
         """What decides how wide lines of packed rows are."""
-        self._weights: tuple[int, int] | None = None
+        self._weights: tuple[work.Weights, work.Weights] | None = None
         """Weights of the backbone and of the head that a token is multiplied by."""
         self.head = Head(
             model.get_output_embeddings(),
@@ -88,20 +88,19 @@ class CausalLM(nn.Module):
             self._count(inputs["mask_BL"].sum())
             return self._read(**inputs)
         if mode == "train":
-            self._count(inputs["mask_BL"].sum(), inputs["predict_BL"].sum(), each=work.TRAINED)
+            self._count(inputs["mask_BL"].sum(), inputs["predict_BL"].sum(), backward=True)
             return self._train(**inputs)
         assert mode in {"logits", "statistics"}, mode
         self._count(0, inputs["hidden_NH"].shape[0])
         return self.head(**inputs)
 
-    def _count(self, read: Tensor | int, predicted: Tensor | int = 0, *, each: int = work.FORWARD) -> None:
+    def _count(self, read: Tensor | int, predicted: Tensor | int = 0, *, backward: bool = False) -> None:
         """What a forward does, for whoever asks how fast the models run: tokens in the backbone, and in the head."""
         if self._weights is None:  # not before: an engine may cut them into shards first
             output = self.head.weight
-            rows, width = getattr(output, "ds_shape", output.shape)
-            self._weights = work.weights_in(self.backbone, beside=output), rows * width
+            self._weights = work.weights_in(self.backbone, beside=output), work.weights_of(output)
         for tokens, weights in zip((read, predicted), self._weights, strict=True):
-            work.add(tokens, weights, each=each)
+            work.add(tokens, weights.operations(backward=backward))
 
     def _extend(self, ids_BS: Tensor, mask_BL: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
         cache = growing_cache() if cache is None else cache

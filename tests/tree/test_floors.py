@@ -21,7 +21,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "minillm"
 
 FLOORS: dict[int, tuple[str, ...]] = {
     1: ("exits", "errors", "types", "state"),
-    2: ("work", "sampling", "repetition", "divergences", "kept", "by_definition", "credit", "ridge", "policy_loss"),
+    2: ("sampling", "repetition", "divergences", "kept", "by_definition", "credit", "ridge", "policy_loss"),
     3: (
         *("settings", "alarm_config", "published", "stage_base", "text_stages", "text_mix"),
         *("minillm_settings", "stage_checks", "stage_config", "yaml_reader", "data_config", "lora_config", "config"),
@@ -51,7 +51,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     ),
     4: (
         *("loading", "shapes", "models", "probes", "reading", "decode", "scored_rows", "scoring", "token_loss"),
-        *("adapters", "picked_layers", "lora", "recompute"),
+        *("adapters", "picked_layers", "lora", "recompute", "work"),
     ),
     5: (
         "ranks",

@@ -76,6 +76,35 @@ def test_operations_with_gradients_are_those_that_torch_counts(root: CausalLM) -
     assert 0.8 * ours < torchs <= ours
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_weights_are_learnt_through_and_not_learnt(frozen: bool) -> None:
+    layer = torch.nn.Sequential(torch.nn.Linear(8, 16, bias=False), torch.nn.Linear(16, 8, bias=False))
+    layer[0].requires_grad_(not frozen)
+    given_NH = torch.randn(5, 8, requires_grad=True)
+    weights = work.weights_in(layer, beside=torch.empty(0))
+    assert weights == ((128, 128) if frozen else (0, 256))
+    with FlopCounterMode(display=False) as counter:
+        layer(given_NH).sum().backward()
+    assert 5 * weights.operations(backward=True) == by_weights(counter)
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA RTX A1000", None),
+    ],
+)
+def test_a_gpu_is_known_by_whole_words(name: str, rate: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert work.peak(torch.device("cuda")) == rate
+    assert work.peak(torch.device("cpu")) is None
+
+
 def test_padding_is_no_work(root: CausalLM) -> None:
     ids_BL = torch.randint(2, 20, (3, 7))
     mask_BL = torch.arange(7)[None, :] >= torch.tensor([0, 2, 4])[:, None]
