@@ -30,7 +30,7 @@ def initialise(
 
     # Batch sizes here are nominal: what a step holds is decided by the loop, and denominators are ours.
     full = {
-        **config,
+        **plain_linear(config),
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "train_batch_size": ranks.size,
@@ -46,6 +46,13 @@ def initialise(
     return engine
 
 
+def plain_linear(config: dict[str, Any]) -> dict[str, Any]:
+    """The same settings, without DeepSpeed's own linear function unless they ask for it: under ZeRO-3 it takes the
+    place of torch's for the rest of the process, and has no forward-mode derivative."""
+    zero = {"memory_efficient_linear": False, **config.get("zero_optimization", {})}
+    return {**config, "zero_optimization": zero}
+
+
 def load_for(
     load: Callable[[], PreTrainedModel], engine_config: dict[str, Any], *, precision: str, shard: bool
 ) -> PreTrainedModel:
@@ -55,7 +62,11 @@ def load_for(
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     # Shards are made in the precision that stands here; an engine does not convert them afterwards.
-    nominal = {**engine_config, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": precision == "bf16"}}
+    nominal = {
+        **plain_linear(engine_config),
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": precision == "bf16"},
+    }
     marker = HfDeepSpeedConfig(nominal)  # transformers holds it weakly: sharded loading is on while it lives
     try:
         return load()

@@ -69,8 +69,8 @@ class CausalLM(nn.Module):
         text = config.get_text_config()
         self.reads = Reads(hidden=int(text.hidden_size), positions=getattr(text, "max_position_embeddings", None))
         """What decides how wide lines of packed rows are."""
-        self._weights: tuple[work.Weights, work.Weights] | None = None
-        """Weights of the backbone and of the head that a token is multiplied by."""
+        self.weights: tuple[work.Weights, work.Weights] | None = None
+        """Of the backbone and of the head, those that a token is multiplied by; None where nobody counts."""
         self.head = Head(
             model.get_output_embeddings(),
             real_ids=model.get_output_embeddings().weight.shape[0],
@@ -96,11 +96,13 @@ class CausalLM(nn.Module):
 
     def _count(self, read: Tensor | int, predicted: Tensor | int = 0, *, backward: bool = False) -> None:
         """What a forward does, for whoever asks how fast the models run: tokens in the backbone, and in the head."""
-        if self._weights is None:  # not before: an engine may cut them into shards first
-            output = self.head.weight
-            self._weights = work.weights_in(self.backbone, beside=output), work.weights_of(output)
-        for tokens, weights in zip((read, predicted), self._weights, strict=True):
+        for tokens, weights in zip((read, predicted), self.weights or (), strict=False):
             work.add(tokens, weights.operations(backward=backward))
+
+    def count_work(self) -> None:
+        """From now on forwards tell ``work`` what they do. To be called once it is settled what trains, and outside of
+        a forward: there a look at a sharded weight would gather it."""
+        self.weights = work.weights_in(self.backbone, beside=self.head.weight), work.weights_of(self.head.weight)
 
     def _extend(self, ids_BS: Tensor, mask_BL: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
         cache = growing_cache() if cache is None else cache

@@ -72,6 +72,7 @@ class Student:
         self.root.train(dropout)
         if recompute:
             recompute_layers(self.root.backbone)
+        self.root.count_work()
         self._engine = initialise(
             self.root, ranks=ranks, precision=precision,
             config={**engine_config, "gradient_clipping": optimiser.clip_grad},
@@ -80,6 +81,8 @@ class Student:
         self._engine.train(dropout)
         twinned = self.stage == 3 and gather == "rollout"
         self._twin = meta_twin(model, real_ids=self.root.head.real_ids, lora=lora) if twinned else None
+        if self._twin is not None:
+            self._twin.weights = self.root.weights
         self._by_forward = self.stage == 3 and gather == "forward"
         self._probe_packing()
         self.updates_done = 0

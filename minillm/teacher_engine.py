@@ -61,6 +61,7 @@ class Teacher:
         if not self.sharded:
             probe_head(model, self.root)
         self.root.eval().requires_grad_(False)
+        self.root.count_work()
         self.parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.root.parameters())
         self.whole_bytes = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self.root.parameters())
         self.root.to(ranks.device)

@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 
 from minillm import cli, fault, supervisor
-from minillm.cli.launching import _free_port
+from minillm.cli.places import _free_port
 from minillm.ranks import prepare_deepspeed
 from minillm.supervisor import Place, Supervisor
 from tests import quick

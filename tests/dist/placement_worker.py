@@ -19,7 +19,7 @@ from minillm.teacher_engine import Teacher
 from tests import quick, tiny
 from tests.dist import parity_worker
 
-RUNS = ("zero2-offload", "zero3-offload", "zero2-zero3")
+RUNS = ("zero2.offload", "zero3.offload", "zero2.zero3")
 """Of ``parity_worker.config``."""
 
 

@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("placement")
     placement_worker.write_inputs(folder)
     start_ranks("tests.dist.placement_worker", str(folder))
-    distill(parity_worker.config(folder, "zero0-replicated"))
+    distill(parity_worker.config(folder, "zero0.replicated"))
     return folder
 
 
@@ -35,18 +35,18 @@ def told(folder: Path, name: str, rank: int = 0) -> dict[str, Any]:
 
 @pytest.mark.parametrize("cell", [cell for cell in placement_worker.RUNS if cell.endswith("offload")])
 def test_an_offloaded_teacher_trains_as_a_whole_one_on_one_process(folder: Path, cell: str) -> None:
-    one, two = (tiny.logged(folder / name) for name in ("zero0-replicated", cell))
+    one, two = (tiny.logged(folder / name) for name in ("zero0.replicated", cell))
     assert len(one) == len(two) == parity_worker.STEPS
     for mine, theirs in zip(one, two, strict=True):
         for name in OF_ALL:
             assert theirs[name] == pytest.approx(mine[name], abs=1e-6, rel=1e-5), name
-    answers = [(folder / name / "student" / "model.safetensors").stat().st_size for name in ("zero0-replicated", cell)]
+    answers = [(folder / name / "student" / "model.safetensors").stat().st_size for name in ("zero0.replicated", cell)]
     assert answers[0] == answers[1]
 
 
 def test_steps_of_one_run_differ_by_more_than_is_forgiven(folder: Path) -> None:
     """Negative control of the comparison above."""
-    first, second = tiny.logged(folder / "zero0-replicated")[:2]
+    first, second = tiny.logged(folder / "zero0.replicated")[:2]
     assert all(first[name] != pytest.approx(second[name], abs=1e-6, rel=1e-5) for name in ("loss", "grad_norm"))
 
 
@@ -54,7 +54,7 @@ def test_steps_of_one_run_differ_by_more_than_is_forgiven(folder: Path) -> None:
 def test_each_rank_keeps_its_share_and_five_percent_at_most(folder: Path, placement: str) -> None:
     for record in (
         told(folder, f"untied-{placement}")["kept"],
-        json.loads((folder / f"zero2-{placement}" / "run.json").read_text(encoding="utf-8"))["teacher_bytes"],
+        json.loads((folder / f"zero2.{placement}" / "run.json").read_text(encoding="utf-8"))["teacher_bytes"],
     ):
         assert record["ranks"].keys() == {"0", "1"}
         for kept in record["ranks"].values():
@@ -66,7 +66,7 @@ def test_each_rank_keeps_its_share_and_five_percent_at_most(folder: Path, placem
 
 def test_a_whole_teacher_is_kept_whole(folder: Path) -> None:
     """The control."""
-    record = json.loads((folder / "zero0-replicated" / "run.json").read_text(encoding="utf-8"))["teacher_bytes"]
+    record = json.loads((folder / "zero0.replicated" / "run.json").read_text(encoding="utf-8"))["teacher_bytes"]
     assert record["ranks"] == {"0": {"device": record["whole"], "host": 0}}
 
 
@@ -95,4 +95,4 @@ def test_every_step_tells_what_its_teacher_gathered(folder: Path, cell: str) -> 
     for line in tiny.logged(folder / cell):
         assert line["teacher_gathers"] >= line["teacher_forwards"] > 0
         assert line["teacher_gathered_bytes"] >= 0.9 * share * record["whole"] * line["teacher_forwards"]
-    assert not any("teacher_gathers" in line for line in tiny.logged(folder / "zero0-replicated"))
+    assert not any("teacher_gathers" in line for line in tiny.logged(folder / "zero0.replicated"))

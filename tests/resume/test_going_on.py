@@ -380,8 +380,8 @@ def test_a_disk_with_less_room_than_the_last_save_took_is_not_begun_on(
     usage, asked = shutil.disk_usage(place), [0]
 
     def little(path: Path) -> Any:
-        asked[0] += 1
-        return usage if asked[0] != 2 else usage._replace(free=100)
+        asked[0] += 1  # the first is the doctor, at the start
+        return usage if asked[0] != 3 else usage._replace(free=100)
 
     monkeypatch.setattr(shutil, "disk_usage", little)
     distill(config(place, "no-room"))

@@ -38,7 +38,9 @@ def by_weights(counter: FlopCounterMode) -> int:
 @pytest.fixture(params=tiny.FAMILIES)
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> CausalLM:
     card = Card(name="tiny", model=str(tiny.save_model(tmp_path / "model", request.param, seed=1)))
-    return CausalLM(load(card, inspect(card), seed=0).eval())
+    root = CausalLM(load(card, inspect(card), seed=0).eval())
+    root.count_work()
+    return root
 
 
 def counted(call: Any) -> tuple[float, int]:
