@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from minillm.bench.scale_worker import LAST_LINES, WorkerLost
 from minillm.cards import load_card
 from minillm.plan.memory import Memory, memory_of
@@ -77,8 +79,10 @@ def phases_of(memory: Memory) -> dict[str, int]:
     return {"rollout": peaks["rollout"], "scoring": peaks["scoring"], "update": update}
 
 
-def measure_plan(case: PlanCase, *, steps: int = 2, device: str = "cpu") -> PlanFigures:
-    """Plans the case, and runs it; ``WorkerLost`` where a process ends before it has answered."""
+def measure_plan(case: PlanCase, *, steps: int = 2) -> PlanFigures:
+    """Plans the case, and runs it on GPUs where there are any; ``WorkerLost`` where a process ends before it has
+    answered."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     planned = phases_of(memory_of(case.work(device=device)))
     return PlanFigures(case=case, planned=planned, measured=_run(case, steps=steps))
 

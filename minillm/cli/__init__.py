@@ -22,6 +22,7 @@ from minillm import exits, phases
 from minillm.bench import (  # noqa: F401 (each adds its benchmarks)
     commands,
     commands_evaluate,
+    commands_plan,
     commands_rollout,
     commands_scale,
 )
