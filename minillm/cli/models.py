@@ -108,6 +108,9 @@ def plan(  # noqa: PLR0917 (typer reads options from parameters)
     activation_checkpointing: Annotated[
         bool, typer.Option("--activation-checkpointing", help="Activations are made again in the backward pass.")
     ] = False,
+    gather: Annotated[
+        str, typer.Option("--gather", help="Gather a ZeRO-3 student once a rollout, or each forward.")
+    ] = "rollout",
     flops: Annotated[float | None, typer.Option("--flops", min=1, help="FLOP/s that a GPU reaches.")] = None,
     bandwidth: Annotated[
         float | None, typer.Option("--bandwidth", min=1, help="Bytes/s that a GPU sends to others.")
@@ -141,7 +144,7 @@ def plan(  # noqa: PLR0917 (typer reads options from parameters)
         precision=_one_of(precision, ("bf16", "fp32"), option="--precision"),
         teacher_precision="bf16" if teachers.dtype == "bfloat16" else "fp32", rows=batch, micro_batch=micro_batch,
         prompt_tokens=prompt, new_tokens=new, inner_epochs=updates, teacher_mix=alpha, lora=lora,
-        recompute=activation_checkpointing,
+        recompute=activation_checkpointing, gather=_one_of(gather, ("rollout", "forward"), option="--gather"),
     )  # fmt: skip
     rates = _rates(flops=flops, bandwidth=bandwidth, measure=measure, precision=precision)
     host = None if host_memory is None else int(host_memory * GIB)

@@ -50,6 +50,7 @@ def work_of(config: RunConfig, stage: MinillmStage, student: Model, teacher: Mod
         prompt_tokens=config.data.max_prompt_tokens, new_tokens=config.decoding.max_new_tokens,
         inner_epochs=stage.inner_epochs, inner_batches=stage.inner_batches, teacher_mix=stage.teacher_mix,
         lora=0 if config.lora is None else config.lora.rank, recompute=config.engine.activation_checkpointing,
+        gather=config.engine.gather,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )  # fmt: skip
 

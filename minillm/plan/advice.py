@@ -120,6 +120,8 @@ def candidates(work: Work) -> Iterator[tuple[str, Callable[[Work], Work]]]:
         yield f"engine.student: {offloaded}", _to(engine=offloaded)
     if work.placement != "offload":
         yield "teacher placement: offload", _to(placement="offload")
+    if work.stage == 3 and work.gather == "rollout":
+        yield "engine.gather: forward", _to(gather="forward")
     if not work.lora:
         yield "LoRA of rank 16", _to(lora=16)
     many = work.rows // 2

@@ -81,7 +81,7 @@ def _standing(work: Work) -> Items:
     if work.stage == 3:
         items = {"student weights": on_device * _share(trained + frozen, work) * work.item}
         items["gradients"] = on_device * SINGLE * own
-        items["engine buffers"] = min(BUCKET, trained) * work.item
+        items["bucket of gradients"] = min(BUCKET, trained) * work.item
     if work.stage == 1 and work.precision == "bf16":  # its optimiser adds up whole gradients in 32 bits
         items["gradients"] = SINGLE * trained
     return {**items, "32-bit weights": on_device * SINGLE * own, "optimiser": on_device * 2 * SINGLE * own}
@@ -106,6 +106,8 @@ def _phases(work: Work) -> dict[str, Items]:
     student, teacher = work.student, work.teacher
     states = rows * work.new_tokens * (student.hidden * item + teacher.hidden * peer)
     whole = student.parameters * item if work.stage == 3 and (work.gpus > 1 or work.offloads) else 0
+    if work.gather == "forward":
+        whole = min(whole, (LIVE + BUCKET) * item)
     forward_states = work.forward_rows * work.new_tokens
     kept = _activations(work)
     head = SINGLE * student.head if not work.lora else 0
@@ -113,12 +115,12 @@ def _phases(work: Work) -> dict[str, Items]:
     return {
         "rollout": _rollout(work, whole=whole, states=states),
         "scoring": {
-            "student gathered for the rollout": whole,
-            "hidden states of the rollout": 2 * states,  # those of sampled tokens are picked out
+            "student gathered": whole,
+            "hidden states kept": 2 * states,  # those of sampled tokens are picked out
             "loss tiles": loss_tiles(work, rows * work.new_tokens),
         },
         "forward": {
-            "hidden states of the rollout": states,
+            "hidden states kept": states,
             "activations": kept + forward_states * (2 * student.hidden * item + teacher.hidden * peer),
             "gradients": so_far,
             "gradient of the head": head,
@@ -126,14 +128,14 @@ def _phases(work: Work) -> dict[str, Items]:
             "student gathered": _gathered(work),
         },
         "backward": {
-            "hidden states of the rollout": states,
+            "hidden states kept": states,
             "activations": kept + _backward_extra(work) + forward_states * 2 * student.hidden * item,
             "gradients": so_far,
             "gradient of the head": head + (student.head * item if item < SINGLE and not work.lora else 0),
             "engine buffers": _buckets(work),
             "student gathered": _gathered(work),
         },
-        "step": {"hidden states of the rollout": states, **_step(work)},
+        "step": {"hidden states kept": states, **_step(work)},
     }
 
 
@@ -161,10 +163,10 @@ def _rollout(work: Work, *, whole: int, states: int) -> Items:
     reading = max(reading, last * (_passing(teacher, peer) + teacher.hidden * peer))
     sampling = rows * student.vocabulary * (item + SINGLE + 3 * 8)
     return {
-        "student gathered for the rollout": whole,
+        "student gathered": whole,
         "student's cache": own_cache,
         "teacher's cache": their_cache,
-        "hidden states of the rollout": states,
+        "hidden states kept": states,
         "forward and sampling": max(reading, sampling, 2 * states),
     }
 

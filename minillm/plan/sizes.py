@@ -100,6 +100,8 @@ class Work:
     """Rank of an adapter; 0 trains all weights."""
     recompute: bool = False
     """Activation checkpointing."""
+    gather: Literal["rollout", "forward"] = "rollout"
+    """When a ZeRO-3 student is gathered to sample (``engine.gather``)."""
     device: Literal["cuda", "cpu"] = "cuda"
 
     def __post_init__(self) -> None:
@@ -107,6 +109,8 @@ class Work:
             raise ConfigError(f"gpus {self.gpus}, gpus per node {self.gpus_per_node}: wanted at least 1")
         if self.engine == "zero0" and self.precision == "bf16":
             raise ConfigError("stage zero0 with precision bf16: no 32-bit weights would be kept; take zero1 or above")
+        if self.gather == "forward" and self.stage < 3:
+            raise ConfigError(f"gather forward with {self.engine}: only a ZeRO-3 student is gathered; take zero3")
         if self.rows < self.gpus:
             raise ConfigError(f"batch {self.rows} over {self.gpus} GPUs: wanted a row for each at least")
 

@@ -73,8 +73,10 @@ def _collectives(work: Work) -> tuple[dict[str, int], dict[str, int]]:
         reads = passes * (3 if work.recompute else 2)
         sent["all-gather of the student in updates"] = share * weights * reads
         calls["all-gather of the student in updates"] = reads * work.student.layers
-        sent["all-gather of the student for the rollout"] = share * weights
-        calls["all-gather of the student for the rollout"] = 1
+        # By forward: for the prompts, for each token, and for the scores.
+        each, layers = (1, 1) if work.gather == "rollout" else (work.new_tokens + 1, work.student.layers)
+        sent["all-gather of the student to sample"] = share * weights * each
+        calls["all-gather of the student to sample"] = each * layers
     if work.placement != "replicated":
         reads = round(work.teacher_forwards)
         sent["all-gather of the teacher"] = share * work.teacher.parameters * work.teacher_item * reads

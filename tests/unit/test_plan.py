@@ -201,8 +201,8 @@ def test_what_is_sent_is_what_its_collective_moves() -> None:
     zero = traffic_of(big(engine="zero0", precision="fp32"), rates)
     assert zero.sent == {"all-reduce of gradients": int(2 * 7 / 8 * 2 * size)}
     three = traffic_of(big(engine="zero3"), rates)
-    assert three.sent["all-gather of the student for the rollout"] == int(size * 7 / 8)
-    assert three.calls["all-gather of the student for the rollout"] == 1
+    assert three.sent["all-gather of the student to sample"] == int(size * 7 / 8)
+    assert three.calls["all-gather of the student to sample"] == 1
     theirs = traffic_of(big(placement="zero3", teacher_mix=0.0), rates)
     assert theirs.sent["all-gather of the teacher"] == int(2 * big().teacher.parameters * 7 / 8)
     slow = traffic_of(big(engine="zero2"), Rates(bandwidth=rates.bandwidth / 10))
@@ -274,3 +274,19 @@ def test_sizes_of_a_model_folder(tmp_path: Path) -> None:
     made.save_pretrained(tmp_path)
     sizes: ModelSizes = sizes_of(load_card(str(tmp_path), kind="students"))
     assert sizes.parameters == sizes_of_config(made, name="x").parameters
+
+
+def test_a_student_that_is_gathered_by_forward_takes_less_memory_and_sends_more() -> None:
+    """By the bytes that are no longer whole, once for each token."""
+    once = work(engine="zero3", gpus=4, rows=64)
+    each = once.but(gather="forward")
+    assert (
+        memory_of(each).phases["rollout"]["student gathered"] <= memory_of(once).phases["rollout"]["student gathered"]
+    )
+    name = "all-gather of the student to sample"
+    rates = Rates()
+    assert traffic_of(each, rates).sent[name] == pytest.approx(
+        (each.new_tokens + 1) * traffic_of(once, rates).sent[name], rel=1e-6
+    )
+    with pytest.raises(ConfigError, match="only a ZeRO-3 student"):
+        work(engine="zero2", gather="forward")
