@@ -137,7 +137,7 @@ def test_the_student_stands_in_exact_shares() -> None:
     assert standing("zero2") == {"student weights": 2 * many, "32-bit weights": 4 * own, "optimiser": 8 * own}
     assert standing("zero3") == {
         "student weights": 2 * own, "32-bit weights": 4 * own, "optimiser": 8 * own, "gradients": 4 * own,
-        "engine buffers": 20_000_000,
+        "bucket of gradients": 20_000_000,
     }  # fmt: skip
     assert standing("zero2-offload") == {"student weights": 2 * many}
     assert "student weights" not in standing("zero3-offload")
