@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from minillm.errors import ModelError
 from minillm.manifests import parsed
-from minillm.model_files import few, in_short
+from minillm.model_files import few, in_short, require_own_files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FOLDER = "adapter"
@@ -33,6 +33,10 @@ _UNUSED = (
     "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "velora_config",
 )  # fmt: skip
 """What peft's record may ask for that makes it more than W + scaling B A."""
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Ways to begin (``init_lora_weights``) that leave the base as it is. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA take out
+of its weights what the adapter begins with, so that what they train is no addition to the model that the record names.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,19 +56,19 @@ def holds_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
-def base_of(folder: Path) -> str:
-    """The model that an adapter's record names; "" where there is none."""
-    return str(_record(folder).get("base_model_name_or_path") or "")
-
-
 def read_adapter(folder: Path) -> Adapter:
     """An adapter from its folder: safetensors and JSON only, by plain LoRA only; ``ModelError`` for anything else."""
+    if folder.is_dir():
+        require_own_files(folder)  # before any of them is read
     record = _record(folder)
     for name, wanted in _PLAIN.items():
         if record.get(name) not in wanted:
             raise _unfit(folder, f"{name} is {record.get(name)!r}")
     if extra := [name for name in _UNUSED if record.get(name)]:
         raise _unfit(folder, f"its record asks for {few(extra)}")
+    start = record.get("init_lora_weights")
+    if not any(start is known or (isinstance(start, str) and start == known) for known in _PLAIN_STARTS):
+        raise _unfit(folder, f"init_lora_weights is {few([repr(start)])}, which changes the base that it is put on")
     tensors = _tensors(folder)
     pairs = {}
     for name, found in tensors.items():
@@ -168,8 +172,6 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
             f"{folder}: {found}; wanted {WEIGHTS}, because a pickle runs code when it is read.\n"
             "  convert it where you trust it: PeftModel.from_pretrained(BASE, FOLDER).save_pretrained(NEW_FOLDER)"
         )
-    if any((folder / name).is_symlink() for name in (CONFIG, WEIGHTS)) and folder.resolve().parent.name != "snapshots":
-        raise ModelError(f"{folder}: holds a link.\n  put what it leads to in its place")
     try:
         with safe_open(file, framework="pt") as stream:
             return {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (no mapping)

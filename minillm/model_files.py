@@ -26,7 +26,7 @@ def require_safe_folder(folder: Path) -> None:
             f"{folder}: no config.json in it.\n"
             "  give a folder that transformers' save_pretrained wrote, a card name, or a hub name"
         )
-    _require_own_files(folder)
+    require_own_files(folder)
     if (folder / "adapter_config.json").exists():
         raise ModelError(
             f"{folder}: holds an adapter (adapter_config.json), which names a model elsewhere to be put on.\n"
@@ -58,7 +58,7 @@ def require_safe_folder(folder: Path) -> None:
             raise ModelError(f"{file}: not a whole safetensors file: {in_short(error)}{_AGAIN}") from error
 
 
-def _require_own_files(folder: Path) -> None:
+def require_own_files(folder: Path) -> None:
     """Raise ``ModelError`` for a link that leads out of the folder: a copied folder could otherwise show a reader's own
     files in what is published from it. The hub's cache keeps files of all revisions beside its snapshots."""
     root = folder.resolve()

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from minillm import distill, loading, student_engine
+from minillm import adapters, distill, loading, student_engine
 from minillm.adapters import read_adapter
 from minillm.cards import Card
 from minillm.config import LoraConfig, RunConfig
@@ -335,6 +335,10 @@ def test_an_adapter_of_peft_s_own_is_merged_as_peft_merges_it(inputs: Path, tmp_
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"megatron_config": {"a": 1}}, "megatron_config"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', which changes the base"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights is 'corda'"),
+        ({"init_lora_weights": 1}, "init_lora_weights is 1,"),
+        ({"init_lora_weights": ["x"]}, "init_lora_weights is"),
         ({"r": 3}, "do not fit rank 3"),
         ({"lora_alpha": "8"}, "lora_alpha '8'"),
         ({"base_model_name_or_path": "/some/other"}, "was trained on '/some/other'"),
@@ -346,6 +350,43 @@ def test_an_adapter_that_is_more_or_another_s_is_refused(
     folder = write_adapter(inputs / "llama", tmp_path / "it", **record)
     with pytest.raises(ModelError, match=words):
         inspect(Card(name="both", model=str(inputs / "llama"), adapter=str(folder)))
+
+
+def begun(base: Path, folder: Path, start: Any) -> tuple[Path, Tensor]:
+    """(An adapter that began so, as peft writes it; the logits of the model that it was made on and with)."""
+    from peft import LoraConfig as PeftConfig
+    from peft import get_peft_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        adapted = get_peft_model(
+            opened(base), PeftConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=start)
+        )
+        with torch.no_grad():
+            for name, p in adapted.named_parameters():
+                if "lora_" in name:
+                    p.add_(torch.randn_like(p), alpha=0.1)
+    adapted.save_pretrained(folder)
+    return folder, logits(adapted.eval())
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal"])
+def test_an_adapter_whose_start_left_the_base_alone_is_the_model(inputs: Path, tmp_path: Path, start: Any) -> None:
+    folder, wanted = begun(inputs / "llama", tmp_path / "it", start)
+    card = Card(name="both", model=str(inputs / "llama"), adapter=str(folder))
+    torch.testing.assert_close(logits(load(card, inspect(card), seed=0)), wanted, rtol=NEAR, atol=NEAR)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_whose_start_changed_the_base_is_refused(
+    inputs: Path, tmp_path: Path, start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, wanted = begun(inputs / "llama", tmp_path / "it", start)
+    card = Card(name="both", model=str(inputs / "llama"), adapter=str(folder))
+    with pytest.raises(ModelError, match=f"init_lora_weights is '{start}', which changes the base"):
+        inspect(card)
+    monkeypatch.setattr(adapters, "_PLAIN_STARTS", (start,))  # the control: without the refusal it is another model
+    assert float((logits(load(card, inspect(card), seed=0)) - wanted).abs().max()) > 0.1
 
 
 def test_an_adapter_of_another_shape_or_model_is_refused(inputs: Path, tmp_path: Path) -> None:
@@ -396,6 +437,28 @@ def test_pickled_broken_and_missing_adapters_are_refused(inputs: Path, tmp_path:
         inspect(card)
     with pytest.raises(ModelError, match="cannot be read as JSON"):
         inspect(card.model_copy(update={"adapter": str(tmp_path / "nowhere")}))
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_link_in_an_adapter_is_refused_before_it_is_read(inputs: Path, tmp_path: Path, name: str) -> None:
+    """What it leads to is not even opened: an error of its reader would show that it is there, and what it holds."""
+    folder = write_adapter(inputs / "llama", tmp_path / "it")
+    (tmp_path / "secret").write_text("pass=word", encoding="utf-8")
+    (folder / name).unlink()
+    (folder / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(ModelError, match="a link that leads out"):
+        read_adapter(folder)
+
+
+def test_an_adapter_in_the_hub_s_cache_is_read_through_its_links(inputs: Path, tmp_path: Path) -> None:
+    folder = write_adapter(inputs / "llama", tmp_path / "it")
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "1", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, file in enumerate(sorted(folder.iterdir())):
+        shutil.copyfile(file, blobs / str(number))
+        (snapshot / file.name).symlink_to(Path("../../blobs") / str(number))
+    assert read_adapter(snapshot).pairs.keys() == read_adapter(folder).pairs.keys()
 
 
 def test_a_folder_that_is_an_adapter_is_no_student(inputs: Path, tmp_path: Path) -> None:
