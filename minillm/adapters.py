@@ -6,7 +6,7 @@ Legend: R rank, I inputs of a layer, O outputs.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from minillm.cards import name_only
 from minillm.errors import ModelError
 from minillm.manifests import parsed
 from minillm.model_files import few, in_short, require_own_files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE = "base.json"
+"""Names the weights that an adapter of ours was trained on; of a further name in its own record peft would warn."""
 FOLDER = "adapter"
 """Where a student's folder has its adapter."""
 ROOT = "base_model.model."
@@ -49,6 +52,8 @@ class Adapter:
     pairs: Mapping[str, tuple[Tensor, Tensor]]
     """By the layer's name in the model: A [R, I] and B [O, R]."""
     source: Path
+    base_weights: str = ""
+    """Fingerprint (``loading.fingerprint``) of that model; "" where nobody wrote it down."""
 
 
 def holds_adapter(folder: Path) -> bool:
@@ -85,17 +90,45 @@ def read_adapter(folder: Path) -> Adapter:
     if not pairs or 2 * len(pairs) != len(tensors):
         raise _unfit(folder, f"{len(tensors):,} tensors make {len(pairs):,} pairs of A and B")
     scaling = _scaling(folder, record)
-    return Adapter(base=str(record.get("base_model_name_or_path") or ""), scaling=scaling, pairs=pairs, source=folder)
+    return Adapter(
+        base=str(record.get("base_model_name_or_path") or ""), scaling=scaling, pairs=pairs, source=folder,
+        base_weights=_base_weights(folder),
+    )  # fmt: skip
 
 
-def require_base(adapter: Adapter, name: str) -> None:
-    """``ModelError`` unless an adapter was trained on the model of this name, as far as its record says: the last part
-    of both must be the same, since folders are moved and hubs have owners."""
-    if adapter.base and Path(adapter.base).name.lower() != Path(name).name.lower():
+def require_base(adapter: Adapter, name: str, *, weights: Callable[[], str]) -> None:
+    """``ModelError`` unless an adapter was trained on the model of this name, as far as its folder says.
+
+    ``weights`` is the model's fingerprint, looked up where the folder has one of its own to compare: two of folders, or
+    the commits of two hub models. Otherwise two folders that are there must be one; of anything else the last part of
+    the name must be the same, since folders are moved and hubs have owners.
+    """
+    same = _same_weights(adapter.base_weights, weights()) if adapter.base_weights else None
+    if same is False:
+        raise ModelError(
+            f"{adapter.source}: was trained on other weights ({adapter.base!r}) than those of {name!r}: {BASE} says so."
+            f"\n  name the model that it was trained on; if only texts beside the weights were changed, remove {BASE}"
+        )
+    if same is None and adapter.base and not _same_name(adapter.base, name):
         raise ModelError(
             f"{adapter.source}: was trained on {adapter.base!r}, and is to be put on {name!r}.\n"
             f"  name that model; if the two are the same, say so in {CONFIG} (base_model_name_or_path)"
         )
+
+
+def _same_weights(one: str, other: str) -> bool | None:
+    """Whether two fingerprints are of the same weights; None where one is of a folder and the other of a hub model, or
+    says no commit."""
+    kinds = ["@" in each for each in (one, other)]
+    if kinds[0] != kinds[1] or name_only(one) or name_only(other):
+        return None
+    return one.rpartition("@")[2] == other.rpartition("@")[2]
+
+
+def _same_name(one: str, other: str) -> bool:
+    if Path(one).is_dir() and Path(other).is_dir():
+        return Path(one).samefile(other)
+    return Path(one).name.lower() == Path(other).name.lower()
 
 
 def require_fit(adapter: Adapter, model: nn.Module, *, name: str) -> None:
@@ -122,7 +155,7 @@ def merge(adapter: Adapter, model: nn.Module) -> None:
     for layer, (a_RI, b_OR) in adapter.pairs.items():
         module = model.get_submodule(layer)
         weight = module.weight
-        assert isinstance(weight, Tensor)
+        assert isinstance(weight, Tensor) and weight.is_floating_point(), (layer, weight)  # else these are codes
         weight.copy_(merged_weight(weight, a_RI, b_OR, scaling=adapter.scaling, turned=isinstance(module, Conv1D)))
 
 
@@ -142,6 +175,8 @@ def write_adapter(folder: Path, adapter: Adapter, record: Mapping[str, Any]) -> 
     save_file({name: tensor.contiguous() for name, tensor in halves.items()}, folder / WEIGHTS, {"format": "pt"})
     text = json.dumps({**record, "base_model_name_or_path": adapter.base}, indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    if adapter.base_weights:
+        (folder / BASE).write_text(json.dumps({"weights": adapter.base_weights}) + "\n", encoding="utf-8")
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:
@@ -150,8 +185,22 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
     return (shape[1], shape[0]) if isinstance(module, Conv1D) else (shape[0], shape[1])
 
 
+def _base_weights(folder: Path) -> str:
+    if not (folder / BASE).exists():
+        return ""
+    found = _object(folder / BASE)
+    if found.keys() != {"weights"} or not isinstance(found["weights"], str):
+        raise ModelError(
+            f"{folder / BASE}: wanted one entry, the text 'weights'\n  copy the adapter again, or remove this file"
+        )
+    return found["weights"]
+
+
 def _record(folder: Path) -> dict[str, Any]:
-    file = folder / CONFIG
+    return _object(folder / CONFIG)
+
+
+def _object(file: Path) -> dict[str, Any]:
     try:
         found = parsed(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

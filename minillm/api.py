@@ -192,7 +192,8 @@ def _train(run: _Run, checkpoints: Checkpoints, resumed: Resumed | None, *, fing
     a signal ended one of them."""
     config, ranks, folder = run.config, run.ranks, run.folder
     behind = Behind() if resumed is None else resumed.behind
-    start = Start(card=run.pair.student_card, facts=run.pair.student)
+    weights = str(fingerprints["made_from"]["student"])
+    start = Start(card=run.pair.student_card, facts=run.pair.student, weights=weights)
     with contextlib.ExitStack() as stack:
         saver = None
         if config.checkpoints is not None:
@@ -218,16 +219,16 @@ def _train(run: _Run, checkpoints: Checkpoints, resumed: Resumed | None, *, fing
                 behind.add(stage.name, done, updates=0 if saver is None else saver.updates)
             ranks.of_first(lambda: folder.tell_status(seconds=behind.seconds, stages=behind.stages))
             ranks.of_first(lambda stage=stage, into=into: behind.require_student(stage.name, into))  # type: ignore[misc]
-            start = _handed_on(run, into)
+            start = _handed_on(run, into, base_weights=weights)
         if saver is not None:
             _say(ranks, saver.cost)
     return behind
 
 
-def _handed_on(run: _Run, into: Path) -> Start:
+def _handed_on(run: _Run, into: Path, *, base_weights: str) -> Start:
     """What the next stage starts from: the student that stands there, or the run's own with the adapter that does."""
     if run.config.lora is not None:
-        return Start(card=run.pair.student_card, facts=run.pair.student, adapter=into / FOLDER)
+        return Start(card=run.pair.student_card, facts=run.pair.student, adapter=into / FOLDER, weights=base_weights)
     card = run.pair.student_card.of_folder(into)
     return Start(card=card, facts=inspect(card))
 

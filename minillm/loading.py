@@ -75,11 +75,19 @@ def inspect(card: Card) -> ModelFacts:
         assert card.model is not None
         tokenizer, config, generation = _read_pretrained(card.model, revision=card.revision)
         if card.adapter is not None:
-            require_base(read_adapter(Path(card.adapter)), card.model)
+            bare = card.model_copy(update={"adapter": None, "layers": None})
+            require_base(read_adapter(Path(card.adapter)), card.model, weights=lambda: fingerprint(bare))
         if card.layers is not None:
             config = picked_config(config, card.layers, name=card.name)
     _require_special_tokens(card, tokenizer)
     _require_known_code(card.name, config)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"{card.name}: its weights are quantised already (quantization_config in config.json), and minillm can "
+            "neither train nor shard, merge or publish such.\n"
+            "  name the model that it was made from; to keep a teacher's layers in 8 bits write 'quantise: int8' in "
+            "its card"
+        )
     positions = getattr(config, "max_position_embeddings", None)
     return ModelFacts(name=card.name, config=config, tokenizer=tokenizer, generation=generation, positions=positions)
 

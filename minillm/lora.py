@@ -101,6 +101,8 @@ class Lora:
     """Key of the first matrices, whose products with the second, all 0, are 0."""
     base: str
     """The model that it is put on, as the adapter's record is to call it."""
+    base_weights: str = ""
+    """Fingerprint of that model, which is written beside the record; "" writes none."""
     start: Path | None = None
     """Folder of an adapter of the same model to go on from."""
 
@@ -149,7 +151,10 @@ class Lora:
             )
             for layer in layers
         }
-        return Adapter(base=self.base, scaling=self._scaling, pairs=pairs, source=Path())  # type: ignore[arg-type]
+        return Adapter(
+            base=self.base, scaling=self._scaling, pairs=pairs, source=Path(),  # type: ignore[arg-type]
+            base_weights=self.base_weights,
+        )  # fmt: skip
 
     def record(self, adapter: Adapter, config: PreTrainedConfig) -> dict[str, Any]:
         """``adapter_config.json`` as peft writes it."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from minillm.adapters import read_adapter
-from minillm.cards import load_card
+from minillm.cards import known_names, load_card
 from minillm.errors import DataError, ModelError
 from minillm.loading import inspect, load, quiet_transformers
 from minillm.store import make_folder, replaced_folder, told_as_disk_error
@@ -22,7 +22,14 @@ def merge_adapter(base: str, adapter: str | Path, out: Path) -> int:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} holds something already; nothing was touched.\n  give another --out")
-    card = load_card(base, kind="teachers")
+    # A card by this name may be a teacher's or a student's; of folders and hub names the kind says nothing.
+    teachers, students = (known_names(kind, suffix=".yaml") for kind in ("teachers", "students"))
+    card = load_card(base, kind="students" if base in students and base not in teachers else "teachers")
+    if card.quantise is not None:
+        raise ModelError(
+            f"{card.name}: its card says 'quantise: {card.quantise}', and an adapter cannot be added to weights in 8 "
+            "bits.\n  name the model itself, or a card without it"
+        )
     if not card.as_in_files:
         raise ModelError(
             f"{card.name}: its card says 'build', 'adapter' or 'layers'; wanted a model as it stands in files.\n"

@@ -42,6 +42,8 @@ class Start:
     facts: ModelFacts
     adapter: Path | None = None
     """Folder of an adapter on them, which goes on training; without it one begins where the run has ``lora``."""
+    weights: str = ""
+    """Fingerprint of the card's weights as the run found them; "" where nobody looked."""
 
 
 def run_stage(
@@ -195,7 +197,8 @@ def _student(config: RunConfig, stage: Stage, *, start: Start, pair: Pair, ranks
 def _lora(config: RunConfig, start: Start) -> Lora | None:
     if config.lora is None:
         return None
-    return Lora(settings=config.lora, seed=config.seed, base=str(start.card.model), start=start.adapter)
+    base = {"base": str(start.card.model), "base_weights": start.weights}
+    return Lora(settings=config.lora, seed=config.seed, start=start.adapter, **base)
 
 
 def _publish(

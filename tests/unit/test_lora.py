@@ -23,8 +23,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from minillm import adapters, distill, loading, student_engine
-from minillm.adapters import read_adapter
-from minillm.cards import Card
+from minillm.adapters import Adapter, merge, read_adapter, require_base
+from minillm.cards import UNKNOWN_REVISION, Card
 from minillm.config import LoraConfig, RunConfig
 from minillm.errors import ConfigError, DataError, MinillmError, ModelError, RunExists, UnsupportedCombination
 from minillm.loading import fingerprint, inspect, load
@@ -121,6 +121,59 @@ def test_the_adapter_on_the_base_is_the_student(run: tuple[Path, Path, dict[str,
         assert float((logits(opened(base)) - merged).abs().max()) > 0.01, "the control: it has learnt something"
     record = json.loads((folder / "student" / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert record["base_model_name_or_path"] == str(base) and record["r"] == 4
+
+
+def test_the_adapter_is_of_its_base_s_weights_and_of_no_folder_of_that_name(
+    run: tuple[Path, Path, dict[str, list[Any]]], tmp_path: Path
+) -> None:
+    """All students' folders are called alike; a copy elsewhere by another name is the same model."""
+    base, folder, _ = run
+    adapter = folder / "student" / "adapter"
+    assert json.loads((adapter / "base.json").read_text(encoding="utf-8")) == {
+        "weights": fingerprint(Card(name="b", model=str(base)))
+    }
+    copy = shutil.copytree(base, tmp_path / "copy")
+    other = shutil.copytree(base, tmp_path / base.name)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: w + 1 for name, w in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    inspect(Card(name="both", model=str(copy), adapter=str(adapter)))
+    with pytest.raises(ModelError, match="was trained on other weights"):
+        inspect(Card(name="both", model=str(other), adapter=str(adapter)))
+    bare = shutil.copytree(adapter, tmp_path / "bare")
+    (bare / "base.json").unlink()
+    for model in (copy, other):  # both folders are there, and neither is the one that the record names
+        with pytest.raises(ModelError, match=r"was trained on .*, and is to be put on"):
+            inspect(Card(name="both", model=str(model), adapter=str(bare)))
+    inspect(Card(name="both", model=str(base.parent / "." / base.name), adapter=str(bare)))
+    (bare / "base.json").write_text('{"weight": 1}', encoding="utf-8")
+    with pytest.raises(ModelError, match="wanted one entry"):
+        inspect(Card(name="both", model=str(base), adapter=str(bare)))
+
+
+HUB = "owner/name"
+
+
+@pytest.mark.parametrize(
+    ("recorded", "name", "weights", "fits"),
+    [
+        (f"{HUB}@1", HUB, f"{HUB}@1", True),
+        (f"{HUB}@1", HUB, f"{HUB}@2", False),
+        (f"{HUB}@1", "new/other", "new/other@1", True),
+        (f"{HUB}@1", HUB, f"{HUB}@{UNKNOWN_REVISION}", True),
+        (f"{HUB}@1", "new/other", f"new/other@{UNKNOWN_REVISION}", False),
+        (f"{HUB}@1", "models/name", "ab12", True),
+        (f"{HUB}@1", "models/other", "ab12", False),
+        ("ab12", "moved/anything", "ab12", True),
+        ("ab12", "moved/name", "cd34", False),
+        ("", "moved/Name", "cd34", True),
+    ],
+)
+def test_commits_and_contents_are_compared_where_both_are_known(
+    recorded: str, name: str, weights: str, fits: bool
+) -> None:
+    adapter = Adapter(base=HUB, scaling=1.0, pairs={}, source=Path("it"), base_weights=recorded)
+    with contextlib.nullcontext() if fits else pytest.raises(ModelError, match="was trained on"):
+        require_base(adapter, name, weights=lambda: weights)
 
 
 def test_a_card_with_the_adapter_is_the_student(run: tuple[Path, Path, dict[str, list[Any]]]) -> None:
@@ -424,6 +477,45 @@ def test_the_command_writes_the_merged_model_in_its_own_precision(inputs: Path, 
     with pytest.raises(ModelError, match="was trained on"):
         merge_adapter(str(inputs / "qwen2"), adapter, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_base_in_eight_bits_is_not_merged_into(inputs: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(inputs / "llama", tmp_path / "adapter")
+    (tmp_path / "eight.yaml").write_text(write_yaml({"model": str(inputs / "llama"), "quantise": "int8"}), "utf-8")
+    with pytest.raises(ModelError, match="'quantise: int8', and an adapter cannot be added"):
+        merge_adapter(str(tmp_path / "eight.yaml"), adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    model = opened(inputs / "llama")
+    codes = model.model.layers[0].self_attn.q_proj
+    codes.weight = torch.nn.Parameter(codes.weight.detach().to(torch.int8), requires_grad=False)
+    with pytest.raises(AssertionError):
+        merge(read_adapter(adapter), model)
+
+
+def test_the_base_may_be_a_student_s_card(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = write_adapter(inputs / "llama", tmp_path / "adapter")
+    for kind, name in (("students", "mine"), ("students", "both"), ("teachers", "both")):
+        (tmp_path / kind).mkdir(exist_ok=True)
+        model = inputs / "llama" if name == "mine" or kind == "teachers" else tmp_path / "nowhere"
+        (tmp_path / kind / f"{name}.yaml").write_text(write_yaml({"model": str(model)}), "utf-8")
+    monkeypatch.chdir(tmp_path)
+    for base in ("mine", "both", "students/mine"):
+        assert merge_adapter(base, adapter, tmp_path / "merged" / base.replace("/", "-")) == 4
+    with pytest.raises(ConfigError, match="no card of that name"):
+        merge_adapter("neither", adapter, tmp_path / "merged" / "neither")
+
+
+def test_weights_that_are_quantised_already_are_refused(inputs: Path, tmp_path: Path) -> None:
+    """As a student they would end in an error after the whole stage; as a teacher no placement is known to hold."""
+    taught = config(inputs, "llama", name="refused", lora=None)
+    for field in ("student", "teacher"):
+        folder = shutil.copytree(getattr(taught, field), tmp_path / field)
+        check_pair(taught.model_copy(update={field: str(folder)}))
+        record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        record["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+        (folder / "config.json").write_text(json.dumps(record), encoding="utf-8")
+        with pytest.raises(ModelError, match=r"quantised already (.|\n)*quantise: int8"):
+            check_pair(taught.model_copy(update={field: str(folder)}))
 
 
 def test_pickled_broken_and_missing_adapters_are_refused(inputs: Path, tmp_path: Path) -> None:
