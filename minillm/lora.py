@@ -5,7 +5,6 @@ Legend: R rank, I inputs of a layer, O outputs.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import hashlib
 import logging
@@ -18,12 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from minillm.adapters import Adapter, merged_weight, read_adapter
 from minillm.errors import ConfigError, UnsupportedCombination, did_you_mean
 from minillm.lora_config import LoraConfig
+from minillm.meta_models import meta_model
 
 _NAME = "default"
 """peft's own name of the only adapter on a model."""
@@ -49,9 +49,14 @@ def is_adapter(parameter: str) -> bool:
 
 def require_targets(config: PreTrainedConfig, settings: LoraConfig) -> None:
     """``ConfigError`` unless a model of this configuration has what the settings adapt; no weight is read."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    adapted_layers(model, settings.targets)
+    adapted_layers(meta_model(config), settings.targets)
+
+
+def adapter_parameters(config: PreTrainedConfig, settings: LoraConfig) -> int:
+    """Weights of the adapter of a model of this configuration; no weight is read."""
+    model = meta_model(config)
+    layers: list[Any] = [model.get_submodule(name) for name in adapted_layers(model, settings.targets)]
+    return settings.rank * sum(sum(layer.weight.shape) for layer in layers)
 
 
 def adapted_layers(model: PreTrainedModel, targets: tuple[str, ...] | None) -> list[str]:
@@ -158,8 +163,7 @@ class Lora:
 
     def record(self, adapter: Adapter, config: PreTrainedConfig) -> dict[str, Any]:
         """``adapter_config.json`` as peft writes it."""
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+        model = meta_model(config)
         made = self._peft_config(model, list(adapter.pairs), inference_mode=True).to_dict()
         return {name: sorted(value) if isinstance(value, set) else value for name, value in made.items()}
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from minillm.errors import ModelError
+from minillm.meta_models import meta_model
 
 COUNT = "num_hidden_layers"
 """transformers' own name, to which GPT-2's n_layer and others are led."""
@@ -53,8 +53,7 @@ def keep_layers(model: PreTrainedModel, config: PreTrainedConfig, layers: Sequen
                 if hasattr(module, "layer_idx"):
                     module.layer_idx = place
         _adopt(model.config, config)
-    with torch.device("meta"):
-        plain = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    plain = meta_model(config)
     shapes = [{key: tuple(p.shape) for key, p in each.named_parameters()} for each in (plain, model)]
     if len(stacks) != 1 or shapes[0] != shapes[1]:
         raise ModelError(

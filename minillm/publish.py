@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from minillm.adapters import FOLDER, Adapter, write_adapter
 from minillm.loading import quiet_transformers
+from minillm.meta_models import meta_model
 from minillm.models import CausalLM
 from minillm.store import replaced_folder, told_as_disk_error, write_text
 from minillm.types import Decoding
@@ -41,8 +41,8 @@ def publish_student(
     that are merged with it in ``state``: it stands in a folder of its own within.
     """
     # Made without storage, then given the real tensors: an initialisation would draw from the global random stream.
+    model: Any = meta_model(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
         root = CausalLM(model)
     wanted = {name for name, _ in root.named_parameters(remove_duplicate=False)}
     assert wanted == set(state), sorted(wanted ^ set(state))[:5]

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from minillm.errors import UnsupportedCombination
+from minillm.meta_models import meta_model
 
 
 def recompute_layers(module: nn.Module) -> int:
@@ -29,8 +30,7 @@ def recompute_layers(module: nn.Module) -> int:
 
 def require_layers(config: PretrainedConfig, *, name: str) -> None:
     """Raise ``UnsupportedCombination`` where a model of this configuration has no layers that can be computed again."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = meta_model(config)
     if not _layers(model):
         raise UnsupportedCombination(
             f"engine.activation_checkpointing with student {name}: of {type(model).__name__} transformers names no "

@@ -1,11 +1,10 @@
-"""A model's configuration from its card alone, and the same model on no device: sizes without weights or a network."""
+"""A model's configuration from its card alone: sizes without weights or a network."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 
 from minillm.cards import Card
 from minillm.errors import ModelError
@@ -35,15 +34,3 @@ def config_of(card: Card) -> PreTrainedConfig:
         f"{card.model} is no folder here.\n"
         "  write the model's sizes under 'figures:' as teachers/qwen2.5-7b.yaml does, or name a model folder"
     )
-
-
-def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a configuration on no device: every weight has its shape, and none has numbers."""
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
-
-
-def count_parameters(model: PreTrainedModel) -> int:
-    """Weights, a tied head counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from minillm.lora import Lora
+from minillm.meta_models import meta_model
 from minillm.models import CausalLM
 
 
 def meta_twin(model: PreTrainedModel, *, real_ids: int, lora: Lora | None = None) -> CausalLM:
     """The same architecture on no device, in evaluation mode, with the adapter's modules where there is one."""
+    bare = meta_model(model.config)
     with torch.device("meta"):
-        bare = AutoModelForCausalLM.from_config(model.config)
         if lora is not None:
             lora.put_on_twin(bare)
         twin = CausalLM(bare)

@@ -11,18 +11,21 @@ from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from minillm.config import dump_config
 from minillm.doctor.findings import Finding, error, note, ok, warning
 from minillm.doctor.patient import Patient
 from minillm.errors import RunExists
+from minillm.lora import adapter_parameters
+from minillm.meta_models import count_parameters, meta_model
 from minillm.run_lock import owner
 from minillm.store import RunFolder
 
-CHECKPOINT_BYTES = 16
-"""Of a checkpoint for each weight: itself, two moments of Adam, and the best student so far, in 32 bits each."""
-STUDENT_BYTES = 4
+TRAINED_BYTES = 12
+"""Of a checkpoint for each weight that learns: itself and two moments of Adam, in 32 bits each; frozen ones are not in
+it, and the best student so far is beside it in whole."""
+WEIGHT_BYTES = 4
 """Of a published student for each weight."""
 SHARED_BYTES_A_RANK = 128 * 2**20
 """Of /dev/shm, for NCCL's buffers between GPUs of one node; Docker gives 64 MiB in all."""
@@ -152,9 +155,12 @@ def shared_memory_for(ranks: int, *, free: int) -> Finding:
 def disk(patient: Patient) -> Iterator[Finding]:
     """Room for checkpoints and students against what is free where the run writes."""
     assert patient.student is not None
-    weights = parameters_of(patient.student.facts.config)
+    config, lora = patient.student.facts.config, patient.config.lora
+    weights = parameters_of(config)
+    adapter = 0 if lora is None else adapter_parameters(config, lora)
     students, checkpoints = room(
-        weights,
+        weights + adapter,
+        trained=adapter or weights,
         stages=len(patient.config.stages),
         kept=0 if patient.config.checkpoints is None else patient.config.checkpoints.keep,
     )
@@ -175,14 +181,14 @@ def disk(patient: Patient) -> Iterator[Finding]:
 
 def parameters_of(config: PreTrainedConfig) -> int:
     """Weights of the model that a configuration describes, without any memory for them."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return sum(weight.numel() for weight in model.parameters())
+    return count_parameters(meta_model(config))
 
 
-def room(weights: int, *, stages: int, kept: int) -> tuple[int, int]:
-    """Bytes of the published students and of checkpoints, each with the one that is just being written."""
-    return (stages + 1) * STUDENT_BYTES * weights, (kept + 1) * CHECKPOINT_BYTES * weights if kept else 0
+def room(published: int, *, trained: int, stages: int, kept: int) -> tuple[int, int]:
+    """Bytes of the published students and of checkpoints, each with the one that is just being written; ``published``
+    and ``trained`` are numbers of weights."""
+    student = WEIGHT_BYTES * published
+    return (stages + 1) * student, (kept + 1) * (student + TRAINED_BYTES * trained) if kept else 0
 
 
 def out_folder(patient: Patient) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from minillm.shapes import meta_model
+from minillm.meta_models import meta_model
 
 _LINE = 97
 """Tokens of the line that is counted; no width of a model, or states would be taken for attention's matrices."""

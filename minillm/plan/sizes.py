@@ -11,8 +11,9 @@ from transformers import PreTrainedConfig
 
 from minillm.cards import Card
 from minillm.errors import ConfigError
+from minillm.meta_models import count_parameters, meta_model
 from minillm.plan.activations import Kept, kept_per_token
-from minillm.shapes import config_of, count_parameters, meta_model
+from minillm.shapes import config_of
 
 Engine = Literal["zero0", "zero1", "zero2", "zero3", "zero2-offload", "zero3-offload"]
 Placement = Literal["replicated", "zero3", "offload"]

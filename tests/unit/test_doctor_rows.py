@@ -15,6 +15,8 @@ import torch
 
 from minillm.config import load_config
 from minillm.doctor import machine
+from minillm.lora import Lora
+from minillm.lora_config import LoraConfig
 from minillm.run_lock import run_lock
 from minillm.store import RunFolder
 from tests.patients import healthy, levels, looked_at, of
@@ -132,6 +134,33 @@ def test_free_disk_is_held_against_what_a_run_writes(
     assert levels(looked_at(healthy(well)), "disk") == {level}
     if level == "warning":
         assert levels(looked_at(healthy(well), ["checkpoints=null"]), "disk") == {"ok"}
+
+
+def test_of_a_frozen_base_no_moments_are_kept(well: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The estimate against the files of a checkpoint: with lora a weight is there once, as the best student."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(well / "student")
+    weights = machine.parameters_of(config)
+    adapter = machine.adapter_parameters(config, LoraConfig(rank=2))
+    real = opened_adapter(well / "student", rank=2)
+    assert adapter == real and 0 < 2 * adapter < weights
+    assert machine.room(weights, trained=weights, stages=1, kept=2) == (8 * weights, 3 * 16 * weights)
+    seen: list[dict[str, int]] = []
+    room = machine.room
+    monkeypatch.setattr(machine, "room", lambda held, **more: seen.append({"held": held, **more}) or room(held, **more))
+    looked_at(healthy(well), ["lora={rank: 2}"])
+    looked_at(healthy(well))
+    assert [(one["held"], one["trained"]) for one in seen] == [(weights + adapter, adapter), (weights, weights)]
+
+
+def opened_adapter(folder: Path, *, rank: int) -> int:
+    """Weights of the adapter that a run would train."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    Lora(settings=LoraConfig(rank=rank), seed=0, base="").put_on(model)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def test_weights_are_counted_without_being_made(well: Path) -> None:

@@ -19,7 +19,8 @@ from minillm.config import RunConfig
 from minillm.errors import ConfigError, ModelError
 from minillm.figures import Figures, SftTraining, Training, stages_yaml
 from minillm.loading import inspect
-from minillm.shapes import config_of, count_parameters, meta_model
+from minillm.meta_models import count_parameters, meta_model
+from minillm.shapes import config_of
 from minillm.stage_config import MinillmStage, SftStage
 from minillm.yaml_reader import read_yaml
 
