@@ -139,7 +139,7 @@ class MinillmTraining(Settings):
     micro_batch: Count
     """Rows of a forward pass on each rank: memory, not the result."""
     activation_checkpointing: Flag = False
-    """Whether the official script recomputes activations."""
+    """Whether the official script recomputes activations: ``engine.activation_checkpointing``."""
     source: Text
     """Where they were published."""
 
@@ -164,10 +164,12 @@ PAPER_ROWS = 11_435
 
 
 def stages_yaml(training: Training, *, rows: int = PAPER_ROWS) -> str:
-    """The stages of a run with these settings, as they stand in its YAML file; ``rows`` are the training rows, from
-    which epochs become steps."""
+    """The stages of a run with these settings, and the engine's where they say more than its defaults, as they stand in
+    its YAML file; ``rows`` are the training rows, from which epochs become steps."""
     sft = training.sft
-    lines = [
+    ours = training.minillm
+    lines = ["engine: {activation_checkpointing: true}"] if ours is not None and ours.activation_checkpointing else []
+    lines += [
         "stages:",
         f"  # {sft.source}; {sft.epochs} epochs of {rows:,} rows",
         "  - kind: sft",
@@ -175,7 +177,6 @@ def stages_yaml(training: Training, *, rows: int = PAPER_ROWS) -> str:
         f"    batch: {sft.batch}",
         f"    optimiser: {{lr: {sft.lr:g}, betas: [0.9, 0.999], weight_decay: {sft.weight_decay:g}, schedule: cosine}}",
     ]
-    ours = training.minillm
     if ours is not None:
         parts = ours.rollouts // ours.batch
         lines += [

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from minillm import cards
 from minillm.cards import Card, load_card
@@ -65,11 +67,25 @@ def test_a_card_with_build_has_a_shape_without_figures_of_an_architecture(kind: 
     assert count_parameters(meta_model(config_of(card))) > 0
 
 
+def test_a_configuration_stays_as_it_was() -> None:
+    config = config_of(Card(name="x", model="x/y", figures=Figures(**SMALL)))
+    before = repr(vars(config))
+    meta_model(config)
+    assert repr(vars(config)) == before
+    with torch.device("meta"):  # the control: transformers writes its choice of attention into what it is given
+        AutoModelForCausalLM.from_config(config)
+    assert repr(vars(config)) != before
+
+
 def test_a_card_that_says_too_little_is_told() -> None:
     with pytest.raises(ModelError, match="no figures with an architecture"):
         config_of(Card(name="x", model="owner/x", figures=Figures(layers=2, hidden=8)))
 
 
+DATA: Any = {
+    "data": {"train": "a.jsonl", "validation": "b.jsonl", "max_prompt_tokens": 256},
+    "decoding": {"max_new_tokens": 256},
+}
 SMALL: dict[str, Any] = {
     "architecture": "llama", "layers": 1, "hidden": 64, "heads": 4, "intermediate": 128, "vocabulary": 100,
     "positions": 64, "tied": True,
@@ -105,8 +121,7 @@ def test_published_settings_are_stages_of_a_run(kind: cards.Kind, name: str) -> 
     training = load_card(name, kind=kind).training
     assert training is not None and training.minillm is not None
     stages: Any = read_yaml(stages_yaml(training), source="printed")
-    data: Any = {"train": "a.jsonl", "validation": "b.jsonl", "max_prompt_tokens": 256}
-    run = RunConfig(name="x", student=name, teacher="gpt2-xl", data=data, decoding={"max_new_tokens": 256}, **stages)
+    run = RunConfig(name="x", student=name, teacher="gpt2-xl", **DATA, **stages)
     sft, ours = run.stages
     assert isinstance(sft, SftStage) and isinstance(ours, MinillmStage)
     assert sft.batch == training.sft.batch and ours.prompts == training.minillm.rollouts
@@ -119,6 +134,18 @@ def test_epochs_become_steps_by_the_rows() -> None:
     training = Training(sft=SftTraining(lr=1e-4, epochs=3, batch=8, source="me"))
     assert "steps: 4\n" in stages_yaml(training, rows=10)
     assert "minillm" not in stages_yaml(training, rows=10)
+
+
+def test_recomputed_activations_are_the_published_engine_setting() -> None:
+    """They were on the cards and nowhere in what is to be copied."""
+    for name, on in (("llama-7b", True), ("gpt2", False)):
+        training = load_card(name, kind="students").training
+        assert training is not None and training.minillm is not None
+        assert training.minillm.activation_checkpointing is on
+        copied: Any = read_yaml(stages_yaml(training), source="printed")
+        assert copied.get("engine") == ({"activation_checkpointing": True} if on else None)
+        engine = RunConfig(name="x", student=name, teacher="gpt2-xl", **DATA, **copied).engine
+        assert engine.activation_checkpointing is on
 
 
 def test_the_students_of_the_paper_have_its_settings() -> None:
