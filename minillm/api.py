@@ -31,7 +31,7 @@ from minillm.ranks import Ranks
 from minillm.report import build_report, combine, write_reports
 from minillm.report_files import sets_in
 from minillm.report_sets import by_set
-from minillm.results import judge_of, stored_results, versions
+from minillm.results import judge_of, stored_results, used_by, versions
 from minillm.resuming import (
     checkpoints_of,
     fingerprints,
@@ -102,7 +102,7 @@ def distill(
             accepted=accept_changes, sources=sources, ranks=ranks, say=say,
         )  # fmt: skip
         status = {"state": "running", "reason": None, "made_from": made_from, "ranks": ranks.size}
-        ranks.of_first(lambda: folder.set_status(**status, versions=versions(), **told(resumed)))
+        ranks.of_first(lambda: folder.set_status(**status, versions=versions(*used_by(config, pair)), **told(resumed)))
         for line in introduction(config, pair, splits, anchor, caches=caches, ranks=ranks):
             say(line)
         for line in words_at_start(config, pair, splits, ranks=ranks.size) if ranks.first else ():
@@ -406,7 +406,7 @@ def _card_facts(
         data_sha256=split.sha256,
         unbiased=unbiased_words(config, stage),
         config_text=dump_config(config),
-        versions=versions(),
+        versions=versions(*used_by(config, pair)),
         licence_notes="; ".join(f"{card.name}: {card.licence}" for card in cards if card.licence),
         corpus="" if learnt is None else f"`{learnt.source}`, {learnt.size}, sha256 `{learnt.sha256}`",
     )

@@ -47,11 +47,19 @@ IN_FILES = {
         "student.dtype", "student.placement", "engine.student.comms_logger", "engine.student.dump_state",
         "engine.student.flops_profiler", "engine.student.memory_breakdown", "engine.student.steps_per_print",
         "engine.student.timers", "engine.student.wall_clock_breakdown",
+        *(f"engine.teacher.{name}" for name in (
+            "comms_logger", "dump_state", "flops_profiler", "memory_breakdown", "steps_per_print", "timers",
+            "wall_clock_breakdown",
+        )),
     ),
     Effect.LAST_BITS: (
         "teacher.placement", "engine.student.disable_allgather", "engine.student.gradient_predivide_factor",
         "engine.student.prescale_gradients", "engine.student.zero_allow_untested_optimizer",
         "engine.student.zero_force_ds_cpu_optimizer", "engine.student.zero_optimization",
+        *(f"engine.teacher.{name}" for name in (
+            "communication_data_type", "data_types", "disable_allgather", "gradient_predivide_factor",
+            "prescale_gradients", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
+        )),
     ),
     Effect.TRAINING: (
         "teacher.dtype", "engine.student.communication_data_type", "engine.student.data_types",
@@ -61,7 +69,7 @@ IN_FILES = {
     ),
 }  # fmt: skip
 """The same of what ``in_files`` gives. A student trains in 32 bits whatever its card says, and is evaluated in its
-dtype; a teacher computes in its own."""
+dtype; a teacher computes in its own, and what would round its weights is refused in its engine file."""
 _BY_PATH = {path: effect for known in (EFFECTS, IN_FILES) for effect, paths in known.items() for path in paths}
 _OF_A_CARD = ("dtype", "placement")
 
@@ -93,8 +101,10 @@ def effect_of(path: str) -> Effect:
     raise KeyError(path)
 
 
-def in_files(*, student: Card, teacher: Card | None, engine: Mapping[str, Any]) -> dict[str, Any]:
-    """What the cards and the engine file say that a run's configuration names and its weights do not show, by the path
+def in_files(
+    *, student: Card, teacher: Card | None, engine: Mapping[str, Any], teacher_engine: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the cards and the engine files say that a run's configuration names and its weights do not show, by the path
     under which a change of it is told."""
     cards = {"student": student, "teacher": teacher}
     said = {
@@ -103,7 +113,7 @@ def in_files(*, student: Card, teacher: Card | None, engine: Mapping[str, Any]) 
         for field in _OF_A_CARD
         if card is not None
     }
-    return {**said, **dict(_flat(engine, "engine.student"))}
+    return {**said, **dict(_flat(engine, "engine.student")), **dict(_flat(teacher_engine, "engine.teacher"))}
 
 
 def _flat(values: Mapping[str, Any], at: str) -> Iterator[tuple[str, Any]]:
@@ -115,16 +125,19 @@ def _flat(values: Mapping[str, Any], at: str) -> Iterator[tuple[str, Any]]:
 
 
 def changes_in_files(before: Mapping[str, Any], now: Mapping[str, Any], *, named: Collection[Change]) -> list[Change]:
-    """What differs between two of ``in_files``. Where the engine file has another name too, which is among ``named``,
-    only what changes training is given of it: the rest is what the new name means."""
+    """What differs between two of ``in_files``. Where an engine file has another name too only what changes training is
+    given of it, since the rest is what the new name means: the student's where its name is among ``named``, the
+    teacher's where it was or is another's, or nobody looked."""
     found = [
         Change(path, before.get(path), now.get(path))
         for path in dict.fromkeys((*before, *now))
         if before.get(path) != now.get(path)
     ]
-    if "engine.student" not in {change.path for change in named}:
-        return found
-    return [c for c in found if not c.path.startswith("engine.student.") or c.effect is Effect.TRAINING]
+    other = ["engine.student."] if "engine.student" in {change.path for change in named} else []
+    looked = all(any(path.startswith("engine.teacher.") for path in each) for each in (before, now))
+    if not looked or "teacher.placement" in {change.path for change in found}:
+        other.append("engine.teacher.")
+    return [c for c in found if not c.path.startswith(tuple(other)) or c.effect is Effect.TRAINING]
 
 
 def changes(before: RunConfig, now: RunConfig) -> list[Change]:

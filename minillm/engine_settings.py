@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from minillm.cards import find_engine_settings
+from minillm.cards import SHARDED, find_engine_settings
 from minillm.errors import ConfigError, UnsupportedCombination, did_you_mean
 from minillm.manifests import parsed
 from minillm.ranks import prepare_deepspeed
@@ -24,6 +24,8 @@ WRITES_ELSEWHERE = {"tensorboard", "wandb", "comet", "csv_monitor", "nebula"}
 """Sections that name files, folders and accounts: an engine file that somebody else wrote must not."""
 OFFLOADS = {"offload_optimizer": 1, "offload_param": 3}
 """What DeepSpeed may keep in host memory, by the ZeRO stage from which it can."""
+QUANTISED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+"""What of a ZeRO section rounds numbers that travel between ranks."""
 
 
 def read_engine_settings(name: str) -> dict[str, Any]:
@@ -59,6 +61,25 @@ def read_engine_settings(name: str) -> dict[str, Any]:
         )
     zero = _check_zero(settings.get("zero_optimization", {}), file=str(file))
     _check_offload(zero, settings, file=str(file))
+    return settings
+
+
+def read_teacher_settings(placement: str) -> dict[str, Any]:
+    """The engine settings of a sharded teacher, ``teacher-PLACEMENT``; {} of one that is whole on each rank.
+
+    Raises what ``read_engine_settings`` does, and ``UnsupportedCombination`` where weights would be rounded on their
+    way between ranks: forwards would be those of another teacher.
+    """
+    if placement not in SHARDED:
+        return {}
+    settings = read_engine_settings(f"teacher-{placement}")
+    rounded = [name for name, value in settings.get("zero_optimization", {}).items() if name in QUANTISED and value]
+    if rounded:
+        raise UnsupportedCombination(
+            f"{find_engine_settings(f'teacher-{placement}')}: zero_optimization.{rounded[0]}: the teacher's weights "
+            "would be rounded whenever they are gathered, so another model would teach; take it out, or keep its "
+            "layers in 8 bits by its card (quantise: int8)"
+        )
     return settings
 
 

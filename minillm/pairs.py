@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from minillm.cards import Card, load_card
 from minillm.config import RunConfig
-from minillm.engine_settings import read_engine_settings, zero_stage
+from minillm.engine_settings import read_engine_settings, read_teacher_settings, zero_stage
 from minillm.errors import ConfigError, ModelError, UnsupportedCombination
 from minillm.loading import ModelFacts, inspect
 from minillm.lora import require_targets
@@ -145,6 +145,7 @@ def _check_teacher(card: Card, *, role: str = "teacher") -> None:
             f"{role} {card.name}: quantise: {card.quantise} wants the package bitsandbytes, which is not installed\n"
             "  pip install 'minillm[quantised]', or leave quantise out"
         )
+    read_teacher_settings(card.placement)
     if card.sharded and card.dtype == "float64":
         raise UnsupportedCombination(
             f"{role} {card.name}: placement {card.placement} with dtype float64: DeepSpeed shards "

@@ -34,6 +34,8 @@ from minillm.types import Purpose
 from minillm.unfinished import Keeper, asked_before, differences
 
 SHOWN_PACKAGES = ("minillm", "torch", "transformers", "deepspeed")
+ADAPTERS, IN_BITS = "peft", "bitsandbytes"
+"""Packages that compute only in some runs: of adapters, and of weights in 8 bits."""
 
 CHECKS: dict[str, Callable[[str, str], dict[str, Any]]] = {"slots": coverage, "world": world_check}
 """By name, the exact checkers of responses."""
@@ -131,7 +133,7 @@ def evaluate_into(
         **by_length(samples, resamples=settings.bootstrap, seed=config.seed),
         **extras,
         "seconds": {"evaluation": round(keeper.seconds, 2)},
-        "versions": versions(),
+        "versions": with_versions(asked)["versions"],
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -227,7 +229,8 @@ def already(out: Path, asked: Callable[[], dict[str, Any]]) -> dict[str, Any] | 
 
 def with_versions(asked: dict[str, Any]) -> dict[str, Any]:
     """Rows of two versions do not belong into one file, though one may read what the other wrote."""
-    return {**asked, "versions": versions()}
+    in_bits = str(asked.get("teacher_weights")).startswith("int8:")
+    return {**asked, "versions": versions(*([IN_BITS] if in_bits else []))}
 
 
 def stored_results(out: Path) -> dict[str, Any] | None:
@@ -245,9 +248,19 @@ def stored_results(out: Path) -> dict[str, Any] | None:
     return stored
 
 
-def versions() -> dict[str, str]:
+def used_by(config: RunConfig, pair: Pair) -> tuple[str, ...]:
+    """Packages beside the usual ones that compute in a run."""
+    used = {
+        ADAPTERS: config.lora is not None,
+        IN_BITS: pair.teacher_card is not None and pair.teacher_card.quantise is not None,
+    }
+    return tuple(package for package, uses in used.items() if uses)
+
+
+def versions(*also: str) -> dict[str, str]:
+    """Of the packages that every run computes with, and of others."""
     found: dict[str, str] = {}
-    for package in SHOWN_PACKAGES:
+    for package in (*SHOWN_PACKAGES, *also):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

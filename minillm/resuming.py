@@ -17,11 +17,11 @@ from minillm.changed_run import Change, Effect, changes, changes_in_files, effec
 from minillm.checkpoint_manifest import folder_name
 from minillm.checkpoints import Checkpoint, Checkpoints, Resume, steps_in
 from minillm.config import CheckpointsConfig, DecodingConfig, RunConfig, dump_config
-from minillm.engine_settings import read_engine_settings
+from minillm.engine_settings import read_engine_settings, read_teacher_settings
 from minillm.errors import CheckpointError, ConfigError, DataError, DiskError, RunExists, Stopped
 from minillm.pairs import Pair
 from minillm.ranks import Ranks
-from minillm.results import versions
+from minillm.results import used_by, versions
 from minillm.run_lock import run_lock, says
 from minillm.saving import Resumed, needs_its_ranks, read
 from minillm.store import CHECKPOINTS, RunFolder, Standing, make_folder
@@ -38,6 +38,8 @@ class Sources:
 
     made_from: Mapping[str, str]
     """Hashes of weights, prompts, corpus and teacher caches, by what they are."""
+    packages: tuple[str, ...]
+    """Those that compute in this run beside the usual ones (``results.used_by``)."""
     files: Mapping[str, Any]
     """What cards and engine files say (``changed_run.in_files``)."""
     data_under: Callable[[DecodingConfig], Mapping[str, str]]
@@ -138,11 +140,13 @@ def sources_of(
     *,
     data_of: Callable[[RunConfig], Mapping[str, str]],
 ) -> Sources:
-    """Them, with what the run's cards and its engine file say now; ``data_of`` reads the data of a configuration."""
+    """Them, with what the run's cards and its engine files say now; ``data_of`` reads the data of a configuration."""
     engine = read_engine_settings(config.engine.student)
-    files = in_files(student=pair.student_card, teacher=pair.teacher_card, engine=engine)
+    taught = {} if pair.teacher_card is None else read_teacher_settings(pair.teacher_card.placement)
+    files = in_files(student=pair.student_card, teacher=pair.teacher_card, engine=engine, teacher_engine=taught)
     return Sources(
         made_from=made_from,
+        packages=used_by(config, pair),
         files=files,
         data_under=lambda decoding: data_of(config.model_copy(update={"decoding": decoding})),
     )
@@ -152,7 +156,7 @@ def fingerprints(config: RunConfig, sources: Sources, *, ranks: Ranks) -> dict[s
     """What must be equal for a run to go on as if it had not stopped."""
     return {
         "config": dump_config(config), "made_from": dict(sources.made_from), "files": dict(sources.files),
-        "around": _around(ranks),
+        "around": _around(ranks, sources.packages),
     }  # fmt: skip
 
 
@@ -242,7 +246,7 @@ def _judged(
             f"{chosen.path} was made from another {', '.join(differs)}; nothing was touched.\n"
             "  put back what it was made from, give this run another name (name=NAME), or start over with --fresh"
         )
-    here = _around(ranks)
+    here = _around(ranks, sources.packages)
     if any(change.path == "threads" for change in found):
         del here["threads"]  # told already, as the setting
     if moved := [f"{name} {here[name]}, was {around.get(name)}" for name in here if here[name] != around.get(name)]:
@@ -270,9 +274,9 @@ def _require_of_use(found: Sequence[Change], config: RunConfig, resumed: Resumed
             raise RunExists(f"{change}, but {resumed.progressed.step:,} steps of {stage.name} are done\n  {back}")
 
 
-def _around(ranks: Ranks) -> dict[str, Any]:
+def _around(ranks: Ranks, packages: Sequence[str]) -> dict[str, Any]:
     device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else ranks.device.type
-    return {**versions(), "device": device, "threads": torch.get_num_threads()}
+    return {**versions(*packages), "device": device, "threads": torch.get_num_threads()}
 
 
 def _read(chosen: Checkpoint, *, ranks: Ranks) -> Resumed:

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from minillm.cards import SHARDED
-from minillm.engine_settings import read_engine_settings
+from minillm.engine_settings import read_teacher_settings
 from minillm.engines import initialise, load_for
 from minillm.errors import ModelError
 from minillm.gathers import Gathers
@@ -52,7 +52,7 @@ class Teacher:
         self.ranks, self.placement = ranks, placement
         self.sharded = placement in SHARDED
         assert self.sharded or placement == "replicated", placement
-        engine_config = read_engine_settings(f"teacher-{placement}") if self.sharded else {}
+        engine_config = read_teacher_settings(placement)
         model = load_for(load, engine_config, precision=precision, shard=self.sharded)
         model.eval()
         self.root = CausalLM(model)

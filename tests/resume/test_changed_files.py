@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from minillm import resuming
+from minillm import results, resuming
 from minillm.api import distill
 from minillm.config import RunConfig
-from minillm.errors import CheckpointError, RunExists
+from minillm.engine_settings import QUANTISED
+from minillm.errors import CheckpointError, RunExists, UnsupportedCombination
 from tests import tiny
 from tests.resume.test_going_on import Out, change_manifest, config, made, stopped
 
@@ -59,6 +61,38 @@ def test_a_card_that_says_another_dtype_wants_the_users_word(
         distill(changed)
     distill(changed, accept_changes=["teacher.dtype"])
     assert "teacher.dtype was 'float32', is 'bfloat16'; this is no longer" in capfd.readouterr().out
+
+
+def test_a_sharded_teacher_s_engine_file_in_the_working_folder_is_compared(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Out
+) -> None:
+    """It stands before the library's own of that name, and nothing in the run's configuration names it."""
+    mine = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ds_configs").mkdir()
+    file = tmp_path / "ds_configs" / "teacher-zero3.json"
+    file.write_text(json.dumps(mine), encoding="utf-8")
+
+    def sharded() -> RunConfig:
+        settings = run(place, tmp_path)
+        with (tmp_path / "teacher.yaml").open("a", encoding="utf-8") as card:
+            card.write("placement: zero3\n")
+        return settings
+
+    stopped(sharded(), monkeypatch, after=1)
+    mine["zero_optimization"]["stage3_prefetch_bucket_size"] = 1000
+    file.write_text(json.dumps(mine), encoding="utf-8")
+    capfd.readouterr()
+    stopped(sharded(), monkeypatch, after=1)
+    told = "changed: engine.teacher.zero_optimization.stage3_prefetch_bucket_size was None, is 1000; from here on"
+    assert told in capfd.readouterr().out
+    for name in QUANTISED:
+        rounded = {"zero_optimization": {**mine["zero_optimization"], name: True}}
+        file.write_text(json.dumps(rounded), encoding="utf-8")
+        with pytest.raises(UnsupportedCombination, match=rf"teacher-zero3.json: zero_optimization.{name}: the teacher"):
+            distill(sharded())
+    file.write_text(json.dumps({"zero_optimization": {**mine["zero_optimization"], name: False}}), encoding="utf-8")
+    stopped(sharded(), monkeypatch, after=1)
 
 
 def test_control_without_the_look_into_files_nothing_is_told(
@@ -134,6 +168,22 @@ def test_other_threads_are_told_once(
     assert [line for line in capfd.readouterr().out.splitlines() if "threads" in line] == [
         "note: changed: threads was 1, is 2; from here on the last bits may differ from those of the unbroken run"
     ]
+
+
+def test_another_version_of_what_a_run_computes_with_is_told(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capfd: Out
+) -> None:
+    """Of peft where there is an adapter; the control is a run without one, of which it says nothing."""
+    for name, lora, packages in (("adapted", {"rank": 2}, {"peft"}), ("whole", None, set())):
+        taught = config(place, name, lora=lora)
+        folder = stopped(taught, monkeypatch, after=2)
+        status = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        assert set(status["versions"]) - set(results.SHOWN_PACKAGES) == packages
+        with monkeypatch.context() as patch:
+            patch.setattr(results, "version", lambda package: "0.0" if package == "peft" else metadata.version(package))
+            capfd.readouterr()
+            distill(taught)
+        assert ("note: peft 0.0, was " in capfd.readouterr().out) is (lora is not None)
 
 
 def test_control_another_number_of_cores_is_told_too(place: Path, monkeypatch: pytest.MonkeyPatch, capfd: Out) -> None:

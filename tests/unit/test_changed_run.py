@@ -92,7 +92,10 @@ def test_no_effect_is_listed_for_a_setting_that_is_gone() -> None:
 IN_CARDS = ("student.dtype", "student.placement", "teacher.dtype", "teacher.placement")
 
 
-@pytest.mark.parametrize("path", [*IN_CARDS, *(f"engine.student.{name}" for name in sorted(ENGINE_SETTINGS))])
+@pytest.mark.parametrize(
+    "path",
+    [*IN_CARDS, *(f"engine.{role}.{name}" for role in ("student", "teacher") for name in sorted(ENGINE_SETTINGS))],
+)
 def test_all_that_files_may_say_is_known_by_its_own_name(path: str) -> None:
     assert sum(path in paths for paths in IN_FILES.values()) == 1
 
@@ -101,12 +104,17 @@ def test_nothing_is_listed_that_files_cannot_say() -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     for path in (path for paths in IN_FILES.values() for path in paths if path not in IN_CARDS):
-        section, _, name = path.removeprefix("engine.student.").partition(".")
+        section, _, name = path.removeprefix("engine.").partition(".")[2].partition(".")
         assert section in ENGINE_SETTINGS and (not name or name in DeepSpeedZeroConfig.model_fields), path
 
 
-def files(engine: dict[str, typing.Any], **teacher: typing.Any) -> dict[str, typing.Any]:
-    return in_files(student=Card(name="s", model="s"), teacher=Card(name="t", model="t", **teacher), engine=engine)
+def files(
+    engine: dict[str, typing.Any], *, taught: dict[str, typing.Any] | None = None, **teacher: typing.Any
+) -> dict[str, typing.Any]:
+    return in_files(
+        student=Card(name="s", model="s"), teacher=Card(name="t", model="t", **teacher), engine=engine,
+        teacher_engine=taught or {},
+    )  # fmt: skip
 
 
 ENGINE = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 5}, "steps_per_print": 9}
@@ -142,6 +150,18 @@ def test_of_an_engine_file_with_another_name_only_what_trains_is_told() -> None:
 
 def one(*overrides: str) -> list[changed_run.Change]:
     return changes(load_config(RECIPE), load_config(RECIPE, overrides))
+
+
+def test_the_engine_file_of_a_sharded_teacher_is_compared() -> None:
+    before, now = ({"zero_optimization": {"stage": 3, "reduce_bucket_size": size}} for size in (5, 6))
+    (change,) = changes_in_files(files(ENGINE, taught=before), files(ENGINE, taught=now), named=())
+    assert change.path == "engine.teacher.zero_optimization.reduce_bucket_size" and change.effect is Effect.LAST_BITS
+    of_old = files(ENGINE, placement="zero3")  # by a version that did not look
+    assert changes_in_files(of_old, files(ENGINE, taught=now, placement="zero3"), named=()) == []
+    moved = changes_in_files(
+        files(ENGINE, taught=before, placement="zero3"), files(ENGINE, taught=now, placement="offload"), named=()
+    )
+    assert [change.path for change in moved] == ["teacher.placement"]
 
 
 def test_an_equal_run_has_no_changes() -> None:

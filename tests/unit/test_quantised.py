@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from minillm import distill
+from minillm import distill, results
 from minillm.cards import Card, load_card, may_differ
 from minillm.errors import ConfigError, ModelError, RunExists, UnsupportedCombination
 from minillm.loading import fingerprint, inspect, load
@@ -82,12 +83,19 @@ def test_a_run_learns_from_it_and_knows_it_from_the_whole_one(folder: Path, tmp_
     done = distill(tiny.minillm_config(tmp_path, teacher=folder / "int8.yaml", **run))
     lines = tiny.logged(done)
     assert len(lines) == 2 and all(line["reverse_kl"] > 0 for line in lines)
+    assert json.loads((done / "run.json").read_text(encoding="utf-8"))["versions"]["bitsandbytes"]
     (folder / "int8.yaml").write_text(f"model: {folder}/llama\n", encoding="utf-8")
     try:
         with pytest.raises(RunExists, match="made from another teacher"):
             distill(tiny.minillm_config(tmp_path, teacher=folder / "int8.yaml", **run))
     finally:
         (folder / "int8.yaml").write_text(f"{{model: {folder}/llama, quantise: int8}}\n", encoding="utf-8")
+
+
+def test_the_package_of_eight_bits_is_among_the_versions_where_it_computes() -> None:
+    assert "bitsandbytes" in results.with_versions({"teacher_weights": "int8:ab"})["versions"]
+    for weights in ("ab", None):
+        assert set(results.with_versions({"teacher_weights": weights})["versions"]) == set(results.SHOWN_PACKAGES)
 
 
 def test_its_fingerprint_is_another(folder: Path) -> None:
