@@ -93,6 +93,8 @@ def diagnose(
     tell = say if ranks.first else lambda line: None
     if stage.published.named() or stage.repetition_weight > 0 or stage.lm_coefficient > 0:
         left_out.append("left out of this: published.*, the cost of repetition, the language-model loss")
+    if config.engine.activation_checkpointing:
+        tell("no effect here: engine.activation_checkpointing (nothing is kept for a backward pass: there is none)")
     for line in (*split.words, *left_out):
         tell(line)
     decoding = decoding_record(config.decoding)

@@ -432,6 +432,27 @@ def test_it_gives_the_same_figures_again(folder: Path) -> None:
     assert words.as_json(found(folder)) == words.as_json(found(folder))
 
 
+def test_nothing_is_kept_for_a_backward_pass_so_nothing_is_recomputed(folder: Path) -> None:
+    """Derivatives run forward: activation checkpointing would save nothing, and the diagnosis says so."""
+    kept: list[torch.Size] = []
+    said: list[str] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.shape)
+        return tensor
+
+    run = config(folder, run_engine={"student": "zero0", "activation_checkpointing": True})
+    sizes = Sizes(prompts=8, samples=4, directions=2)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        one = diagnose(run, names=["expected+ridge", "sampled+norm"], sizes=sizes, say=said.append)
+        assert kept == []
+        pair = check_pair(run)
+        load(pair.student_card, pair.student, seed=0)(input_ids=torch.arange(4)[None])
+        assert kept, "the control: a forward with gradients does keep some"
+    assert words.as_json(one) == words.as_json(found(folder))
+    assert sum("engine.activation_checkpointing" in line for line in said) == 1
+
+
 def test_another_teacher_has_another_name_and_the_same_text(folder: Path) -> None:
     """What makes absolute figures of two teachers comparable; the name moves with the weights and with nothing else."""
     one = found(folder, teacher_mix=0.0)
