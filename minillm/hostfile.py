@@ -52,9 +52,9 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
         if not text:
             continue
         host = _host(text, at=f"hostfile {path}, line {number}")
-        if host.name in seen:
+        if host.address in seen:  # whoever logs in there: GPUs and port are the same
             raise ConfigError(
-                f"hostfile {path}, line {number}: {host.name} stands in line {seen[host.name]} already\n"
+                f"hostfile {path}, line {number}: {host.address} stands in line {seen[host.address]} already\n"
                 "  give each host one line, with the number of all its ranks"
             )
         if hosts and host.slots != hosts[0].slots:
@@ -64,7 +64,7 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
                 "hosts as many slots as the smallest has"
             )
         hosts.append(host)
-        seen[host.name] = number
+        seen[host.address] = number
     if not hosts:
         raise ConfigError(f"hostfile {path}: names no host\n  wanted a line 'HOST slots=RANKS' for each")
     return tuple(hosts)

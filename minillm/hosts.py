@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import selectors
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from minillm import exits
@@ -26,11 +27,15 @@ from minillm.supervisor import LEAVES_S, heard, listen, say
 
 SSH = "ssh -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
 """Asks for no password, and ends within 20 seconds where a host does not answer any more."""
-PASSED = ("CUDA_DEVICE_", "DEEPSPEED_", "DS_", "FI_", "GLOO_", "HF_", "LD_LIBRARY_PATH", "NCCL_", "OMP_", "PYTHON",
-          "TORCH_", "TRANSFORMERS_", "UCX_")  # fmt: skip
-"""What the environment's variables begin with that each host gets."""
-SECRET = ("KEY", "PASSWORD", "SECRET", "TOKEN")
+PASSED = ("CUDA_DEVICE_", "CUDA_LAUNCH_BLOCKING", "DEEPSPEED_", "DS_", "FI_", "GLOO_", "HF_", "LD_LIBRARY_PATH",
+          "NCCL_", "OMP_", "PYTHON", "PYTORCH_", "TOKENIZERS_", "TORCH_", "TRACKIO_", "TRANSFORMERS_", "UCX_",
+          "WANDB_")  # fmt: skip
+"""What the environment's variables begin with that each host gets. Not CUDA_VISIBLE_DEVICES: which GPUs are
+free is each host's own."""
+SECRET = re.compile(r"AUTH|CREDENTIAL|KEY|PASS|SECRET|TOKEN(?!IZERS_)", re.IGNORECASE)
 """Names with such a word are not passed unasked: a command line can be read by everyone on a host."""
+_WITH_LOGIN = re.compile(r"://[^/\s@]+@")
+"""An address that holds a name or password, which is not passed unasked either."""
 SHARE = 0.75
 """Of the limit, for each host's own supervisor; the rest is for telling the others."""
 _SSH_FAILED = 255
@@ -51,11 +56,19 @@ class HostLaunch:
 
 def passed_on(environment: Mapping[str, str], also: Iterable[str] = ()) -> dict[str, str]:
     """Those variables that every host gets: ``PASSED``, without secrets, and those named in ``also``."""
+    also = set(also)
     return {
         name: value
         for name, value in environment.items()
-        if name in also or (name.startswith(PASSED) and not any(word in name for word in SECRET))
+        if name in also or (name.startswith(PASSED) and not SECRET.search(name) and not _WITH_LOGIN.search(value))
     }
+
+
+def passed_in_words(environment: Mapping[str, str], passed: Collection[str]) -> str:
+    """A line of the names that hosts get, and of those that they might be thought to get."""
+    kept = [name for name in environment if name.startswith((*PASSED, "CUDA_VISIBLE_DEVICES")) and name not in passed]
+    words = f"hosts get of this environment: {', '.join(sorted(passed)) or 'nothing'}"
+    return f"{words}; not {', '.join(sorted(kept))} (--env NAME passes it)" if kept else words
 
 
 def host_launches(
@@ -225,7 +238,10 @@ class Hosts:
             return exits.DONE
         if len(self._signals) > 1 and not codes <= {exits.DONE, exits.STOPPED}:
             return exits.by_signal(self._signals[1][0])
-        culprit = min((host for host in self._hosts if host.failed), key=_blame)
+        failed = [host for host in self._hosts if host.failed]
+        if not failed:  # each was being ended by us when it ended
+            return exits.STOPPED if codes <= {exits.DONE, exits.STOPPED} else exits.RANK_LOST
+        culprit = min(failed, key=_blame)
         assert culprit.code is not None
         if culprit.code == exits.STOPPED:
             return exits.STOPPED

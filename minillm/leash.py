@@ -21,12 +21,14 @@ PATIENCE = 15.0
 
 
 class Leash:
-    """The end that the host's launcher holds. ``hear`` is told the signals, with ``SIGTERM`` for a leash that is lost;
-    ``SIGKILL`` among them must end all at once."""
+    """The end that the host's launcher holds. ``hear`` is told the signals, of which ``SIGKILL`` must end all at once;
+    ``lost`` is called once, when nobody holds the other end any more."""
 
-    def __init__(self, descriptor: int, hear: Callable[[int], None], *, limit_s: float) -> None:
+    def __init__(
+        self, descriptor: int, hear: Callable[[int], None], *, lost: Callable[[], None], limit_s: float
+    ) -> None:
         os.set_blocking(descriptor, False)
-        self._descriptor, self._hear, self._limit_s = descriptor, hear, limit_s
+        self._descriptor, self._hear, self._lost, self._limit_s = descriptor, hear, lost, limit_s
         self._begun, self._last = b"", time.monotonic()
         self._lost_at: float | None = None
 
@@ -61,4 +63,4 @@ class Leash:
     def _lose(self) -> None:
         if self._lost_at is None:
             self._lost_at = time.monotonic()
-            self._hear(signal.SIGTERM)
+            self._lost()

@@ -80,7 +80,7 @@ class Supervisor:
     ) -> None:
         """``leash`` is the descriptor from which to hear of signals and of the end of who started us (``leash``)."""
         self._command, self._place, self._limit_s = list(command), place, limit_s
-        self._leash = None if leash is None else Leash(leash, self._hear, limit_s=limit_s)
+        self._leash = None if leash is None else Leash(leash, self._hear, lost=self._leash_lost, limit_s=limit_s)
         self._environment = dict(os.environ if environment is None else environment)
         self._ranks: list[RankProcess] = []
         self._signals: list[tuple[int, float]] = []
@@ -139,6 +139,11 @@ class Supervisor:
         if not self._signals or now - self._signals[-1][1] >= SAME_S:
             self._signals.append((number, now))
         self._hand_on()
+
+    def _leash_lost(self) -> None:
+        """Has the ranks save and stop. Where a signal has asked them to already, another one would end them at once."""
+        if not self._signals:
+            self._hear(signal.SIGTERM)
 
     def _hand_on(self) -> None:
         """Gives each rank each signal once."""

@@ -6,7 +6,17 @@
 #   --ssh, --env, --limit as of `minillm launch --help`
 #
 # Options that it does not know are the command's: --fresh, --resume.
-script=${BASH_SOURCE[1]}
+#
+# The script has gone to the checkout by now, in one cd. What is a path of the user's own counts from where they stand:
+# --hostfile, OUT, MINILLM_PYTHON, and CONFIG, which may count from the checkout, too, where none is found there. TEACHER,
+# STUDENT and the paths in key=value count from the checkout, where the run works.
+stands=$OLDPWD
+script=scripts/${BASH_SOURCE[1]##*/}
+
+# A path as it is to be called from the checkout.
+from_there() {
+  [[ $1 == /* || $stands == "$PWD" ]] && printf '%s' "$1" || printf '%s' "$stands/$1"
+}
 
 # A mistake in a line, and how to mend it in the other.
 usage_fail() {
@@ -20,10 +30,13 @@ while (($#)); do
     -h | --help) sed -n '/^set -e/q; 2,$s/^# \{0,1\}//p' "$script" && exit ;;
     --hostfile | --ssh | --env | --limit)
       (($# > 1)) || usage_fail "$1 without a value" "wanted $1 VALUE; see docs/launching.md"
-      for_launch+=("$1" "$2")
+      value=$2
+      [[ $1 != --hostfile ]] || value=$(from_there "$value")
+      for_launch+=("$1" "$value")
       shift
       ;;
-    --dry-run | --hostfile=* | --ssh=* | --env=* | --limit=*) for_launch+=("$1") ;;
+    --hostfile=*) for_launch+=("--hostfile=$(from_there "${1#*=}")") ;;
+    --dry-run | --ssh=* | --env=* | --limit=*) for_launch+=("$1") ;;
     *) words+=("$1") ;;
   esac
   shift
@@ -37,3 +50,7 @@ done
 teacher=${words[0]} student=${words[1]} settings=("${words[@]:2}")
 [[ $student != - ]] || usage_fail "got no student" "$usage"
 [[ $teacher != - || ${teacher_may_lack:-} ]] || usage_fail "got no teacher" "$usage"
+
+[[ -z ${CONFIG:-} || ! -e $(from_there "$CONFIG") ]] || CONFIG=$(from_there "$CONFIG")
+[[ -z ${OUT:-} ]] || OUT=$(from_there "$OUT")
+[[ ${MINILLM_PYTHON:-} != */* ]] || MINILLM_PYTHON=$(from_there "$MINILLM_PYTHON")

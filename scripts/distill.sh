@@ -7,6 +7,7 @@
 # TEACHER and STUDENT are cards (teachers/*.yaml, students/*.yaml), model folders or hub names. CONFIG names another run file
 # than recipes/jsonl.yaml, and RANKS another number of processes than one a GPU. SIGTERM and Ctrl-C save at the next step
 # and end with exit code 75; the same command goes on. Several nodes: docs/launching.md.
+# Paths: --hostfile and CONFIG count from where you stand, models and key=value from the checkout.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/arguments.sh

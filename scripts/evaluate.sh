@@ -7,6 +7,7 @@
 # STUDENT is the model that is measured, a folder mostly, and TEACHER gives the reverse KL. OUT names another folder for
 # results.json and samples.jsonl than runs/evaluated/STUDENT, with '-' for each '/'; CONFIG another run file than
 # recipes/jsonl.yaml, and RANKS another number of processes than one a GPU. Interrupted, the same command goes on.
+# Paths: --hostfile, OUT and CONFIG count from where you stand, models and key=value from the checkout.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/arguments.sh

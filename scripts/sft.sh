@@ -8,6 +8,7 @@
 # STUDENT is what is trained; a teacher to be, too. TEACHER only measures the result (reverse KL on data.test): - for none.
 # Both are cards, model folders or hub names. CONFIG names another run file than recipes/sft.yaml, and RANKS another number
 # of processes than one a GPU. SIGTERM and Ctrl-C save at the next step and end with exit code 75; the same command goes on.
+# Paths: --hostfile and CONFIG count from where you stand, models and key=value from the checkout.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 teacher_may_lack=yes

@@ -7,6 +7,7 @@
 # Every cell starts from STUDENT. A key of the study's file (name, results, seeds) replaces that, any other a setting of its
 # recipe. CONFIG names another study than scripts/study.yaml, and RANKS another number of processes than one a GPU. Cells
 # that are there are not made again.
+# Paths: --hostfile and CONFIG count from where you stand, models and key=value from the checkout.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/arguments.sh

@@ -8,65 +8,39 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import typer
 
 from minillm import exits
-from minillm.cli.places import PORT, Asked, Everywhere, placed
+from minillm.cli import launch_options as options
+from minillm.cli.places import Asked, Everywhere, placed
 from minillm.errors import ConfigError, did_you_mean
-from minillm.hosts import SSH, HostLaunch, Hosts, host_launches, passed_on
-from minillm.supervisor import LIMIT_S, Supervisor
+from minillm.hosts import SSH, Hosts, host_launches, passed_in_words, passed_on
+from minillm.supervisor import LIMIT_S, Supervisor, say
 
 RANKS_ON_CPU = 2
 """Ranks on a machine without a GPU, unless told otherwise."""
+_COUNT = "import torch; print(torch.cuda.device_count())"
 
 
 def launch(  # noqa: PLR0917 (typer reads options from parameters)
     context: typer.Context,
-    command: Annotated[
-        list[str], typer.Argument(metavar="COMMAND…", help="A minillm command, a .py file or a program, and its words.")
-    ],
-    ranks: Annotated[
-        int, typer.Option("--ranks", min=0, help="Ranks on a node; 0: one a GPU, or two without a GPU.")
-    ] = 0,
-    hostfile: Annotated[
-        Path | None,
-        typer.Option("--hostfile", help="Start on all hosts of this file, a line 'HOST slots=RANKS' each, over ssh."),
-    ] = None,
-    ssh: Annotated[str, typer.Option("--ssh", metavar="COMMAND", help="What leads to a host, with its options.")] = SSH,
-    env: Annotated[
-        list[str] | None,
-        typer.Option("--env", metavar="NAME", help="A variable that hosts get, too, seen by all on them; repeatable."),
-    ] = None,
-    nodes: Annotated[
-        int | None, typer.Option("--nodes", min=1, envvar="NNODES", help="Nodes; each runs this command once.")
-    ] = None,
-    node_rank: Annotated[
-        int | None, typer.Option("--node-rank", min=0, envvar="NODE_RANK", help="Which of them this is, from 0.")
-    ] = None,
-    master: Annotated[
-        str, typer.Option("--master", envvar="MASTER_ADDR", help="Host name of node 0, where there are several.")
-    ] = "",
-    master_port: Annotated[
-        int,
-        typer.Option(
-            "--master-port", min=0, max=65535, envvar="MASTER_PORT",
-            help=f"Port where ranks meet; 0: one that is free, or {PORT} for several nodes.",
-        ),
-    ] = 0,
-    limit: Annotated[
-        float, typer.Option("--limit", min=1, help="Seconds in which a dead or stuck rank ends all ranks.")
-    ] = LIMIT_S,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the commands and the resolved configuration; start nothing.")
-    ] = False,
-    leash: Annotated[
-        bool, typer.Option("--leash", help="End with standard input: what --hostfile gives the launcher of a host.")
-    ] = False,
-) -> None:  # fmt: skip
+    command: options.Command,
+    ranks: options.RanksOnNode = 0,
+    hostfile: options.Hostfile = None,
+    ssh: options.Ssh = SSH,
+    env: options.Env = None,
+    nodes: options.Nodes = None,
+    node_rank: options.NodeRank = None,
+    master: options.Master = "",
+    master_port: options.MasterPort = 0,
+    limit: options.Limit = LIMIT_S,
+    dry_run: options.DryRun = False,
+    leash: options.OnLeash = False,
+) -> None:
     """Run a command on several ranks, one for each GPU.
 
     SIGTERM and SIGINT are handed on to every rank: a training run saves at its next step on all ranks and ends with
@@ -84,50 +58,53 @@ def launch(  # noqa: PLR0917 (typer reads options from parameters)
         --config my-run.yaml
     """
     own = getattr(context.find_root().command, "commands", {})
-    options = [name for each in context.command.params for name in each.opts]
-    _require_ours_before(command, own=own, options=options)
-    words = _words(command, own=own, options=options)
+    known = [name for each in context.command.params for name in each.opts]
+    _require_ours_before(command, own=own, options=known)
+    words = _words(command, own=own, options=known)
     asked = Asked(
         ranks=ranks, nodes=nodes, node_rank=node_rank, master=master, port=master_port, hostfile=hostfile
     )  # fmt: skip
     place = placed(asked, ranks_here=lambda: _gpus() or RANKS_ON_CPU)
     # As torchrun does it: ranks that each take every core stand in each other's way.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    show = partial(_show, command, own=own) if dry_run else None
+    # Not typer.Exit: the ranks have said all that there is to say about their exit code.
     if isinstance(place, Everywhere):
-        launches = _to_hosts(place, command, ssh=ssh, limit_s=limit, environment=environment, also=env or [])
-        if dry_run:
-            sys.exit(_show([each.words for each in launches], command, own=own))
-        sys.exit(Hosts(launches, limit_s=limit).run())
-    if dry_run:
-        ranks_here = [place.environment(local) for local in range(place.ranks)]
-        sys.exit(_show([_with(each, words) for each in ranks_here], command, own=own))
+        sys.exit(_on_hosts(place, command, ssh=ssh, limit_s=limit, environment=environment, also=env or [], show=show))
+    if show is not None:
+        sys.exit(show([_with(place.environment(local), words) for local in range(place.ranks)]))
     if leash:  # the first word to the launcher of all hosts, which knows by it that this one was reached
         print(f"launch: node {place.node} of {place.nodes}, on {socket.gethostname()}: {place.ranks} ranks", flush=True)
-    # Not typer.Exit: the ranks have said all that there is to say about their exit code.
-    supervisor = Supervisor(words, place, limit_s=limit, environment=environment, leash=0 if leash else None)
-    sys.exit(supervisor.run())
+    sys.exit(Supervisor(words, place, limit_s=limit, environment=environment, leash=0 if leash else None).run())
 
 
-def _to_hosts(
-    place: Everywhere, command: Sequence[str], *,
-    ssh: str, limit_s: float, environment: Mapping[str, str], also: Sequence[str],
-) -> list[HostLaunch]:  # fmt: skip
+def _on_hosts(
+    place: Everywhere, command: Sequence[str], *, ssh: str, limit_s: float, environment: Mapping[str, str],
+    also: Sequence[str], show: Callable[[Sequence[Sequence[str]]], int] | None,
+) -> int:  # fmt: skip
+    """Runs the launchers of all hosts, or only shows what would start them; the exit code."""
     program = (shlex.split(ssh) or [""])[0]
     if shutil.which(program) is None:
         raise ConfigError(f"--ssh {ssh!r}: no program {program!r} here\n  install it, or name another one")
     if unset := [name for name in also if name not in environment]:
         raise ConfigError(f"--env {unset[0]}: not set here\n  export it first, or leave the option out")
-    return host_launches(
-        place.hosts, command, ssh=ssh, master=place.master, port=place.port, limit_s=limit_s,
-        environment=passed_on(environment, also),
-    )  # fmt: skip
+    passed = passed_on(environment, also)
+    launches = host_launches(
+        place.hosts, command, ssh=ssh, master=place.master, port=place.port, limit_s=limit_s, environment=passed
+    )
+    told = passed_in_words(environment, passed)
+    if show is not None:
+        print(f"# {told}")
+        return show([each.words for each in launches])
+    say(told)
+    return Hosts(launches, limit_s=limit_s).run()
 
 
 def _with(settings: Mapping[str, str], words: Sequence[str]) -> list[str]:
     return ["env", *(f"{name}={value}" for name, value in settings.items()), *words]
 
 
-def _show(commands: Sequence[Sequence[str]], command: Sequence[str], *, own: Mapping[str, Any]) -> int:
+def _show(command: Sequence[str], commands: Sequence[Sequence[str]], *, own: Mapping[str, Any]) -> int:
     """Prints what would be started and, where the command can tell, what it would do; the exit code."""
     print("# would start", *map(shlex.join, commands), sep="\n", flush=True)
     name, *rest = command
@@ -171,6 +148,13 @@ def _words(command: Sequence[str], *, own: Collection[str], options: Collection[
 
 
 def _gpus() -> int:
-    """GPUs that torch sees; asked in a process of its own, since the supervisor stays small."""
-    code = "import torch; print(torch.cuda.device_count())"
-    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    """GPUs that torch sees, asked in a process of its own, since the supervisor stays small. ``ConfigError`` where it
+    cannot say."""
+    asked = subprocess.run([sys.executable, "-c", _COUNT], capture_output=True, text=True, check=False)
+    if asked.returncode or not asked.stdout.strip().isdigit():
+        last = ([line for line in asked.stderr.splitlines() if line.strip()] or [f"exit code {asked.returncode}"])[-1]
+        raise ConfigError(
+            f"torch cannot say how many GPUs are here: {last.strip()}\n"
+            "  mend the installation of torch (python -c 'import torch'), or name the number: --ranks N (RANKS)"
+        )
+    return int(asked.stdout)

@@ -5,18 +5,23 @@ Two hosts stand on this machine, behind a program in the place of ssh; the proce
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from minillm import exits
+from minillm.hosts import Hosts, _Host
+from minillm.rank_process import Voice
 from minillm.stops import SAME_S
+from minillm.supervisor import Place, Supervisor
 from tests.stops.hosts import on_hosts
 from tests.stops.jobs import ROOT, Job
 
@@ -147,15 +152,99 @@ def test_ranks_that_answer_nothing_end_with_a_lost_leash(tmp_path: Path, monkeyp
     heard, clock = list[int](), [100.0]
     ours, theirs = os.pipe()
     monkeypatch.setattr(leash.time, "monotonic", lambda: clock[0])
-    held = leash.Leash(ours, heard.append, limit_s=2.0)
+    lost = list[float]()
+    held = leash.Leash(ours, heard.append, lost=lambda: lost.append(clock[0]), limit_s=2.0)
     os.write(theirs, b"0\n1")
     assert held.pass_on() and not held.look(101.0) and heard == []
     os.write(theirs, b"5\nnonsense\n9")
     assert held.pass_on() and heard == [signal.SIGTERM], "a line counts when it is whole, and nothing else does"
     os.close(theirs)
-    assert not held.pass_on() and heard == [signal.SIGTERM] * 2
+    assert not held.pass_on() and not held.pass_on() and heard == [signal.SIGTERM] and lost == [100.0]
     assert not held.look(100.0 + leash.PATIENCE * 2.0) and held.look(100.1 + leash.PATIENCE * 2.0)
     os.close(ours)
+
+
+COUNTS = """
+import pathlib, signal, sys, time
+heard = []
+signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+pathlib.Path(sys.argv[1], "going").touch()
+until = time.monotonic() + 60
+while time.monotonic() < until and not pathlib.Path(sys.argv[1], "done").exists():
+    time.sleep(0.05)
+pathlib.Path(sys.argv[1], "heard").write_text(str(len(heard)))
+sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("asked_before", [True, False])
+def test_a_leash_that_is_lost_does_not_ask_twice(asked_before: bool, tmp_path: Path) -> None:
+    """A second signal would end a save that is under way."""
+    ours, theirs = os.pipe()
+
+    def holder() -> None:
+        while not (tmp_path / "going").exists():
+            time.sleep(0.02)
+        if asked_before:
+            os.write(theirs, b"%d\n" % signal.SIGTERM)
+            time.sleep(SAME_S + 0.3)
+        os.close(theirs)
+        time.sleep(1.0)
+        (tmp_path / "done").touch()
+
+    thread = threading.Thread(target=holder)
+    thread.start()
+    place = Place(ranks=1, port=1)
+    code = Supervisor([sys.executable, "-c", COUNTS, str(tmp_path)], place, leash=ours).run()
+    thread.join()
+    os.close(ours)
+    assert code == exits.STOPPED and (tmp_path / "heard").read_text() == "1"
+
+
+class Way:
+    """An ssh that has ended, or does not."""
+
+    def __init__(self, code: int | None) -> None:
+        self.code, self.returncode = code, code
+        self.stdin = io.BytesIO()
+
+    def poll(self) -> int | None:
+        return self.code
+
+    def kill(self) -> None:
+        self.code = -9
+
+
+def hosts_that(*codes: int | None) -> Hosts:
+    launch = Hosts([], limit_s=4.0)
+    says = Voice(io.BytesIO(), sys.stdout, "", spoken=True)
+    launch._hosts = [
+        _Host(name=f"h{node}", node=node, process=Way(code), says=says)  # type: ignore[arg-type]
+        for node, code in enumerate(codes)
+    ]
+    return launch
+
+
+@pytest.mark.parametrize(
+    ("codes", "verdict"),
+    [([75, 75], exits.STOPPED), ([0, 75], exits.STOPPED), ([75, -9], exits.RANK_LOST), ([0, 0], exits.DONE)],
+)
+def test_hosts_that_all_ended_while_they_were_being_ended_have_a_verdict(codes: list[int], verdict: int) -> None:
+    launch = hosts_that(*codes)
+    for host, code in zip(launch._hosts, codes, strict=True):
+        host.ended_by_us, host.code = True, code
+    assert launch._verdict() == verdict
+
+
+def test_a_host_that_was_let_go_is_told_nothing_more() -> None:
+    launch = hosts_that(None, 0)
+    launch._let_go()
+    for host in launch._hosts:  # its end has not been seen yet
+        assert host.code is None and host.process.stdin is not None and host.process.stdin.closed
+        host.tell(0)
+        host.end(signal.SIGTERM)
+    launch._go_round(time.monotonic())
+    assert [host.code for host in launch._hosts] == [-9, 0] and launch._verdict() == exits.RANK_LOST
 
 
 def test_a_host_that_cannot_be_reached_is_told_as_something_to_mend(tmp_path: Path) -> None:

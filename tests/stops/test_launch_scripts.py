@@ -29,11 +29,13 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return stub
 
 
-def script(name: str, *words: str, python: Path, **settings: str) -> subprocess.CompletedProcess[str]:
+def script(
+    name: str, *words: str, python: Path, where: Path = ROOT, path: str = "", **settings: str
+) -> subprocess.CompletedProcess[str]:
     kept = {key: value for key, value in os.environ.items() if key not in {"CONFIG", "RANKS", "OUT", "MASTER_PORT"}}
     return subprocess.run(
-        ["bash", f"scripts/{name}.sh", *words],
-        cwd=ROOT, env={**kept, "MINILLM_PYTHON": str(python), **settings}, text=True, capture_output=True, check=False,
+        ["bash", path or str(ROOT / "scripts" / f"{name}.sh"), *words],
+        cwd=where, env={**kept, "MINILLM_PYTHON": str(python), **settings}, text=True, capture_output=True, check=False,
     )  # fmt: skip
 
 
@@ -67,7 +69,9 @@ def test_a_dry_run_over_a_hostfile_prints_what_each_host_is_told(python: Path, t
     assert done.returncode == 2 and "name" in done.stderr, "what a rank would refuse is refused here"
     done = script("distill", "gpt2-xl", "gpt2", *hosts, "--dry-run", python=python)
     assert done.returncode == 0, done.stderr
-    first, second = (shlex.split(line) for line in done.stdout.splitlines()[1:3])
+    told = done.stdout.splitlines()
+    assert told[0].startswith("# hosts get of this environment: ") and "OMP_NUM_THREADS" in told[0]
+    first, second = (shlex.split(line) for line in told[2:4])
     assert first[:3] == ["bash", "-p", "me@gpu-1"] and second[:3] == ["bash", "-p", "gpu-2"]
     for node, line in enumerate((first, second)):
         assert f"--leash --ranks 8 --nodes 2 --node-rank {node} --master gpu-1 --master-port 29500" in line[3]
@@ -110,7 +114,7 @@ def test_a_mistake_is_told_in_two_lines(name: str, words: list[str], told: str, 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["gpt2-xl", "gpt2", "--hostfile", "none"], "ConfigError: hostfile none: No such file"),
+        (["gpt2-xl", "gpt2", "--hostfile", "none"], "hostfile none: No such file"),
         (["gpt2-xl", "gpt2", "stages.0.stps=3", "--dry-run"], "did you mean 'steps'"),
         (["gpt2-xl", "gpt2", "surplus", "--dry-run"], "override 'surplus': wanted PATH=VALUE"),
         (["-", "gpt2"], "got no teacher"),
@@ -127,3 +131,40 @@ def test_help_is_the_head_of_the_script(python: Path) -> None:
         done = script(name, "--help", python=python)
         assert done.returncode == 0 and f"bash scripts/{name}.sh TEACHER STUDENT [key=value ...]" in done.stdout
         assert "set -e" not in done.stdout
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_is_found_from_any_folder(name: str, python: Path, tmp_path: Path) -> None:
+    ways = {ROOT / "scripts": f"{name}.sh", ROOT: f"scripts/{name}.sh", tmp_path: str(ROOT / f"scripts/{name}.sh")}
+    for where, path in ways.items():
+        done = script(name, "--help", python=python, where=where, path=path)
+        assert done.returncode == 0 and done.stderr == "" and f"bash scripts/{name}.sh TEACHER" in done.stdout
+        assert "count from where you stand" in done.stdout
+
+
+def echoing(folder: Path) -> Path:
+    """An interpreter that says what it was to start."""
+    stub = folder / "echo"
+    stub.write_text('#!/bin/sh\n[ "$1" = -c ] && echo 0 && exit\nfor word; do echo "$word"; done\n', encoding="utf-8")
+    stub.chmod(0o700)
+    return stub
+
+
+def test_paths_count_from_where_the_user_stands(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").touch()
+    python = echoing(tmp_path)
+
+    def told(*words: str, **settings: str) -> list[str]:
+        done = script("evaluate", "gpt2-xl", "gpt2", *words, python=python, where=tmp_path, **settings)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    own = told("--hostfile", "hosts", CONFIG="mine.yaml", OUT="found", MINILLM_PYTHON="./echo")
+    assert own[own.index("--hostfile") + 1] == f"{tmp_path}/hosts"
+    assert (
+        own[own.index("--config") + 1] == f"{tmp_path}/mine.yaml" and own[own.index("--out") + 1] == f"{tmp_path}/found"
+    )
+    assert f"--hostfile={tmp_path}/hosts" in told("--hostfile=hosts")
+    assert "/etc/hosts" in told("--hostfile", "/etc/hosts")
+    whole = told(CONFIG="recipes/sft.yaml")  # of the checkout: there is none where the user stands
+    assert whole[whole.index("--config") + 1] == "recipes/sft.yaml"

@@ -88,3 +88,24 @@ def test_a_slip_in_the_command_is_told_before_ranks_start(word: str, words: str,
     launch("--ranks", "2", "echo", "2")  # control: a program
     launch("--ranks", "2", "x.py")
     assert started[0] == ["echo", "2"] and started[1][-1] == "x.py" and len(started) == 2
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("raise ImportError('libcudart.so.12: no such file')", "ImportError: libcudart.so.12: no such file"),
+        ("import os; os._exit(7)", "exit code 7"),
+        ("print('a banner')", "exit code 0"),
+    ],
+)
+def test_a_broken_torch_is_told_without_a_traceback(
+    code: str, told: str, started: list[Sequence[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launching, "_COUNT", code)
+    with pytest.raises(ConfigError, match="how many GPUs are here") as caught:
+        launch("echo", "1")
+    assert told in str(caught.value) and len(str(caught.value).splitlines()) == 2 and not started
+    launch("--ranks", "2", "echo", "1")  # control: it is not asked
+    monkeypatch.setattr(launching, "_COUNT", "print(0)")
+    launch("echo", "1")
+    assert len(started) == 2

@@ -9,7 +9,7 @@ import pytest
 from minillm.cli.places import PORT, Asked, Everywhere, placed
 from minillm.errors import ConfigError
 from minillm.hostfile import Host, read_hostfile
-from minillm.hosts import host_launches, passed_on
+from minillm.hosts import host_launches, passed_in_words, passed_on
 from minillm.supervisor import Place
 
 
@@ -44,6 +44,8 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
         ("\n\n-oProxyCommand=x slots=8\n", "line 3: '-oProxyCommand=x' is no name of a host"),
         ("$(reboot) slots=8\n", "line 1: '$(reboot)' is no name of a host"),
         ("gpu-1 slots=8\ngpu-2 slots=8\ngpu-1 slots=8\n", "line 3: gpu-1 stands in line 1 already"),
+        ("gpu-1 slots=8\nme@gpu-1 slots=8\n", "line 2: gpu-1 stands in line 1 already"),
+        ("me@gpu-1 slots=8\nyou@gpu-1 slots=8\n", "line 2: gpu-1 stands in line 1 already"),
         ("gpu-1 slots=8\ngpu-2 slots=4\n", "line 2: gpu-2 has slots=4 and gpu-1 slots=8"),
     ],
 )
@@ -127,6 +129,36 @@ def test_secrets_are_not_passed_unasked() -> None:
     there = {"HF_HOME": "h", "HF_TOKEN": "t", "NCCL_DEBUG": "INFO", "PATH": "p", "CUDA_VISIBLE_DEVICES": "0"}
     assert passed_on(there) == {"HF_HOME": "h", "NCCL_DEBUG": "INFO"}
     assert passed_on(there, ["HF_TOKEN"]) == {"HF_HOME": "h", "HF_TOKEN": "t", "NCCL_DEBUG": "INFO"}
+
+
+def test_what_tunes_a_run_reaches_the_hosts_and_no_credential_does() -> None:
+    tuned = [
+        "PYTORCH_CUDA_ALLOC_CONF",
+        "TOKENIZERS_PARALLELISM",
+        "WANDB_MODE",
+        "TRACKIO_DIR",
+        "OMP_NUM_THREADS",
+        "PYTHONPATH",
+    ]
+    secret = ["HF_HUB_CREDENTIALS", "OMP_PASS", "HF_AUTH", "WANDB_API_KEY", "DS_SECRET", "NCCL_X_password", "HF_TOKEN"]
+    there = dict.fromkeys([*tuned, *secret, "PATH", "CUDA_VISIBLE_DEVICES"], "x")
+    assert set(passed_on(there)) == set(tuned)
+    assert set(passed_on(there, iter(["OMP_PASS", "CUDA_VISIBLE_DEVICES"]))) == {
+        *tuned,
+        "OMP_PASS",
+        "CUDA_VISIBLE_DEVICES",
+    }
+    login = {"HF_ENDPOINT": "https://me:word@hub", "WANDB_BASE_URL": "https://hub/a@b"}
+    assert set(passed_on(login)) == {"WANDB_BASE_URL"} and set(passed_on(login, ["HF_ENDPOINT"])) == set(login)
+
+
+def test_names_that_hosts_get_are_told_and_those_that_they_do_not() -> None:
+    there = {"NCCL_DEBUG": "INFO", "HF_TOKEN": "word", "CUDA_VISIBLE_DEVICES": "0", "PATH": "p"}
+    told = passed_in_words(there, passed_on(there))
+    assert told == (
+        "hosts get of this environment: NCCL_DEBUG; not CUDA_VISIBLE_DEVICES, HF_TOKEN (--env NAME passes it)"
+    )
+    assert passed_in_words({"PATH": "p"}, {}) == "hosts get of this environment: nothing"
 
 
 def test_words_reach_a_host_as_they_were_given() -> None:
