@@ -48,9 +48,9 @@ def chat(folder: Path, *, template: str | None = TEMPLATE, end: str = END) -> Pr
     return own
 
 
-def begins(folder: Path) -> None:
+def begins(folder: Path, own: PreTrainedTokenizerFast | None = None) -> None:
     """Makes a folder's tokenizer put a token before each text, as those of LLaMA do."""
-    own = tokenizer()
+    own = own or tokenizer()
     own.backend_tokenizer.post_processor = TemplateProcessing(single=f"{EOS} $A", special_tokens=[(EOS, 1)])
     own.save_pretrained(folder)
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from minillm.cli import options
+from minillm.errors import ConfigError
 
 
 def doctor(  # noqa: PLR0917 (typer reads options from parameters)
@@ -32,10 +33,19 @@ def doctor(  # noqa: PLR0917 (typer reads options from parameters)
     Example:
       minillm doctor --config recipes/quickstart/teacher.yaml --ranks 2
     """
-    if os.environ.get("RANK", "0") != "0":
-        return  # under a launcher one rank says it all
+    _require_alone(config)
     from minillm.doctor.command import run
 
     code = run(config, overrides or [], ranks=ranks, ask_models=rollout, strict=strict, json_file=json_file)
     if code:
         raise typer.Exit(code)
+
+
+def _require_alone(config: Path) -> None:
+    """``ConfigError`` on the ranks of a launcher: one of them would look, and wait for others that are gone."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if "RANK" in os.environ and size.isdigit() and int(size) > 1:
+        raise ConfigError(
+            f"doctor on {size} ranks of a launcher: it looks at a run from one process\n"
+            f"  run it alone; it starts ranks by itself: minillm doctor --ranks N --config {config}"
+        )

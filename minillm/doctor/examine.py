@@ -57,7 +57,8 @@ def examine(file: Path, overrides: Sequence[str] = (), *, ranks: int = 0, ask_mo
         config = load_config(file, overrides)
     except (MinillmError, OSError) as raised:
         found.append(of_error("configuration", raised, why=UNREADABLE))
-        found += [left_out(check.id, "the configuration could not be read") for check in CHECKS]
+        names = ", ".join(check.id for check in CHECKS)
+        found.append(left_out("checks", f"the configuration could not be read, for {len(CHECKS)} checks: {names}"))
     else:
         found.append(ok("configuration", f"{file}: {len(config.stages)} stages"))
         own, given = _examined(config, ranks=max(1, ranks), ask_models=ask_models)

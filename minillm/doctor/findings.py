@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,8 @@ from minillm.errors import MinillmError, visible
 Level = Literal["ok", "note", "warning", "error"]
 LEVELS: tuple[Level, ...] = ("ok", "note", "warning", "error")
 """From nothing to what keeps a run from starting, or makes its result wrong."""
+_LISTED = re.compile(r": \d+ problems$")
+"""What the first line of a message ends with that lists several (``settings.headed``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +53,14 @@ def error(name: str, found: str, *, why: str, mend: str) -> Finding:
 
 
 def of_error(name: str, raised: MinillmError | OSError, *, why: str) -> Finding:
-    """What a run would end with: its message's last line says how to mend it, where it has several."""
-    *lines, last = visible(str(raised)).split("\n")
-    found, mend = ("\n".join(lines), last.strip()) if lines else (last, "see what is named there")
+    """What a run would end with: its message's last line says how to mend it, where it has several; not where it is the
+    last problem of a list."""
+    text = visible(str(raised))
+    *lines, last = text.split("\n")
+    if not lines or _LISTED.search(lines[0]):
+        found, mend = text, "mend what is named there"
+    else:
+        found, mend = "\n".join(lines), last.strip()
     return error(name, f"{type(raised).__name__}: {found}", why=why, mend=mend)
 
 

@@ -107,8 +107,8 @@ def open_files(patient: Patient | None = None) -> Iterator[Finding]:
 
 
 def threads(patient: Patient) -> Iterator[Finding]:
-    """Threads of all ranks against the cores that they have."""
-    cores, ranks = len(os.sched_getaffinity(0)), patient.ranks
+    """Threads of this node's ranks against the cores that they have."""
+    cores, ranks = len(os.sched_getaffinity(0)), patient.ranks_here
     told = os.environ.get("OMP_NUM_THREADS", "")
     each = patient.config.threads or (int(told) if told.isdigit() else 1 if ranks > 1 else cores)
     words = f"{ranks} rank{'s' if ranks > 1 else ''} of {each} thread{'s' if each > 1 else ''} on {cores} cores"
@@ -132,7 +132,7 @@ def threads(patient: Patient) -> Iterator[Finding]:
 
 def shared_memory(patient: Patient) -> Iterator[Finding]:
     """/dev/shm, through which GPUs of one node talk."""
-    ranks = max(patient.ranks, torch.cuda.device_count())
+    ranks = max(patient.ranks_here, torch.cuda.device_count())
     if ranks < 2 or not torch.cuda.is_available() or not Path("/dev/shm").is_dir():
         yield ok("shared-memory", "not used: one rank, or no GPU")
         return

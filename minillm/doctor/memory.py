@@ -33,17 +33,22 @@ def memory(patient: Patient) -> Iterator[Finding]:
         )  # fmt: skip
         return
     models = patient.student, patient.teacher
-    plans = [memory_of(work_of(patient.config, stage, *models, ranks=patient.ranks)) for stage in stages]
+    works = [
+        work_of(patient.config, stage, *models, ranks=patient.ranks, ranks_here=patient.ranks_here) for stage in stages
+    ]
+    plans = [memory_of(work) for work in works]
     worst = max(plans, key=lambda one: one.peak)
-    yield _judged(worst, ranks=patient.ranks)
+    yield _judged(worst, ranks=patient.ranks_here)
 
 
-def work_of(config: RunConfig, stage: MinillmStage, student: Model, teacher: Model, *, ranks: int) -> Work:
+def work_of(
+    config: RunConfig, stage: MinillmStage, student: Model, teacher: Model, *, ranks: int, ranks_here: int
+) -> Work:
     """A stage as the planner sees it; the longest prompts and responses that the run allows."""
     card = teacher.card
     return Work(
         student=sizes_of_config(student.facts.config, name=student.card.name),
-        teacher=sizes_of_config(teacher.facts.config, name=card.name), gpus=ranks, gpus_per_node=ranks,
+        teacher=sizes_of_config(teacher.facts.config, name=card.name), gpus=ranks, gpus_per_node=ranks_here,
         engine=Path(config.engine.student).name.removesuffix(".json"), placement=card.placement,  # type: ignore[arg-type]
         precision=config.engine.precision, teacher_precision="bf16" if card.dtype == "bfloat16" else "fp32",
         rows=max(ranks, stage.prompts * stage.samples_per_prompt), micro_batch=stage.micro_batch,

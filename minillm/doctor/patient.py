@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -44,6 +45,15 @@ class Patient:
     splits: Mapping[str, Split] = field(default_factory=dict)
     """Rows of each source, or the first of them, with their true lengths: by ``train``, ``test NAME``, …"""
     ranks: int = 1
+    """On all nodes."""
+
+    @property
+    def ranks_here(self) -> int:
+        """Those on this node, as the launcher says it; all of them where it says nothing of so many ranks."""
+        told = os.environ.get("LOCAL_WORLD_SIZE", "")
+        if not told.isdigit() or os.environ.get("WORLD_SIZE") != str(self.ranks):
+            return self.ranks
+        return min(max(1, int(told)), self.ranks)
 
     @property
     def models(self) -> tuple[Model, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -23,6 +24,10 @@ SAID = 6
 """Lines of what the ranks said that a finding shows."""
 SLOW = 100.0
 """Millions of bytes a second of a large message below which training waits for the wire more than for the models."""
+PLACES = {"NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "GROUP_RANK", "LOCAL_RANK",
+          "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE"}  # fmt: skip
+"""Variables that say where a node or rank stands in a launch; the ranks of this test are a launch of their own, and
+would wait for nodes that nobody starts."""
 WORKER = (sys.executable, "-u", "-m", "minillm.doctor.smoke_worker")
 _WHY = "every step of a run needs these collectives; it would end, or hang, at its first"
 
@@ -38,6 +43,7 @@ def collectives(ranks: int, *, limit_s: float = LIMIT_S, worker: tuple[str, ...]
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
+            env={name: value for name, value in os.environ.items() if name not in PLACES},
             start_new_session=True,
         )
         said, late = _waited(process, limit_s)

@@ -210,24 +210,27 @@ def begin_token(patient: Patient) -> Iterator[Finding]:
         prefix = added_prefix(tokenizer)
         if not prefix:
             continue
-        shown = _named(tokenizer, prefix)
+        shown, first = _named(tokenizer, prefix), "".join(tokenizer.convert_ids_to_tokens(list(prefix)))
         without = sum(row[: len(prefix)] != prefix for row in rows)
         twice = sum(row[: 2 * len(prefix)] == prefix * 2 for row in rows)
+        chat = patient.config.data.template == "chat"
+        told = warning if chat else note  # without chat this is how the published recipes train
         if without:
-            yield warning(
+            yield told(
                 "begin-token",
                 f"{model.words}: its tokenizer puts {shown} before a text, and {without:,} of {len(rows):,} prompts do "
                 "not begin with it",
-                why="nothing is added to a prompt that the template does not write, so the model reads text that "
-                "begins as it never saw it; some models say little of use then",
-                mend="write the token at the beginning of the rows' prompts (data.template: plain), or take a chat "
-                "template that writes it",
+                why="nothing is added to a prompt that the template does not write"
+                + ("; a model tuned for chat always read it there" if chat else ", as in MiniLLM's own recipes"),
+                mend="take a chat template that writes it"
+                if chat
+                else f"to train with it, set data.template: plain, and begin the rows' prompts with {first}",
             )
         elif twice:
-            yield warning(
+            yield told(
                 "begin-token",
                 f"{model.words}: {twice:,} of {len(rows):,} prompts begin with {shown} twice",
-                why="a template writes it, and the rows have it too",
+                why="the template writes it, and the rows have it too" if chat else "the rows have it so",
                 mend="take it out of the rows",
             )
         else:

@@ -13,8 +13,9 @@ import pytest
 from minillm import api, cli
 from minillm.config import load_config
 from minillm.doctor import at_start, rollout, smoke
-from minillm.doctor.findings import error, exit_code, note, ok, warning
+from minillm.doctor.findings import error, exit_code, note, of_error, ok, warning
 from minillm.doctor.rollout import Answer, looked_over, repeated_share
+from minillm.errors import ConfigError
 from minillm.pairs import check_pair
 from minillm.run_splits import read_splits
 from tests.patients import healthy, levels, looked_at, of
@@ -45,6 +46,20 @@ def test_the_command_prints_the_worst_last_and_writes_a_record(
     held = json.loads(record.read_text(encoding="utf-8"))
     assert held["counts"]["error"] == 2 and held["overrides"] == ["decoding.max_new_tokens=100"]
     assert {"id", "level", "found", "why", "mend"} == set(held["findings"][0])
+
+
+def test_under_a_launcher_it_says_how_to_run_it(
+    well: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(healthy(well))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert run("doctor", "--rollout", "--config", file) == 2
+    assert "doctor on 2 ranks of a launcher" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert run("doctor", "--config", file) == 0, "control: one rank is alone"
 
 
 def test_a_file_of_somebody_else_is_not_replaced(
@@ -88,6 +103,19 @@ def test_junk_is_told_without_a_traceback(
     told = capsys.readouterr()
     assert "Traceback" not in told.out + told.err and "configuration" in told.out and "1 errors" in told.out
     assert "packages" in told.out  # what needs no configuration is looked at all the same
+    assert told.out.count("not looked at") == 1
+
+
+def test_the_last_of_several_problems_is_not_how_to_mend_them(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("name: a\nstudent: b\nout: 3\nseeed: 1\n", encoding="utf-8")
+    (found,) = of(looked_at(file), "configuration")
+    assert "problems" in found.found and "out" in found.found and "seeed" in found.found
+    assert found.mend == "mend what is named there"
+    one = of_error("a", ConfigError("b: broken\n  write it again"), why="c")
+    assert (one.found, one.mend) == ("ConfigError: b: broken", "write it again"), (
+        "control: of one the last line says it"
+    )
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", "model.safetensors"])
@@ -114,6 +142,23 @@ def test_ranks_that_fail_are_a_finding_with_their_last_words() -> None:
     worker = (sys.executable, "-c", "print('no GPU for me'); raise SystemExit(3)")
     (found,) = smoke.collectives(2, worker=worker)
     assert found.level == "error" and "ended with exit code 3" in found.found and "no GPU for me" in found.found
+
+
+def test_ranks_are_a_launch_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a script has said which node this is, as those for clusters do."""
+    node = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "10.255.255.1", "MASTER_PORT": "29500"}
+    rank = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8"}
+    for name, value in {**node, **rank}.items():
+        monkeypatch.setenv(name, value)
+    told = ["RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR"]
+    code = (
+        "import os, sys\nif os.environ['RANK'] == '0':\n"
+        f"    print({{name: os.environ.get(name) for name in {[*told, 'NNODES', 'NODE_RANK']}}})\n"
+        "    print(os.environ['MASTER_PORT'] != '29500')\n    sys.exit(3)"
+    )
+    (found,) = smoke.collectives(2, worker=(sys.executable, "-c", code), limit_s=30.0)
+    alone = dict(zip([*told, "NNODES", "NODE_RANK"], ["0", "2", "2", "127.0.0.1", None, None], strict=True))
+    assert str(alone) in found.found and "True" in found.found, found.found
 
 
 def test_ranks_that_hang_are_ended_in_time(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import resource
@@ -14,7 +15,8 @@ import pytest
 import torch
 
 from minillm.config import load_config
-from minillm.doctor import machine
+from minillm.doctor import machine, memory
+from minillm.doctor.patient import Patient, read_models
 from minillm.lora import Lora
 from minillm.lora_config import LoraConfig
 from minillm.run_lock import run_lock
@@ -113,6 +115,37 @@ def test_threads_are_held_against_cores(
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert levels(looked_at(healthy(well), [f"threads={each}"], ranks=ranks), "threads") == {level}
+
+
+def test_ranks_of_other_nodes_take_nothing_of_this_one(well: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two nodes of four ranks: four threads on four cores, shared memory for four, a node of four to plan with."""
+    patient = Patient(config=load_config(healthy(well), ["threads=1"]), ranks=8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, 4 * machine.SHARED_BYTES_A_RANK))
+
+    def told() -> list[str]:
+        return [each.found for check in (machine.threads, machine.shared_memory) for each in check(patient)]
+
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    for ranks in (4, 8):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        threads, shared = told()
+        assert patient.ranks_here == ranks
+        assert threads.startswith(f"{ranks} ranks of 1 thread") and f"for {ranks} ranks" in shared
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert patient.ranks_here == 8, "of another launch"
+
+
+def test_memory_is_that_of_one_node(well: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, _ = read_models(load_config(healthy(well)))
+    patient = dataclasses.replace(read, ranks=8)
+    assert "on 8 ranks" in next(memory.memory(patient)).found
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert "on 4 ranks" in next(memory.memory(patient)).found
 
 
 @pytest.mark.parametrize(("limit", "level"), [(256, "warning"), (1024, "ok"), (resource.RLIM_INFINITY, "ok")])
