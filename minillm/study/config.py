@@ -15,7 +15,7 @@ from minillm.manifests import parsed
 from minillm.measures import MEASURES
 from minillm.settings import Count, Flag, Positive, Seed, Settings, Text, headed
 from minillm.stage_base import BETTER, is_component
-from minillm.study.overrides import with_overrides
+from minillm.study.overrides import require_heard, with_overrides
 from minillm.yaml_reader import read_yaml_file
 
 STUDENT, TEACHER = "student", "teacher"
@@ -285,11 +285,14 @@ def load_study(path: Path, overrides: Sequence[str] = (), *, quick: bool = False
         raise type(error)(headed(str(error).split("\n"), source=str(path))) from None
     study.teacher_config()
     study.student_config(study.seeds[0])
+    require_heard(overrides, decided=_searched(study), quick=(values.get("quick") or {}) if quick else None)
     for arm in study.arms:
         try:
             config = study.arm_config(arm, study.seeds[0], name="checked", changes=_tried(study))
         except ConfigError as error:
             raise type(error)(f"{path}: arm {arm}: {error}") from None
+        if study.budget is not None:
+            require_heard(overrides, decided={f"stages.{len(config.stages) - 1}.steps": "budget"}, quick=None)
         if config.data.test is None:
             raise ConfigError(f"{path}: {study.recipe} has no data.test; a study needs prompts to evaluate on")
         if isinstance(config.data.test, dict):
@@ -333,3 +336,8 @@ def _overrides(replaced: Mapping[str, Any]) -> list[str]:
 def _tried(study: StudyConfig) -> dict[str, Any]:
     """One of the values that a search tries, so that its path is checked."""
     return {} if study.search is None else {study.search.setting: study.search.values[0]}
+
+
+def _searched(study: StudyConfig) -> dict[str, str]:
+    """The setting that a search decides, by path."""
+    return {} if study.search is None else {study.search.setting: "search"}

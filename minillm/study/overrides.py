@@ -20,7 +20,7 @@ def with_overrides(values: Mapping[str, Any], overrides: Sequence[str], *, entri
 
     An entry of the study replaces that entry; another name takes its cells along, into a folder of their own. Anything
     else is a setting of the recipe, for all cells. ``ConfigError`` where it is neither, and where an arm has the same
-    setting, which would win.
+    setting, or one inside or around it, which would win.
     """
     found: dict[str, Any] = dict(values)
     for override in overrides:
@@ -67,5 +67,30 @@ def _require_setting(path: str, entries: Collection[str], found: Mapping[str, An
         raise ConfigError(f"override {path!r}: neither an entry of a study nor a setting of a run{near}")
     arms = found.get("arms")
     for arm, own in arms.items() if isinstance(arms, dict) else ():
-        if isinstance(own, dict) and path in own:
-            raise ConfigError(f"override {path!r}: arm '{arm}' sets it itself, and would win; change it in the file")
+        for other in own if isinstance(own, dict) else ():
+            if path == other or _inside(path, other) or _inside(other, path):
+                what = "it itself, and" if path == other else f"{other!r} itself, which"
+                raise ConfigError(f"override {path!r}: arm '{arm}' sets {what} would win; change it in the file")
+
+
+def require_heard(overrides: Sequence[str], *, decided: Mapping[str, str], quick: Collection[str] | None) -> None:
+    """``ConfigError`` for an override that would have no effect: of a setting that the study decides for itself
+    (``decided``: the entry that does, by path), or, where the short form is wanted, of an entry that it has of its own
+    (``quick``; None where it is not)."""
+    for path in (override.partition("=")[0] for override in overrides):
+        for setting, entry in decided.items():
+            if path == setting or _inside(path, setting):
+                raise ConfigError(
+                    f"override {path!r}: {entry} sets it for every arm, and would win\n  change '{entry}', or leave it "
+                    f"out ({entry}=null)"
+                )
+        head = path.partition(".")[0]
+        if quick is not None and head not in _MODELS and (head in quick or head == "results"):
+            raise ConfigError(
+                f"override {path!r}: --quick has its own {head!r}, which would win\n  change it under 'quick' in the "
+                "study's file, or leave --quick out"
+            )
+
+
+def _inside(path: str, outer: str) -> bool:
+    return path.startswith(f"{outer}.")
