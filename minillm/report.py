@@ -85,6 +85,21 @@ def build_report(
     return whole
 
 
+def print_evaluation(name: str, folder: Path, *, resamples: int, seed: int) -> None:
+    """The figures of one evaluation in the terminal, of several sets a line each, and where all of it stands."""
+    from rich.console import Console
+
+    combined = {
+        test_set: combine(models, differences=[], resamples=resamples, seed=seed, seconds=None)
+        for test_set, models in by_set({name: folder}).items()
+    }
+    if "" in combined:
+        Console().print(_main_table(combined[""]))
+    else:
+        print_overview(combined, Console())
+    print(f"results: {visible(str(folder / 'results.json'))}")
+
+
 def write_reports(
     combined: Mapping[str, Mapping[str, Any]],
     *,

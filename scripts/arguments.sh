@@ -3,7 +3,7 @@
 #
 #   --hostfile FILE   on all hosts of the file, a line "HOST slots=RANKS" each (docs/launching.md)
 #   --dry-run         print the commands and the configuration, and start nothing
-#   --ssh, --env, --limit as of `minillm launch --help`
+#   --ssh, --env, --limit, --master, --master-port as of `minillm launch --help`
 #
 # Options that it does not know are the command's: --fresh, --resume.
 #
@@ -28,7 +28,7 @@ for_launch=() words=()
 while (($#)); do
   case $1 in
     -h | --help) sed -n '/^set -e/q; 2,$s/^# \{0,1\}//p' "$script" && exit ;;
-    --hostfile | --ssh | --env | --limit)
+    --hostfile | --ssh | --env | --limit | --master | --master-port)
       (($# > 1)) || usage_fail "$1 without a value" "wanted $1 VALUE; see docs/launching.md"
       value=$2
       [[ $1 != --hostfile ]] || value=$(from_there "$value")
@@ -36,7 +36,7 @@ while (($#)); do
       shift
       ;;
     --hostfile=*) for_launch+=("--hostfile=$(from_there "${1#*=}")") ;;
-    --dry-run | --ssh=* | --env=* | --limit=*) for_launch+=("$1") ;;
+    --dry-run | --ssh=* | --env=* | --limit=* | --master=* | --master-port=*) for_launch+=("$1") ;;
     *) words+=("$1") ;;
   esac
   shift

@@ -13,5 +13,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/arguments.sh
 source scripts/setup.sh
 source scripts/launch.sh
-out=${student%/} out=${OUT:-runs/evaluated/${out//\//-}}
+out=${student%/} out=${out#/} out=${OUT:-runs/evaluated/${out//\//-}}
 exec "${launcher[@]}" evaluate "$student" --config "${CONFIG:-recipes/jsonl.yaml}" --out "$out" teacher="$teacher" "${settings[@]}"

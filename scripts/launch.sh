@@ -14,6 +14,10 @@ if [[ " ${for_launch[*]-}" == *" --hostfile"* ]]; then
 else
   gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
   ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}
+  [[ $ranks =~ ^[1-9][0-9]*$ ]] || {
+    printf 'RANKS=%s: wanted a number of ranks, 1 or more\n  unset it for one a GPU\n' "$ranks" >&2
+    exit 2
+  }
   [[ $gpus -gt 0 ]] || export DS_ACCELERATOR=cpu
   launcher+=(--ranks "$ranks")
 fi

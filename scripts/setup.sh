@@ -11,7 +11,7 @@ set -euo pipefail
 
 setup_fail() {
   printf 'setup: %s\n' "$@" >&2
-  exit 1
+  exit 2
 }
 
 setup_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -109,6 +109,9 @@ setup_main() {
   if [[ -n ${MINILLM_PYTHON:-} ]]; then
     python=$(command -v "$MINILLM_PYTHON") || setup_fail "MINILLM_PYTHON=$MINILLM_PYTHON: no such program." \
       "Name an interpreter that has minillm, or unset it and run this again."
+    [[ $("$python" -c 'import torch, minillm; print("both")' 2>/dev/null) == *both ]] ||
+      setup_fail "MINILLM_PYTHON=$MINILLM_PYTHON: it is no Python that has torch and minillm." \
+        "Install them into it (README, Install), or unset it: an environment is made then."
     return
   fi
   digest=$(setup_digest)

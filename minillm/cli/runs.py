@@ -94,6 +94,11 @@ def evaluate(  # noqa: PLR0917 (typer reads options from parameters)
     from minillm import api
 
     api.evaluate(model, settings, out=out, fresh=fresh)
+    if os.environ.get("RANK", "0") == "0":
+        from minillm.report import print_evaluation
+
+        name = Path(model).name if Path(model).name != "student" else Path(model).absolute().parent.name
+        print_evaluation(name, out, resamples=settings.evaluation.bootstrap, seed=settings.seed)
 
 
 def generate(  # noqa: PLR0917 (typer reads options from parameters)
