@@ -121,10 +121,9 @@ def distill(
                 ranks.of_first(lambda: folder.tell_status(teacher_bytes=kept))
             run = _Run(
                 config=config, pair=pair, splits=splits, anchor=anchor, caches=caches, teacher=teacher, ranks=ranks,
-                folder=folder,
+                folder=folder, profile=profile,
             )  # fmt: skip
-            with profiled(folder.path, profile, ranks=ranks, say=say):
-                behind = _train(run, checkpoints, resumed, fingerprints=fingerprints(config, sources, ranks=ranks))
+            behind = _train(run, checkpoints, resumed, fingerprints=fingerprints(config, sources, ranks=ranks))
             ranks.of_first(folder.require_log)  # its lines are made now or never
             seconds = _evaluate(run, behind, anew=resumed is None or not resumed.over)
             phases.enter("report")
@@ -148,6 +147,8 @@ class _Run:
     teacher: Teacher | None
     ranks: Ranks
     folder: RunFolder
+    profile: int
+    """Steps of each stage that are recorded."""
 
     def into(self, stage: Stage) -> Path:
         """Where a stage's student is handed on."""
@@ -241,28 +242,29 @@ def _run_stage(
     if saver is not None or resumed is not None:
         keeping = Keeping(saver=saver, behind=behind, resumed=resumed, ranks=ranks, say=partial(_say, ranks))
     validation = run.splits.get("validation")
-    return run_stage(
-        config,
-        stage,
-        start=start,
-        pair=pair,
-        prompts=split.prompts,
-        teacher=teacher,
-        validate=_validator(config, stage, pair=pair, split=validation, teacher=teacher, ranks=ranks),
-        ranks=ranks,
-        folder=run.folder,
-        into=run.into(stage),
-        model_card=lambda student, scores: render(
-            _card_facts(
-                config, stage, pair, split, run.anchor, start=start.card.name, student=student, teacher=teacher
+    with profiled(run.folder.path, stage.name, run.profile, ranks=ranks, say=partial(_say, ranks)):
+        return run_stage(
+            config,
+            stage,
+            start=start,
+            pair=pair,
+            prompts=split.prompts,
+            teacher=teacher,
+            validate=_validator(config, stage, pair=pair, split=validation, teacher=teacher, ranks=ranks),
+            ranks=ranks,
+            folder=run.folder,
+            into=run.into(stage),
+            model_card=lambda student, scores: render(
+                _card_facts(
+                    config, stage, pair, split, run.anchor, start=start.card.name, student=student, teacher=teacher
+                ),
+                scores,
+                step=student.updates_done,
             ),
-            scores,
-            step=student.updates_done,
-        ),
-        corpus=None if run.anchor is None else run.anchor.rows,
-        cache=run.caches.get(stage.name),
-        keeping=keeping,
-    )
+            corpus=None if run.anchor is None else run.anchor.rows,
+            cache=run.caches.get(stage.name),
+            keeping=keeping,
+        )
 
 
 def _evaluate(run: _Run, behind: Behind, *, anew: bool) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,25 +13,27 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from minillm import phases
 from minillm.ranks import Ranks
+from minillm.speed import PHASES
 from minillm.store import PROFILE, make_folder, told_as_disk_error
 
 FIRST_PHASE = "rollout"
 """What every step begins with."""
-_LINES = 12
-"""Of the table of what took longest."""
+_LONGEST = 5
+"""How many of the operations that took longest are told."""
 
 
 @contextmanager
-def profiled(folder: Path, steps: int, *, ranks: Ranks, say: Callable[[str], None]) -> Iterator[None]:
-    """Records the second to the (``steps`` + 1)th step that the block makes, on every rank, into
-    ``folder/profile/rankNNNNN.json.gz``; 0 records nothing. The first is left out: it pays for what is made once.
+def profiled(folder: Path, stage: str, steps: int, *, ranks: Ranks, say: Callable[[str], None]) -> Iterator[None]:
+    """Records the second to the (``steps`` + 1)th step of a stage that the block makes, on every rank, into
+    ``folder/profile/STAGE-rankNNNNN.json.gz``; 0 records nothing. The first is left out: it pays for what is made once.
 
     Phases stand in the trace as ranges of their own. ``DiskError`` where it cannot be written.
     """
     if not steps:
         yield
         return
-    file = folder / PROFILE / f"rank{ranks.rank:05d}.json.gz"
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells of its start and end on every rank
+    file = folder / PROFILE / f"{stage}-rank{ranks.rank:05d}.json.gz"
     make_folder(file.parent, setting="out or name")
     recorder = _Recorder(file, steps)
     try:
@@ -39,11 +42,13 @@ def profiled(folder: Path, steps: int, *, ranks: Ranks, say: Callable[[str], Non
     finally:
         recorder.end()
         if recorder.recorded:
-            say(f"profile: {recorder.recorded} of this run's steps in {file.parent}, a file a rank; open one in "
-                "https://ui.perfetto.dev or chrome://tracing. What took longest on rank 0:")  # fmt: skip
-            say(recorder.table)
+            say(
+                f"profile: {recorder.recorded} steps of stage {stage} from its second on, in {file.parent}, a file a "
+                "rank; open one in https://ui.perfetto.dev or chrome://tracing. Longest on rank 0: "
+                f"{recorder.longest}"
+            )
         else:
-            say("profile: nothing was recorded; the first step is left out, and there was no second")
+            say(f"profile: nothing of stage {stage}; the first step is left out, and there was no second")
 
 
 class _Recorder:
@@ -56,7 +61,7 @@ class _Recorder:
         self._profile: Any = None
         self._range: Any = None
         self.recorded = 0
-        self.table = ""
+        self.longest = ""
 
     def hear(self, phase: str) -> None:
         """A phase begins; the first of a step ends the step before."""
@@ -88,5 +93,8 @@ class _Recorder:
         ended.stop()
         with told_as_disk_error(f"{self._file}: the trace of the profiler"):
             ended.export_chrome_trace(str(self._file))
-        by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        self.table = str(ended.key_averages().table(sort_by=by, row_limit=_LINES, max_name_column_width=40))
+        kind = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        spent = {one.key: float(getattr(one, kind)) for one in ended.key_averages() if one.key not in PHASES}
+        longest = sorted(spent, key=lambda name: -spent[name])[:_LONGEST]
+        whole = max(sum(spent.values()), 1e-9)
+        self.longest = ", ".join(f"{name} {spent[name] / whole:.0%}" for name in longest)

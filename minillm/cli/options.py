@@ -23,6 +23,6 @@ AcceptChange = Annotated[
     typer.Option("--accept-change", metavar="SETTING", help="Go on though this setting has changed; may be repeated."),
 ]
 Profile = Annotated[
-    int, typer.Option("--profile", min=0, metavar="STEPS", help="Record so many steps as a trace, in RUN/profile.")
+    int, typer.Option("--profile", min=0, metavar="STEPS", help="Record so many steps of each stage, in RUN/profile.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the configuration with all defaults; do nothing.")]

@@ -221,8 +221,8 @@ def test_a_run_logs_its_speed_and_records_the_steps_that_are_asked_for(
         assert sum(line[SPEED][name] for name in PHASES) == pytest.approx(1.0, abs=1e-3)
         assert line[SPEED]["tokens_per_second"] == pytest.approx(line["tokens"] / line[SPEED]["seconds"], rel=1e-2)
     printed = capsys.readouterr().out
-    assert "minillm: " in printed and "TFLOP/s a rank" in printed and "1 of this run's steps" in printed
-    with gzip.open(folder / "profile" / "rank00000.json.gz", "rt", encoding="utf-8") as file:
+    assert "minillm: " in printed and "TFLOP/s a rank" in printed and "1 steps of stage minillm" in printed
+    with gzip.open(folder / "profile" / "minillm-rank00000.json.gz", "rt", encoding="utf-8") as file:
         events = json.load(file)["traceEvents"]
     ranges = [event["name"] for event in events if event.get("cat") == "user_annotation"]
     assert [ranges.count(phase) for phase in PHASES] == [1, 1, 1], "one step, and not the first"
