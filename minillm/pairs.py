@@ -4,15 +4,19 @@ read."""
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedTokenizerBase
 
 from minillm.cards import Card, load_card
 from minillm.config import RunConfig
 from minillm.engine_settings import read_engine_settings, read_teacher_settings, zero_stage
 from minillm.errors import ConfigError, ModelError, UnsupportedCombination
-from minillm.loading import ModelFacts, inspect
+from minillm.loading import ModelFacts, inspect, names_a_folder
 from minillm.lora import require_targets
 from minillm.lora_config import LoraConfig
 from minillm.recompute import require_layers
@@ -45,25 +49,7 @@ def check_pair(config: RunConfig, *, student: str | None = None) -> Pair:
     Raises ``ConfigError`` for an unknown card, ``ModelError`` for a folder that cannot be read safely,
     ``PositionsExceeded`` where prompt and response do not fit, ``VocabularyMismatch`` where the tokenizers differ.
     """
-    if student is None:
-        _check_sampling(config)
-    _check_engine(config)
-    student_card = load_card(student or config.student, kind="students")
-    teacher_card = None if config.teacher is None else load_card(config.teacher, kind="teachers")
-    if student is not None:
-        student_card = student_card.model_copy(update={"placement": "replicated"})
-    if student_card.placement != "replicated":
-        raise UnsupportedCombination(
-            f"student {student_card.name}: placement {student_card.placement!r} is a teacher's setting; where "
-            "a student's weights live is engine.student's to say (zero0 to zero3); take it out of the card"
-        )
-    if student_card.quantise is not None:
-        raise UnsupportedCombination(
-            f"student {student_card.name}: quantise is a teacher's setting: what is trained and measured is not in "
-            "8 bits; take it out of the card"
-        )
-    if teacher_card is not None:
-        _check_teacher(teacher_card)
+    student_card, teacher_card = _checked_cards(config, student=student)
     student_facts = inspect(student_card)
     if config.lora is not None and student is None:
         _check_lora(config.lora, student_card, student_facts)
@@ -92,6 +78,56 @@ def check_pair(config: RunConfig, *, student: str | None = None) -> Pair:
         real_ids=real,
         ids=_special_ids(student_facts),
     )
+
+
+def check_at_hand(config: RunConfig, *, student: str | None = None, made: Collection[str] = ()) -> set[str]:
+    """``check_pair`` as far as it goes without fetching anything; the models that are not on this machine.
+
+    Those of the roles in ``made`` (``student``, ``teacher``) are going to be made, and are not looked at either.
+    """
+    cards = dict(zip(("student", "teacher"), _checked_cards(config, student=student), strict=True))
+    wanted = {role: card for role, card in cards.items() if card is not None and role not in made}
+    away = {f"{role} {card.model or card.name}" for role, card in wanted.items() if not _at_hand(card)}
+    if not away and not made:
+        check_pair(config, student=student)
+    else:
+        for card in filter(_at_hand, wanted.values()):
+            inspect(card)
+    return away
+
+
+def _at_hand(card: Card) -> bool:
+    """Whether what is read of a model before its weights is here, or ought to be: a path is never of the hub."""
+    name = card.build.tokenizer if card.build is not None else str(card.model)
+    here = Path(name).exists() or names_a_folder(name) or (card.build is not None and name == "world")
+    try:
+        return here or isinstance(try_to_load_from_cache(name, "config.json", revision=card.revision), str)
+    except HFValidationError:  # no name of a model at all, as reading it tells
+        return True
+
+
+def _checked_cards(config: RunConfig, *, student: str | None) -> tuple[Card, Card | None]:
+    """The cards of both models, once they and the settings pass all that needs no file of a model."""
+    if student is None:
+        _check_sampling(config)
+    _check_engine(config)
+    student_card = load_card(student or config.student, kind="students")
+    teacher_card = None if config.teacher is None else load_card(config.teacher, kind="teachers")
+    if student is not None:
+        student_card = student_card.model_copy(update={"placement": "replicated"})
+    if student_card.placement != "replicated":
+        raise UnsupportedCombination(
+            f"student {student_card.name}: placement {student_card.placement!r} is a teacher's setting; where "
+            "a student's weights live is engine.student's to say (zero0 to zero3); take it out of the card"
+        )
+    if student_card.quantise is not None:
+        raise UnsupportedCombination(
+            f"student {student_card.name}: quantise is a teacher's setting: what is trained and measured is not in "
+            "8 bits; take it out of the card"
+        )
+    if teacher_card is not None:
+        _check_teacher(teacher_card)
+    return student_card, teacher_card
 
 
 def check_alone(config: RunConfig, model: str) -> Pair:

@@ -142,7 +142,9 @@ def study(  # noqa: PLR0917 (typer reads options from parameters)
     from minillm.study.command import describe, run, run_again
 
     if dry_run:
-        describe(config, overrides=overrides or [], quick=quick)
+        from minillm.cli.dry_run import require_study, tell
+
+        tell(require_study(describe(config, overrides=overrides or [], quick=quick)))
         return
     if again_as is not None:
         others = {"--arms": arms, "--seeds": seeds, "--show": show, "--again": again, "--json": json_file,

@@ -25,4 +25,6 @@ AcceptChange = Annotated[
 Profile = Annotated[
     int, typer.Option("--profile", min=0, metavar="STEPS", help="Record so many steps of each stage, in RUN/profile.")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the configuration with all defaults; do nothing.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the configuration with all defaults; check it; do nothing.")
+]

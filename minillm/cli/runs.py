@@ -89,7 +89,7 @@ def evaluate(  # noqa: PLR0917 (typer reads options from parameters)
     """
     settings = _load(config, [*_preset(preset), *(overrides or [])])
     if dry_run:
-        _show(settings, f"measures {model} into {out}")
+        _show(settings, f"measures {model} into {out}", evaluated=model)
         return
     from minillm import api
 
@@ -211,12 +211,14 @@ def _preset(name: str) -> tuple[str, ...]:
     return found
 
 
-def _show(settings: RunConfig, what: str) -> None:
-    """Prints a configuration as a file that could be run, on the first rank."""
+def _show(settings: RunConfig, what: str, *, evaluated: str | None = None) -> None:
+    """Prints a configuration as a file that could be run, on the first rank; raises what the run would."""
+    from minillm.cli.dry_run import require_startable, tell
     from minillm.config import dump_config
 
     if os.environ.get("RANK", "0") == "0":
         print(f"# {what}, as the following says\n{dump_config(settings)}", end="", flush=True)
+    tell(require_startable(settings, evaluated=evaluated))
 
 
 def _run(

@@ -143,7 +143,7 @@ def _own(option: str, file: Path) -> OwnFile:
     return page_file(file, made_by=PAGE) if option == "--html" else drawing_file(file, made_by=makers[option])
 
 
-def describe(config: Path, *, overrides: Sequence[str] = (), quick: bool = False) -> None:
+def describe(config: Path, *, overrides: Sequence[str] = (), quick: bool = False) -> StudyConfig:
     """Prints the study with what was given in its place, and the run that every cell starts from, on the first rank."""
     study = load_study(config, overrides, quick=quick)
     entries = study.model_dump(mode="json", exclude={"quick"}, exclude_none=True)
@@ -152,8 +152,10 @@ def describe(config: Path, *, overrides: Sequence[str] = (), quick: bool = False
         cells = f"{len(study.arms)} arms x {len(study.seeds)} seeds"
         print(f"# makes {cells} into {study.results}, as the following says\n{write_yaml(entries)}", end="")
         print(
-            f"---\n# every cell starts from this run; its arm, name and seed come on top\n{dump_config(start)}", end=""
-        )
+            f"---\n# every cell starts from this run; its arm, name and seed come on top\n{dump_config(start)}",
+            end="", flush=True,
+        )  # fmt: skip
+    return study
 
 
 def run_again(config: Path, cell: str, *, overrides: Sequence[str] = (), quick: bool = False) -> bool:

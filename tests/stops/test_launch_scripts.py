@@ -29,6 +29,14 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return stub
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Rows for each split, as a dry run wants them to be there."""
+    file = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    file.write_text('{"prompt": "a", "response": "b"}\n', encoding="utf-8")
+    return [f"data.{split}={file}" for split in ("train", "validation", "test")]
+
+
 def script(
     name: str, *words: str, python: Path, where: Path = ROOT, path: str = "", **settings: str
 ) -> subprocess.CompletedProcess[str]:
@@ -45,9 +53,13 @@ def test_bash_can_read_the_script(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_dry_run_prints_the_commands_and_the_settings_and_leaves_nothing(name: str, python: Path) -> None:
+def test_a_dry_run_prints_the_commands_and_the_settings_and_leaves_nothing(
+    name: str, python: Path, data: list[str]
+) -> None:
     before = sorted(path.name for path in (ROOT / "runs").glob("*"))
-    done = script(name, "gpt2-xl", "students/gpt2", "decoding.max_new_tokens=77", "--dry-run", python=python, RANKS="2")
+    done = script(
+        name, "gpt2-xl", "students/gpt2", "decoding.max_new_tokens=77", *data, "--dry-run", python=python, RANKS="2"
+    )
     assert done.returncode == 0, done.stderr
     started, _, told = done.stdout.partition("# on each rank\n")
     lines = [shlex.split(line) for line in started.splitlines()[1:]]
@@ -56,18 +68,22 @@ def test_a_dry_run_prints_the_commands_and_the_settings_and_leaves_nothing(name:
         assert line[line.index("minillm") + 1] == name and line[line.index("--config") + 1] == RECIPES[name]
         assert {"teacher=gpt2-xl", "decoding.max_new_tokens=77", "WORLD_SIZE=2"} <= set(line)
         assert "students/gpt2" in line or "student=students/gpt2" in line
+    assert (
+        "\n# not looked at, since not on this machine: student openai-community/gpt2, teacher openai-community/gpt2-xl\n"
+        in told
+    )
     settings = RunConfig(**read_yaml(told.rpartition("---\n")[2], source="told"))
     assert (settings.teacher, settings.decoding.max_new_tokens) == ("gpt2-xl", 77)
     assert settings.student == "students/gpt2" and settings.evaluation.bootstrap == 2000, "defaults are written out"
     assert sorted(path.name for path in (ROOT / "runs").glob("*")) == before
 
 
-def test_a_dry_run_over_a_hostfile_prints_what_each_host_is_told(python: Path, tmp_path: Path) -> None:
+def test_a_dry_run_over_a_hostfile_prints_what_each_host_is_told(python: Path, data: list[str], tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("me@gpu-1 slots=8\ngpu-2 slots=8\n", encoding="utf-8")
     hosts = ["--hostfile", str(tmp_path / "hosts"), "--ssh", "bash -p"]
     done = script("distill", "gpt2-xl", "gpt2", "name=a b", *hosts, "--dry-run", python=python)
     assert done.returncode == 2 and "name" in done.stderr, "what a rank would refuse is refused here"
-    done = script("distill", "gpt2-xl", "gpt2", *hosts, "--dry-run", python=python)
+    done = script("distill", "gpt2-xl", "gpt2", *data, *hosts, "--dry-run", python=python)
     assert done.returncode == 0, done.stderr
     told = done.stdout.splitlines()
     assert told[0].startswith("# hosts get of this environment: ") and "OMP_NUM_THREADS" in told[0]
@@ -86,8 +102,8 @@ def test_a_node_is_told_by_the_environment(python: Path) -> None:
     assert done.returncode == 2 and "without --nodes (NNODES)" in done.stderr
 
 
-def test_fine_tuning_goes_without_a_teacher(python: Path) -> None:
-    done = script("sft", "-", "teachers/gpt2-xl", "--dry-run", python=python)
+def test_fine_tuning_goes_without_a_teacher(python: Path, data: list[str]) -> None:
+    done = script("sft", "-", "teachers/gpt2-xl", *data, "--dry-run", python=python)
     assert (
         done.returncode == 0 and "\nteacher: null\n" in done.stdout and "\nstudent: teachers/gpt2-xl\n" in done.stdout
     )
