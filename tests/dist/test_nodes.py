@@ -73,6 +73,7 @@ def held_against(place: Path, found: Path, name: str) -> None:
     assert len(tiny.logged(place / name)) == parity_worker.STEPS
 
 
+@pytest.mark.slow
 def test_two_launchers_have_the_losses_of_one_host_and_of_one_process(place: Path, tmp_path: Path) -> None:
     folder = inputs(tmp_path / "two")
     jobs = by_environment(tmp_path, [*WORK, str(folder), CELL])
