@@ -9,6 +9,9 @@
 # half-made is thrown away and made again; one that was there before is installed into and never removed.
 set -euo pipefail
 
+# Told by a Python that has torch and minillm, of which neither is imported: that takes seconds.
+setup_both='import importlib.util as u; print("both" if u.find_spec("torch") and u.find_spec("minillm") else "no")'
+
 setup_fail() {
   printf 'setup: %s\n' "$@" >&2
   exit 2
@@ -109,7 +112,7 @@ setup_main() {
   if [[ -n ${MINILLM_PYTHON:-} ]]; then
     python=$(command -v "$MINILLM_PYTHON") || setup_fail "MINILLM_PYTHON=$MINILLM_PYTHON: no such program." \
       "Name an interpreter that has minillm, or unset it and run this again."
-    [[ $("$python" -c 'import torch, minillm; print("both")' 2>/dev/null) == *both ]] ||
+    [[ $("$python" -c "$setup_both" 2>/dev/null) == both ]] ||
       setup_fail "MINILLM_PYTHON=$MINILLM_PYTHON: it is no Python that has torch and minillm." \
         "Install them into it (README, Install), or unset it: an environment is made then."
     return

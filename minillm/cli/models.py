@@ -118,7 +118,7 @@ def plan(  # noqa: PLR0917 (typer reads options from parameters)
     measure: Annotated[bool, typer.Option("--measure", help="Measure FLOP/s and memory of this machine.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the plan into this file.")] = None,
 ) -> None:
-    """Say what a run takes of GPUs and host, before anything is there.
+    """Say whether a run fits its GPUs, and how long a step is.
 
     Memory by item and phase, whether it fits, the largest batch that does, the cheapest change that makes it fit, what
     a step moves between GPUs and about how long it takes. Exit code 0 where it fits, 1 where it does not.

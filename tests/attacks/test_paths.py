@@ -151,7 +151,7 @@ def test_control_without_the_guard_a_secret_stands_in_what_is_published(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (place.student / "chat_template.jinja").symlink_to(place.outside / "deep" / "secret.txt")
-    monkeypatch.setattr(model_files, "_require_own_files", lambda folder: None)
+    monkeypatch.setattr(model_files, "require_own_files", lambda folder: None)
     inspect(Card(name="it", model=str(place.student))).tokenizer.save_pretrained(place.top / "published")
     assert "another secret" in (place.top / "published" / "chat_template.jinja").read_text()
 

@@ -24,7 +24,7 @@ RECIPES = {"sft": "recipes/sft.yaml", "distill": "recipes/jsonl.yaml", "evaluate
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An interpreter that is asked for GPUs, and spared torch."""
     stub = tmp_path_factory.mktemp("bin") / "python"
-    stub.write_text(f'#!/bin/sh\n[ "$1" = -c ] && echo 0 && exit\nexec {sys.executable} "$@"\n')
+    stub.write_text(f'#!/bin/sh\ncase $1$2 in -c*device_count*) echo 0; exit;; esac\nexec {sys.executable} "$@"\n')
     stub.chmod(0o700)
     return stub
 
@@ -159,7 +159,10 @@ def test_help_is_found_from_any_folder(name: str, python: Path, tmp_path: Path) 
 def echoing(folder: Path) -> Path:
     """An interpreter that says what it was to start."""
     stub = folder / "echo"
-    stub.write_text('#!/bin/sh\n[ "$1" = -c ] && echo 0 && exit\nfor word; do echo "$word"; done\n', encoding="utf-8")
+    stub.write_text(
+        '#!/bin/sh\ncase $1$2 in -c*device_count*) echo 0; exit;; esac\nfor word; do echo "$word"; done\n',
+        encoding="utf-8",
+    )
     stub.chmod(0o700)
     return stub
 
@@ -182,3 +185,16 @@ def test_paths_count_from_where_the_user_stands(tmp_path: Path) -> None:
     assert "/etc/hosts" in told("--hostfile", "/etc/hosts")
     whole = told(CONFIG="recipes/sft.yaml")  # of the checkout: there is none where the user stands
     assert whole[whole.index("--config") + 1] == "recipes/sft.yaml"
+
+
+@pytest.mark.parametrize("other", ["/bin/true", "/bin/false"])
+def test_an_interpreter_without_the_library_is_refused(other: str, data: list[str]) -> None:
+    done = script("distill", "gpt2-xl", "students/gpt2", *data, python=Path(other))
+    assert done.returncode == 2 and "it is no Python that has torch and minillm" in done.stderr
+    assert done.stderr.count("\n") == 2
+
+
+@pytest.mark.parametrize("ranks", ["0", "-1", "two"])
+def test_a_number_of_ranks_that_is_none_is_refused(ranks: str, python: Path, data: list[str]) -> None:
+    done = script("distill", "gpt2-xl", "students/gpt2", *data, "--dry-run", python=python, RANKS=ranks)
+    assert done.returncode == 2 and f"RANKS={ranks}: wanted" in done.stderr and "Traceback" not in done.stderr
