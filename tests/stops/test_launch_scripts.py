@@ -160,7 +160,8 @@ def echoing(folder: Path) -> Path:
     """An interpreter that says what it was to start."""
     stub = folder / "echo"
     stub.write_text(
-        '#!/bin/sh\ncase $1$2 in -c*device_count*) echo 0; exit;; esac\nfor word; do echo "$word"; done\n',
+        "#!/bin/sh\ncase $1$2 in -c*device_count*) echo 0; exit;; -c*find_spec*) echo both; exit;; esac\n"
+        'for word; do echo "$word"; done\n',
         encoding="utf-8",
     )
     stub.chmod(0o700)
