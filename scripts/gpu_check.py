@@ -112,7 +112,8 @@ def launch(file: Path, *, ranks: int) -> subprocess.Popen[bytes]:
 def lines(run: Path) -> list[dict[str, Any]]:
     """The steps that a run has logged."""
     log = run / "metrics.jsonl"
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    every = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    return [line for line in every if line["kind"] == "train"]
 
 
 def stopped_half_way(file: Path, run: Path, *, ranks: int, steps: int) -> bool:
@@ -139,7 +140,7 @@ def plan(folder: Path, placement: str, shapes: Shapes, *, ranks: int) -> Work:
 
 def told(name: str, run: Path, work: Work) -> dict[str, Any]:
     """The figures of a run."""
-    speed = [line["speed"] for line in lines(run)][WARM_UP:]
+    speed = [line["speed"] for line in lines(run) if "speed" in line][WARM_UP:]
     peak = max((step.get("peak_bytes", 0.0) for step in speed), default=0.0)
     planned = memory_of(work).peak
     found = {
