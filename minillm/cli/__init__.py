@@ -27,7 +27,7 @@ from minillm.bench import (  # noqa: F401 (each adds its benchmarks)
     commands_scale,
 )
 from minillm.bench.options import app as bench_app
-from minillm.cli import builtin, checking, comparisons, kept, launching, models, runs
+from minillm.cli import builtin, checking, comparisons, kept, launching, models, planning, runs
 from minillm.errors import MinillmError, Stopped, visible
 from minillm.lost import as_rank_lost, leave
 from minillm.stops import SIGNALS
@@ -80,7 +80,7 @@ COMMANDS = (
     comparisons.report,
     comparisons.compare,
     models.cards,
-    models.plan,
+    planning.plan,
     builtin.world,
     runs.diagnose,
     comparisons.study,

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
 
 import torch
 
-from minillm.config import MinillmStage, RunConfig
+from minillm.config import MinillmStage
 from minillm.doctor.findings import Finding, note, ok, warning
 from minillm.doctor.patient import Model, Patient
 from minillm.plan.advice import RESERVE
 from minillm.plan.memory import Memory, memory_of
-from minillm.plan.sizes import GIB, Engine, Work, sizes_of_config
+from minillm.plan.of_run import engine_of, hungriest, work_of
+from minillm.plan.sizes import GIB, ModelSizes, sizes_of_config
 
 LIBRARIES = 640 * 2**20
 """What a process has of torch, transformers and DeepSpeed before any model."""
@@ -25,39 +25,25 @@ def memory(patient: Patient) -> Iterator[Finding]:
     if not stages or patient.student is None or patient.teacher is None:
         yield ok("memory", "no minillm stage, for which alone it is planned")
         return
-    engine = Path(patient.config.engine.student).name.removesuffix(".json")
-    if engine not in get_args(Engine):
+    if engine_of(patient.config) is None:
         yield note(
             "memory", f"engine.student {patient.config.engine.student!r} is your own file",
             why="what DeepSpeed takes by it cannot be planned", mend="see what the first steps take",
         )  # fmt: skip
         return
-    models = patient.student, patient.teacher
+    student, teacher = (_sizes(model) for model in (patient.student, patient.teacher))
     works = [
-        work_of(patient.config, stage, *models, ranks=patient.ranks, ranks_here=patient.ranks_here) for stage in stages
-    ]
-    plans = [memory_of(work) for work in works]
-    worst = max(plans, key=lambda one: one.peak)
-    yield _judged(worst, ranks=patient.ranks_here)
+        work_of(
+            patient.config, stage, student=student, teacher=teacher, card=patient.teacher.card, gpus=patient.ranks,
+            gpus_per_node=patient.ranks_here, device="cuda" if torch.cuda.is_available() else "cpu",
+        )
+        for stage in stages
+    ]  # fmt: skip
+    yield _judged(memory_of(hungriest(works)), ranks=patient.ranks_here)
 
 
-def work_of(
-    config: RunConfig, stage: MinillmStage, student: Model, teacher: Model, *, ranks: int, ranks_here: int
-) -> Work:
-    """A stage as the planner sees it; the longest prompts and responses that the run allows."""
-    card = teacher.card
-    return Work(
-        student=sizes_of_config(student.facts.config, name=student.card.name),
-        teacher=sizes_of_config(teacher.facts.config, name=card.name), gpus=ranks, gpus_per_node=ranks_here,
-        engine=Path(config.engine.student).name.removesuffix(".json"), placement=card.placement,  # type: ignore[arg-type]
-        precision=config.engine.precision, teacher_precision="bf16" if card.dtype == "bfloat16" else "fp32",
-        rows=max(ranks, stage.prompts * stage.samples_per_prompt), micro_batch=stage.micro_batch,
-        prompt_tokens=config.data.max_prompt_tokens, new_tokens=config.decoding.max_new_tokens,
-        inner_epochs=stage.inner_epochs, inner_batches=stage.inner_batches, teacher_mix=stage.teacher_mix,
-        lora=0 if config.lora is None else config.lora.rank, recompute=config.engine.activation_checkpointing,
-        gather=config.engine.gather,
-        device="cuda" if torch.cuda.is_available() else "cpu",
-    )  # fmt: skip
+def _sizes(model: Model) -> ModelSizes:
+    return sizes_of_config(model.facts.config, name=model.card.name)
 
 
 def _judged(plan: Memory, *, ranks: int) -> Finding:
@@ -75,7 +61,7 @@ def _judged(plan: Memory, *, ranks: int) -> Finding:
         return ok("memory", found)
     return warning(
         "memory", found, why="the run may break off in its first steps, or later, when rows are long",
-        mend="minillm plan --gpus N --gpu-memory G says what would make it fit: a smaller micro_batch, "
+        mend="minillm plan --config FILE --gpus N --gpu-memory G says what would make it fit: a smaller micro_batch, "
         "engine.activation_checkpointing, a higher ZeRO stage, placement: zero3 or offload for the teacher",
     )  # fmt: skip
 

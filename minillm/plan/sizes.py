@@ -36,6 +36,10 @@ class ModelSizes:
     """Numbers that a token leaves in the caches of keys and values, all layers together."""
     linear_ends: int
     """Inputs and outputs of all matrices inside the layers: an adapter of rank r has r times as many weights."""
+    smallest_side: int
+    """Of all matrices inside the layers: no adapter needs a higher rank."""
+    positions: int | None
+    """Longest sequence; None where the architecture sets no limit."""
     kept: dict[int, Kept]
     """What a training forward keeps, by bytes of a number."""
 
@@ -67,6 +71,8 @@ def sizes_of_config(config: PreTrainedConfig, *, name: str) -> ModelSizes:
         vocabulary=head.weight.shape[0],
         cache_width=2 * text.num_hidden_layers * kv_heads * width,
         linear_ends=sum(int(side) for weight in linears for side in weight.shape),
+        smallest_side=min((int(side) for weight in linears for side in weight.shape), default=1),
+        positions=getattr(config, "max_position_embeddings", None),
         kept={dtype.itemsize: kept_per_token(config, dtype) for dtype in DTYPES.values()},
     )
 
@@ -90,6 +96,10 @@ class Work:
     teacher_precision: str = "bf16"
     rows: int = 256
     """Responses of a rollout, all GPUs together."""
+    samples_per_prompt: int = 1
+    """How many of them answer the same prompt."""
+    at: int | None = None
+    """The stage's place in its run's file; None of a stage that stands in none."""
     micro_batch: int = 0
     """Rows of a forward pass on each GPU; 0: all that an update has there."""
     prompt_tokens: int = 256
