@@ -14,7 +14,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PlainValidator, model_validator
+from pydantic import Field, PlainValidator, field_validator, model_validator
 
 from minillm.errors import ConfigError, UnsupportedCombination, did_you_mean
 from minillm.figures import Figures, Training
@@ -98,6 +98,16 @@ class Card(Settings):
     """What a reader should know before choosing it."""
     licence: str = ""
     """Terms of the weights."""
+
+    @field_validator("placement", mode="before")
+    @classmethod
+    def _known_placement(cls, value: object) -> object:
+        """``tp`` passes, to be refused with what to use instead; nobody is told to want it."""
+        wanted = ("replicated", *SHARDED)
+        if value != "tp" and value not in wanted:
+            near = did_you_mean(value, wanted) if isinstance(value, str) else ""
+            raise ConfigError(f"got {value!r:.80}, wanted 'replicated', 'zero3' or 'offload'{near}")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -73,7 +73,7 @@ def inspect(card: Card) -> ModelFacts:
         generation = None
     else:
         assert card.model is not None
-        tokenizer, config, generation = _read_pretrained(card.model, revision=card.revision)
+        tokenizer, config, generation = _read_pretrained(card.model, revision=card.revision, card=card.name)
         if card.adapter is not None:
             bare = card.model_copy(update={"adapter": None, "layers": None})
             require_base(read_adapter(Path(card.adapter)), card.model, weights=lambda: fingerprint(bare))
@@ -208,15 +208,24 @@ def names_a_folder(name: str) -> bool:
     return name.count("/") > 1 or name.startswith(("/", ".", "~"))
 
 
+def no_folder(name: str, *, card: str) -> ModelError:
+    """The error of a card whose folder is not there."""
+    return ModelError(
+        f"{name}: there is no such folder; 'model' of the card {card} names it.\n"
+        f"  if an earlier run makes it, finish that run first; otherwise mend the path in the card"
+        f"{'' if Path(name).is_absolute() else f' (it is looked up from {Path.cwd()})'}"
+    )
+
+
 def _read_pretrained(
-    name: str, *, revision: str | None
+    name: str, *, revision: str | None, card: str
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig, GenerationConfig | None]:
     """Everything of a model but its weights; those of a folder are looked at without being read."""
     local = Path(name).exists()
     if local:
         require_safe_folder(Path(name))
     elif names_a_folder(name):
-        raise ModelError(f"{name}: there is no such folder.\n  if an earlier run makes it, finish that run first")
+        raise no_folder(name, card=card)
     generation = None
     with contextlib.nullcontext() if local else asked_once(), quiet_transformers():
         tokenizer = _load_tokenizer(name, revision=revision)

@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from minillm.cards import Card
 from minillm.errors import ModelError
-from minillm.loading import inspect
+from minillm.loading import inspect, names_a_folder, no_folder
 from minillm.model_files import in_short
 
 
@@ -29,6 +29,8 @@ def config_of(card: Card) -> PreTrainedConfig:
         except (OSError, ValueError, KeyError) as error:
             raise ModelError(f"{folder}/config.json: {in_short(error)}") from error
         return config
+    if names_a_folder(str(card.model)) and not folder.exists():
+        raise no_folder(str(card.model), card=card.name)
     raise ModelError(
         f"{card.name}: its sizes are not known without a download: the card has no figures with an architecture, and "
         f"{card.model} is no folder here.\n"

@@ -170,12 +170,21 @@ def test_a_card_is_loaded_or_built(values: dict[str, Any], words: str) -> None:
         ({"build": {**BUILD, "config": {"vocab_size": 5}}}, "config.vocab_size: comes from the tokenizer"),
         ({"build": {**BUILD, "config": {"x": [5]}}}, "build.config.x: got list, wanted a number"),
         ({"model": "m", "figures": {"layer": 3}}, "figures.layer: no setting of this name; did you mean 'layers'"),
+        (
+            {"model": "m", "placement": "zeroo"},
+            "^placement: got 'zeroo', wanted 'replicated', 'zero3' or 'offload'; did you mean 'zero3'",
+        ),
+        ({"model": "m", "placement": 3}, "^placement: got 3, wanted 'replicated', 'zero3' or 'offload'$"),
         ({"model": "m", "figures": {"layers": 0}}, "figures.layers: got 0, wanted a number of at least 1"),
     ],
 )
 def test_wrong_card_values_are_told(values: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         Card(name="x", **values)
+
+
+def test_a_placement_that_is_refused_later_is_read() -> None:
+    assert Card(name="x", model="m", placement="tp").placement == "tp"
 
 
 def keys_of(value: Any) -> Iterator[str]:

@@ -254,7 +254,10 @@ DISTIL: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("teacher=students/micro-world-16x1",), ("ModelError", "random weights", "give a card with 'model'")),
     (("student=owner/model",), ("ModelError", "owner/model: transformers cannot load it", "reachable hub name")),
     (("student={place}/card-typo.yaml",), ("ConfigError", "placment", "did you mean 'placement'?")),
-    (("student={place}/card-nowhere.yaml",), ("ModelError", "nowhere: there is no such folder")),
+    (
+        ("student={place}/card-nowhere.yaml",),
+        ("ModelError", "nowhere: there is no such folder", "the card card-nowhere names it", "mend the path"),
+    ),
     (("student={place}/card-width.yaml",), ("ModelError", "no field 'hiden_size'", "did you mean 'hidden_size'?")),
     # model folders
     (("student={place}/no-config",), ("ConfigError", "a folder without config.json")),
