@@ -74,7 +74,7 @@ def plan(  # noqa: PLR0917 (typer reads options from parameters)
     measure: Annotated[bool, typer.Option("--measure", help="Measure FLOP/s and memory of this machine.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the plan into this file.")] = None,
 ) -> None:
-    """Say what a run takes of GPUs and host, before anything is there.
+    """Say whether a run fits its GPUs, and how long a step is.
 
     Of two models, or of a run's file: of its stage that needs the most. Memory by item and phase, whether it fits, the
     largest batch that does, the cheapest change that makes it fit, what a step moves between GPUs and about how long it
