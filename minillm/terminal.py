@@ -8,7 +8,10 @@ import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 class _Lasting(io.FileIO):
@@ -65,23 +68,66 @@ def _lasting(stream: TextIO | None) -> TextIO | None:
 
 
 def print_table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, below: Sequence[Sequence[str]] = ()
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    below: Sequence[Sequence[str]] = (),
+    spare: Sequence[str] = (),
 ) -> None:
     """A title as wide as it needs, and a table, right-aligned but for the first column; ``below`` are further rows
-    under a line."""
-    from rich.box import SIMPLE_HEAD
+    under a line. Where the terminal is narrow the columns named in ``spare`` are left out, the first of them first, and
+    no word is broken unless there is no other way."""
     from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    kept = [*range(len(columns))]
+    for name in spare:
+        if _width(columns, [*rows, *below], kept) > console.width and name in columns:
+            kept.remove(columns.index(name))
+    whole = _width(columns, [*rows, *below], kept) <= console.width
+    table = _table(columns, rows, below, kept=kept, whole=whole)
+    console.print(Text(title), table, sep="\n", highlight=False)
+
+
+def _table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    below: Sequence[Sequence[str]],
+    *,
+    kept: Sequence[int],
+    whole: bool,
+) -> Table:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
     # Text, not str: a model named "[b]" is a name, not a style.
     table = Table(box=SIMPLE_HEAD)
-    for place, column in enumerate(columns):
-        table.add_column(Text(column), justify="right" if place else "left", no_wrap=place == 0, overflow="fold")
+    for place in kept:
+        least = _least(columns, [*rows, *below], place) if whole else None
+        table.add_column(
+            Text(columns[place]), justify="right" if place else "left", no_wrap=place == 0, overflow="fold",
+            min_width=least,
+        )  # fmt: skip
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(row[place]) for place in kept))
     if below:
         table.add_section()
     for row in below:
-        table.add_row(*map(Text, row))
-    Console().print(Text(title), table, sep="\n", highlight=False)
+        table.add_row(*(Text(row[place]) for place in kept))
+    return table
+
+
+def _least(columns: Sequence[str], rows: Sequence[Sequence[str]], place: int) -> int:
+    """Cells of a column that breaks inside no word; of the first, which is never broken, inside no line."""
+    from rich.cells import cell_len
+
+    cells = [columns[place], *(row[place] for row in rows)]
+    return max(cell_len(word) for cell in cells for word in ([cell] if place == 0 else cell.split() or [""]))
+
+
+def _width(columns: Sequence[str], rows: Sequence[Sequence[str]], kept: Sequence[int]) -> int:
+    """Cells of the narrowest table in which no word is broken: with a blank on each side of a column and between."""
+    return sum(_least(columns, rows, place) + 3 for place in kept) + 1

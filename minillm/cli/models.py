@@ -58,7 +58,12 @@ def _table(kind: Kind) -> None:
         line = [card.name, many, *(str(size or "") for size in (sizes.layers, sizes.hidden)), card.template or ""]
         line += [*([card.placement] if kind == "teachers" else []), re.split("[;,(]", card.licence)[0].strip()]
         lines.append(line)
-    print_table(f"{kind.capitalize()} (minillm cards {kind}/NAME shows one)", columns, lines)
+    print_table(
+        f"{kind.capitalize()} (minillm cards {kind}/NAME shows one)",
+        columns,
+        lines,
+        spare=["terms", "template", "hidden"],
+    )
 
 
 def _show(card: Card, *, rows: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from minillm.own_files import OwnFile
 from minillm.own_files import json_file as own_json
 
 if TYPE_CHECKING:
+    from minillm.plan.advice import Change
     from minillm.plan.sizes import Work
     from minillm.plan.traffic import Rates
 
@@ -26,6 +28,8 @@ OF_A_STAGE = (
     *("activation_checkpointing", "gather"),
 )
 """Options that a run's file decides."""
+UNSAID = ("overrides", "json_file")
+"""What the command that is advised does not say as options."""
 MOST = 1e9
 """GiB beyond which a memory is a slip of the pen."""
 
@@ -103,11 +107,12 @@ def plan(  # noqa: PLR0917 (typer reads options from parameters)
     host = None if host_memory is None else int(host_memory * GIB)
     advice = advise(work, gpu_bytes=int(gpu_memory * GIB), host_bytes=host)
     found = work, memory_of(work), traffic_of(work, rates), rates, advice
-    print_plan(*found)
+    command = _command(ctx, advice.change) if advice.change else ""
+    print_plan(*found, command=command)
     for line in notes(work):
         print(f"note: {line}")
     if own is not None:
-        own.write((json.dumps(as_json(*found), indent=2) + "\n").encode())
+        own.write((json.dumps(as_json(*found, command=command), indent=2) + "\n").encode())
     if not advice.fits:
         raise typer.Exit(exits.CHECK_FAILED)
 
@@ -176,6 +181,24 @@ def _of_file(file: Path, overrides: Sequence[str], ctx: typer.Context) -> Work:
 def _is_given(ctx: typer.Context, name: str) -> bool:
     source = ctx.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
+
+
+def _command(ctx: typer.Context, changes: Sequence[Change]) -> str:
+    """This command with other settings, to be pasted."""
+    settings = list(ctx.params["overrides"] or [])
+    given = {name: value for name, value in ctx.params.items() if _is_given(ctx, name)}
+    words = {f"--{name.replace('_', '-')}": value for name, value in given.items() if name not in UNSAID}
+    for change in changes:
+        if ctx.params["config"] is not None and change.setting is not None:
+            settings.append(change.setting)
+        else:
+            option, _, value = change.option.partition(" ")
+            words[option] = value or True
+    line = ["minillm", "plan"]
+    for option, value in words.items():
+        if value is not False:
+            line += [option] if value is True else [option, f"{value:.12g}" if type(value) is float else str(value)]
+    return shlex.join([*line, *settings])
 
 
 def _lengths(text: str) -> tuple[int, int]:

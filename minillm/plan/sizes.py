@@ -123,7 +123,9 @@ class Work:
         if self.gather == "forward" and self.stage < 3:
             raise ConfigError(f"gather forward with {self.engine}: only a ZeRO-3 student is gathered; take zero3")
         if self.rows < self.gpus:
-            raise ConfigError(f"batch {self.rows} over {self.gpus} GPUs: wanted a row for each at least")
+            raise ConfigError(
+                f"batch {self.rows} over {self.gpus} GPU{'s' * (self.gpus > 1)}: wanted a row for each at least"
+            )
 
     @property
     def stage(self) -> int:

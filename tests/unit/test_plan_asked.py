@@ -9,6 +9,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +154,55 @@ def test_a_run_that_cannot_be_planned_is_told(
 ) -> None:
     assert run("plan", "--config", str(healthy(tmp_path)), "--gpus", "2", "--gpu-memory", "1", change) == 2
     assert told in capsys.readouterr().err
+
+
+def test_advice_is_a_command_that_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("plan", "--teacher", "llama-13b", "--student", "llama-7b", "--gpus", "8", "--gpu-memory", "24")
+    found = planned(tmp_path / "a.json", *words, "--batch", "4096", "--micro-batch", "0", "--flops", "1.25e14")
+    told = capsys.readouterr().out
+    assert not found["fits"] and "placement: offload in the teacher's card" in found["change"]
+    assert "prompts: 64" in found["change"] and "prompts: 128" not in found["change"]
+    peak = f"{found['changed_peak'] / 2**30:.2f} GiB"
+    assert f"cheapest change that makes it fit: {' and '.join(found['change'])}; then {peak}\n" in told
+    assert f"\n  {found['command']}\n" in told
+    command = shlex.split(found["command"])
+    assert command[:2] == ["minillm", "plan"] and "--json" not in command and "--measure" not in command
+    again = planned(tmp_path / "b.json", *command[1:])
+    assert again["fits"] and max(again["peaks"].values()) == found["changed_peak"]
+    assert again["rates"]["flops"] == 1.25e14
+
+
+def test_advice_for_a_file_is_settings_of_it(tmp_path: Path) -> None:
+    file = healthy(tmp_path)
+    models = ("teacher=llama-13b", "student=llama-7b", "engine.precision=bf16", "engine.student=zero1")
+    lengths = ("data.max_prompt_tokens=256", "decoding.max_new_tokens=256", "stages.0.prompts=256", "threads=1")
+    words = ("plan", "--config", str(file), "--gpus", "8", "--gpu-memory", "30")
+    found = planned(tmp_path / "a.json", *words, *models, *lengths)
+    assert not found["fits"]
+    assert "engine.student=zero2-offload" in found["command"] and "--placement" in found["command"]
+    assert "--stage" not in found["command"]
+    again = planned(tmp_path / "b.json", *shlex.split(found["command"])[1:])
+    assert again["fits"] and max(again["peaks"].values()) == found["changed_peak"]
+
+
+def test_tables_break_inside_no_word(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    words = ("plan", "--teacher", "llama-13b", "--student", "llama-7b", "--gpus", "8", "--gpu-memory", "24")
+    run(*words, "--batch", "4096", "--micro-batch", "0", "--stage", "zero3")
+    told = capsys.readouterr().out
+    assert re.search(r"together( +[\d,.]+){5} *$", told, re.M)
+    assert re.search(r"all-gather of the student in updates +[\d,.]+ GiB +[\d,]+ +[\d.,]+ (s|ms) *$", told, re.M)
+    assert run("cards") == 0
+    told = capsys.readouterr().out
+    assert re.search(r"^ +parameters +layers +hidden +template +placement *$", told, re.M)  # terms are left out
+    monkeypatch.setenv("COLUMNS", "120")
+    assert run("cards") == 0
+    assert re.search(r"placement +terms *$", capsys.readouterr().out, re.M)
+
+
+def test_small_plans_say_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("plan", "--config", str(healthy(tmp_path)), "--gpus", "1", "--gpu-memory", "1") == 0
+    told = capsys.readouterr().out
+    assert "on 1 GPU, " in told and "1 GPUs" not in told and "MiB of each GPU" in told
+    assert re.search(r"fits: [1-9]?\d?\.?\d+ MiB in the phase", told) and "fits: 0.00" not in told
+    assert re.search(r"a step takes about \d+ (µs|ms) ", told)
