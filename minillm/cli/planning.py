@@ -88,7 +88,8 @@ def plan(  # noqa: PLR0917 (typer reads options from parameters)
     Example:
       minillm plan --teacher llama-13b --student llama-7b --gpus 8 \\
         --gpu-memory 80
-      minillm plan --config my-run.yaml --gpus 8 --gpu-memory 80
+      minillm plan --config recipes/quickstart/minillm.yaml --gpus 2 \\
+        --gpu-memory 8
     """
     from minillm.plan.advice import advise
     from minillm.plan.memory import memory_of
