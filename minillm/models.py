@@ -71,9 +71,10 @@ class CausalLM(nn.Module):
         """What decides how wide lines of packed rows are."""
         self.weights: tuple[work.Weights, work.Weights] | None = None
         """Of the backbone and of the head, those that a token is multiplied by; None where nobody counts."""
+        output: Any = model.get_output_embeddings()
         self.head = Head(
-            model.get_output_embeddings(),
-            real_ids=model.get_output_embeddings().weight.shape[0],
+            output,
+            real_ids=getattr(output.weight, "ds_shape", output.weight.shape)[0],  # that of a shard says nothing
             scale=float(getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)),
             softcap=getattr(config, "final_logit_softcapping", None),
         )

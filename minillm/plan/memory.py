@@ -92,8 +92,16 @@ def _teacher(work: Work) -> Items:
     if work.placement == "replicated":
         return {"teacher resident": size}
     shard = 0 if work.placement == "offload" else _share(work.teacher.parameters, work) * work.teacher_item
-    gathered = min(size, (LIVE + BUCKET) * work.teacher_item) if work.gpus > 1 or not shard else 0
-    return {"teacher resident": shard, "teacher gathered": gathered}
+    return {"teacher resident": shard}
+
+
+def _teacher_gathered(work: Work, *, reads: bool) -> int:
+    """Of a sharded teacher: its layers while it ``reads`` and until the rollout is scored, and else its head, which a
+    step keeps gathered."""
+    if work.placement == "replicated" or (work.gpus == 1 and work.placement == "zero3"):
+        return 0
+    most = work.teacher.parameters if reads else work.teacher.head
+    return min(most, LIVE + BUCKET) * work.teacher_item
 
 
 def _gathered(work: Work) -> int:
@@ -112,14 +120,20 @@ def _phases(work: Work) -> dict[str, Items]:
     kept = _activations(work)
     head = SINGLE * student.head if not work.lora else 0
     so_far = _gradients_so_far(work)
+    head_only = _teacher_gathered(work, reads=False)
     return {
-        "rollout": _rollout(work, whole=whole, states=states),
+        "rollout": {
+            "teacher gathered": _teacher_gathered(work, reads=True),
+            **_rollout(work, whole=whole, states=states),
+        },
         "scoring": {
+            "teacher gathered": _teacher_gathered(work, reads=True),
             "student gathered": whole,
             "hidden states kept": 2 * states,  # those of sampled tokens are picked out
             "loss tiles": loss_tiles(work, rows * work.new_tokens),
         },
         "forward": {
+            "teacher gathered": head_only,
             "hidden states kept": states,
             "activations": kept + forward_states * (2 * student.hidden * item + teacher.hidden * peer),
             "gradients": so_far,
@@ -128,6 +142,7 @@ def _phases(work: Work) -> dict[str, Items]:
             "student gathered": _gathered(work),
         },
         "backward": {
+            "teacher gathered": head_only,
             "hidden states kept": states,
             "activations": kept + _backward_extra(work) + forward_states * 2 * student.hidden * item,
             "gradients": so_far,
@@ -135,7 +150,7 @@ def _phases(work: Work) -> dict[str, Items]:
             "engine buffers": _buckets(work),
             "student gathered": _gathered(work),
         },
-        "step": {"hidden states kept": states, **_step(work)},
+        "step": {"teacher gathered": head_only, "hidden states kept": states, **_step(work)},
     }
 
 

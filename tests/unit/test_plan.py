@@ -26,7 +26,7 @@ from minillm.errors import ConfigError
 from minillm.figures import Figures
 from minillm.plan.activations import kept_per_token
 from minillm.plan.advice import advise
-from minillm.plan.memory import FLAT, cache_bytes, loss_tiles, memory_of
+from minillm.plan.memory import BUCKET, FLAT, LIVE, cache_bytes, loss_tiles, memory_of
 from minillm.plan.sizes import ENGINES, GIB, ModelSizes, Work, sizes_of, sizes_of_config
 from minillm.plan.traffic import Rates, traffic_of
 from minillm.scoring import HeadWeights, Task, TeacherView, cut_for, tensors_of_a_piece
@@ -149,8 +149,12 @@ def test_the_student_stands_in_exact_shares() -> None:
 def test_placements_of_the_teacher() -> None:
     size = 2 * big().teacher.parameters
     assert memory_of(big(placement="replicated")).standing["teacher resident"] == size
-    shared = memory_of(big(placement="zero3")).standing
-    assert shared["teacher resident"] == -(-size // 8) and shared["teacher gathered"] < size / 10
+    shared = memory_of(big(placement="zero3"))
+    assert shared.standing["teacher resident"] == -(-size // 8)
+    gathered = {name: items.get("teacher gathered") for name, items in shared.phases.items()}
+    assert gathered["rollout"] == gathered["scoring"] == 2 * (LIVE + BUCKET) < size / 10
+    head = 2 * big().teacher.head  # all that learning asks of it
+    assert gathered["forward"] == gathered["backward"] == gathered["step"] == head
     assert "teacher resident" not in memory_of(big(placement="offload")).standing
 
 
