@@ -118,7 +118,7 @@ def _checked_cards(config: RunConfig, *, student: str | None) -> tuple[Card, Car
     if student_card.placement != "replicated":
         raise UnsupportedCombination(
             f"student {student_card.name}: placement {student_card.placement!r} is a teacher's setting; where "
-            "a student's weights live is engine.student's to say (zero0 to zero3); take it out of the card"
+            "a student's weights live is engine.student's to say (zero0 to zero3-offload); take it out of the card"
         )
     if student_card.quantise is not None:
         raise UnsupportedCombination(

@@ -13,8 +13,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from minillm import phases
 from minillm.ranks import Ranks
+from minillm.run_log import note
 from minillm.speed import PHASES
-from minillm.store import PROFILE, make_folder, told_as_disk_error
+from minillm.store import PROFILE, make_folder
 
 FIRST_PHASE = "rollout"
 """What every step begins with."""
@@ -27,7 +28,7 @@ def profiled(folder: Path, stage: str, steps: int, *, ranks: Ranks, say: Callabl
     """Records the second to the (``steps`` + 1)th step of a stage that the block makes, on every rank, into
     ``folder/profile/STAGE-rankNNNNN.json.gz``; 0 records nothing. The first is left out: it pays for what is made once.
 
-    Phases stand in the trace as ranges of their own. ``DiskError`` where it cannot be written.
+    Phases stand in the trace as ranges of their own. Where it cannot be written that is told, and the run goes on.
     """
     if not steps:
         yield
@@ -91,8 +92,10 @@ class _Recorder:
             self._range = None
         ended, self._profile = self._profile, None
         ended.stop()
-        with told_as_disk_error(f"{self._file}: the trace of the profiler"):
+        try:
             ended.export_chrome_trace(str(self._file))
+        except OSError as error:  # of this rank alone, and no part of the run
+            note(f"{self._file}: the trace of the profiler cannot be written ({error.strerror}); the run goes on")
         kind = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         spent = {one.key: float(getattr(one, kind)) for one in ended.key_averages() if one.key not in PHASES}
         longest = sorted(spent, key=lambda name: -spent[name])[:_LONGEST]

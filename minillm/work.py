@@ -2,8 +2,8 @@
 
 Counted are the products with weights: 2 operations for each weight and token of a forward; with a backward pass 2 more
 for the gradient of what goes in, and 2 more for that of the weight, where it is trained (Kaplan et al. 2020, section
-2.1; Chowdhery et al. 2022, appendix B). Attention's own products, padding and what
-activation checkpointing does again are left out, so a share of the device's rate is that of useful work (MFU).
+2.1; Chowdhery et al. 2022, appendix B). Attention's own products, padding and what activation checkpointing does again
+are left out, so a share of the device's rate is that of useful work (MFU).
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from typing import Any
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from minillm import cli
 from minillm.config import dump_config
 from minillm.doctor.examine import Report, examine
 from minillm.doctor.findings import Finding
@@ -19,6 +20,11 @@ from tests.tiny import EOS, WORDS, minillm_config, save_model, save_prompts, tok
 END = "<|im_end|>"
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} " + END + " {% endfor %}"
 CHAT_WORDS = [*WORDS, END]
+
+
+def run(*words: str) -> int:
+    """The exit code of the command line with these words."""
+    return cli._guarded(lambda **options: cli.app(list(words), **options))
 
 
 def healthy(folder: Path, **changes: Any) -> Path:

@@ -64,6 +64,8 @@ def cases(folder: Path) -> list[tuple[str, PlanCase]]:
         ("zero3, 2 ranks", case(engine="zero3", ranks=2)),
         ("zero2, bf16, 2 ranks", case(engine="zero2", precision="bf16", ranks=2)),
         ("zero2, teacher mixing, 2 ranks", case(engine="zero2", teacher_mix=0.2, ranks=2)),
+        ("zero2, sharded teacher, 2 ranks", case(engine="zero2", placement="zero3", ranks=2)),
+        ("zero3, sharded teacher, 2 ranks", case(engine="zero3", placement="zero3", ranks=2)),
         ("gpt2, zero0, 32 rows", case("student-gpt2", rows=32)),
         ("opt, zero0, 32 rows", case("student-opt", rows=32)),
         ("qwen2, zero0, 32 rows", case("student-qwen2", rows=32)),

@@ -31,17 +31,25 @@ def work_of(
             f"engine.student {config.engine.student!r}: your own file, and what DeepSpeed takes by it cannot be "
             f"planned\n  plan the nearest of {', '.join(ENGINES)}: engine.student=NAME"
         )
+    prompt, new = config.data.max_prompt_tokens, config.decoding.max_new_tokens
     return Work(
         student=student, teacher=teacher, gpus=gpus, gpus_per_node=gpus_per_node, engine=engine,  # type: ignore[arg-type]
         placement=card.placement, precision=config.engine.precision,  # type: ignore[arg-type]
         teacher_precision="bf16" if card.dtype == "bfloat16" else "fp32",
         rows=max(gpus, stage.prompts * stage.samples_per_prompt), samples_per_prompt=stage.samples_per_prompt,
-        micro_batch=stage.micro_batch, prompt_tokens=config.data.max_prompt_tokens,
-        new_tokens=config.decoding.max_new_tokens, inner_epochs=stage.inner_epochs, inner_batches=stage.inner_batches,
+        micro_batch=_rows_at_once(stage, longest=prompt + new), prompt_tokens=prompt, new_tokens=new,
+        inner_epochs=stage.inner_epochs, inner_batches=stage.inner_batches,
         teacher_mix=stage.teacher_mix, lora=0 if config.lora is None else config.lora.rank,
         recompute=config.engine.activation_checkpointing, gather=config.engine.gather, device=device,
         at=config.stages.index(stage),
     )  # fmt: skip
+
+
+def _rows_at_once(stage: MinillmStage, *, longest: int) -> int:
+    """The most rows of full length that a micro-batch holds: by ``micro_batch``, ``micro_tokens``, or both; 0 for
+    all."""
+    by_tokens = max(1, stage.micro_tokens // longest) if stage.micro_tokens else 0
+    return min(filter(None, (stage.micro_batch, by_tokens)), default=0)
 
 
 def works_of_run(

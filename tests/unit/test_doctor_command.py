@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minillm import api, cli
+from minillm import api
 from minillm.config import load_config
 from minillm.doctor import at_start, rollout, smoke
 from minillm.doctor.findings import error, exit_code, note, of_error, ok, warning
@@ -18,7 +18,7 @@ from minillm.doctor.rollout import Answer, looked_over, repeated_share
 from minillm.errors import ConfigError
 from minillm.pairs import check_pair
 from minillm.run_splits import read_splits
-from tests.patients import healthy, levels, looked_at, of
+from tests.patients import healthy, levels, looked_at, of, run
 
 SFT = "stages=[{kind: sft, steps: 1, batch: 4, optimiser: {lr: 1e-3}}]"
 
@@ -28,10 +28,6 @@ def well(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("well")
     healthy(folder)
     return folder
-
-
-def run(*words: str) -> int:
-    return cli._guarded(lambda **options: cli.app(list(words), **options))
 
 
 def test_the_command_prints_the_worst_last_and_writes_a_record(

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from minillm import cli
-from tests.patients import healthy
+from tests.patients import healthy, run
 from tests.tiny import WORDS, save_model
 
 
@@ -16,10 +15,6 @@ def well(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("well")
     healthy(folder)
     return folder
-
-
-def run(*words: str) -> int:
-    return cli._guarded(lambda **options: cli.app(list(words), **options))
 
 
 def test_a_run_that_would_start_is_printed_and_nothing_is_written(

@@ -124,6 +124,22 @@ def test_a_runs_file_is_planned_as_the_same_options(tmp_path: Path) -> None:
     assert offloaded["settings"]["placement"] == "offload"
 
 
+@pytest.mark.parametrize(
+    ("rows", "places", "at_once"), [(0, 0, 0), (2, 0, 2), (0, 36, 3), (2, 36, 2), (4, 36, 3), (0, 5, 1)]
+)
+def test_places_of_a_micro_batch_are_planned_as_rows_of_full_length(
+    rows: int, places: int, at_once: int, tmp_path: Path
+) -> None:
+    """36 places are three rows of 7 + 5 tokens; and a row that is longer than the limit goes alone."""
+    file = healthy(tmp_path)
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    values["data"]["max_prompt_tokens"], values["decoding"]["max_new_tokens"] = 7, 5
+    values["stages"][0].update(prompts=8, micro_batch=rows, micro_tokens=places)
+    file.write_text(json.dumps(values), encoding="utf-8")
+    found = planned(tmp_path / "a.json", "plan", "--config", str(file), "--gpus", "1", "--gpu-memory", "1")
+    assert found["settings"]["micro_batch"] == at_once
+
+
 def test_the_hungriest_stage_of_a_run_is_planned(tmp_path: Path) -> None:
     file = healthy(tmp_path)
     values = yaml.safe_load(file.read_text(encoding="utf-8"))
