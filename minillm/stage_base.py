@@ -124,7 +124,7 @@ class BaseStage(Settings, ABC):
     weights that drew a token must be those that learn from it."""
     wants_teacher: ClassVar[bool]
     """Whether the stage asks a teacher while it trains."""
-    reads: ClassVar[Literal["train", "teacher_text"]] = "train"
+    reads: ClassVar[Literal["train", "teacher_text", "preferences"]] = "train"
     """Which rows of ``data`` it learns from."""
 
     @property

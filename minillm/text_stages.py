@@ -76,7 +76,7 @@ class SeqkdStage(ReferenceStage):
     """Names the stage in folders, logs and random keys; different from the other stages' names."""
 
     wants_teacher: ClassVar[bool] = False
-    reads: ClassVar[Literal["train", "teacher_text"]] = "teacher_text"
+    reads: ClassVar[Literal["train", "teacher_text", "preferences"]] = "teacher_text"
 
 
 class KdStage(ReferenceStage):

@@ -63,6 +63,24 @@ class Prompt:
     """Other string fields of the row (family, topic, answer), passed through to samples.jsonl."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferencePair:
+    """A prompt and two responses to it, one of which is preferred."""
+
+    prompt: Prompt
+    """Without responses of its own; its uid is the pair's."""
+    chosen: str
+    rejected: str
+    chosen_ids: tuple[int, ...]
+    """Token ids of the preferred response with the closing EOS."""
+    rejected_ids: tuple[int, ...]
+    source: str = ""
+    """Name of the source that it stands in, where ``data.preferences`` names several."""
+    teacher_logps: tuple[float, float] | None = None
+    """What the teacher that made the pair gives to each response, chosen first: its log-probability in nats, summed
+    over the tokens, EOS included; None for pairs from elsewhere."""
+
+
 class Example(Protocol):
     """What a language-model loss needs of a row: a ``Prompt`` with a response, or a ``corpus.Block``."""
 
