@@ -23,6 +23,7 @@ from minillm.manifests import parsed, sha256_of
 from minillm.row_sources import files_of
 from minillm.store import make_folder, record_text, write_text
 from minillm.study.config import StudyConfig
+from minillm.study.texts import StudyText, texts_of
 from minillm.world import rows
 
 SCHEMA = 1
@@ -86,6 +87,8 @@ class Asked:
     teacher: RunConfig | None
     """The run that makes its teacher, where the study does."""
     student: RunConfig | None
+    texts: tuple[StudyText, ...]
+    """What has to be written for it."""
     made_from: dict[str, str]
     """Names models, data and engine settings: digests, known without making anything."""
 
@@ -102,7 +105,8 @@ def asked(study: StudyConfig, arm: str, seed: int) -> Asked:
     student = study.student_config(seed) if study.makes(arm, "student") else None
     return Asked(
         arm=arm, seed=seed, file=study.cell_file(arm, seed), run=run, teacher=teacher, student=student,
-        made_from=made_from(run, student=student, teacher=teacher, taught=taught_digest(study, arm)),
+        texts=(texts := texts_of(study, arm)),
+        made_from=made_from(run, student=student, teacher=teacher, texts=text_digests(study, texts)),
     )  # fmt: skip
 
 
@@ -111,7 +115,7 @@ def asked_of_run(study: StudyConfig, run: RunConfig, *, name: str, file: Path) -
     teacher = study.teacher_config() if study.makes(None, "teacher") else None
     student = study.student_config(study.seeds[0]) if study.makes(None, "student") else None
     return Asked(
-        arm=name, seed=study.seeds[0], file=file, run=run, teacher=teacher, student=student,
+        arm=name, seed=study.seeds[0], file=file, run=run, teacher=teacher, student=student, texts=(),
         made_from=made_from(run, student=student, teacher=teacher),
     )  # fmt: skip
 
@@ -192,16 +196,14 @@ _OF_THE_STUDY = {"name": "cell", "student": "its-own", "teacher": "its-own"}
 
 
 def made_from(
-    run: RunConfig, *, student: RunConfig | None, teacher: RunConfig | None, taught: str | None = None
+    run: RunConfig, *, student: RunConfig | None, teacher: RunConfig | None, texts: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Digests of all that a run reads beside its settings; a model that another run makes counts by that run's, and so
-    does text that the study makes (``taught``)."""
-    sources = {split: getattr(run.data, split) for split in SOURCES}
-    if taught is not None:
-        del sources["teacher_text"]
+    """Digests of all that a run reads beside its settings; a model that another run makes counts by that run's.
+    ``texts`` are those of text that the study makes, by setting."""
+    texts = {} if texts is None else texts
+    sources = {split: getattr(run.data, split) for split in SOURCES if split not in texts}
     found = {f"{split} data": _source_digest(source) for split, source in sources.items() if source is not None}
-    if taught is not None:
-        found["teacher_text data"] = taught
+    found |= {f"{split} data": digest for split, digest in texts.items()}
     found["engine"] = _digest(read_engine_settings(run.engine.student))
     found["student"] = _model_digest(run.student, "students") if student is None else _recipe_digest(student)
     if teacher is not None:
@@ -211,14 +213,17 @@ def made_from(
     return found
 
 
-def taught_digest(study: StudyConfig, arm: str) -> str | None:
-    """Names the text that the study's teacher writes, known before it is written; None for an arm that needs none."""
-    if not study.learns_from_taught(arm) or study.taught is None:
-        return None
-    run, teacher = study.taught_config(), study.teacher_config()
+def text_digests(study: StudyConfig, texts: Sequence[StudyText]) -> dict[str, str]:
+    """Names each text by the setting that reads it, known before it is written."""
+    return {text.reads: _text_digest(study, text) for text in texts}
+
+
+def _text_digest(study: StudyConfig, text: StudyText) -> str:
+    run, teacher = text.run, study.teacher_config()
     assert run.data.train is not None and run.teacher is not None, "a recipe that distils has both"
     writer = _model_digest(run.teacher, "teachers") if teacher is None else _recipe_digest(teacher)
-    asked = [study.taught.model_dump(), run.decoding.model_dump(), run.data.template, run.data.max_prompt_tokens]
+    wanted = {"rows": run.data.train_limit, "samples": text.samples}
+    asked = [wanted, run.decoding.model_dump(), run.data.template, run.data.max_prompt_tokens]
     return _digest([writer, _source_digest(run.data.train), run.seed, asked])
 
 

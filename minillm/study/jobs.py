@@ -24,6 +24,7 @@ from minillm.study.cells import Asked, asked, code_digest, sort_out
 from minillm.study.config import StudyConfig
 from minillm.study.make import log_into, make_model, make_text
 from minillm.study.run import arms_to_tune, cells_to_make, make_cell, progress_line, run_study
+from minillm.study.texts import StudyText, texts_of
 from minillm.study.tuning import tune
 
 Say = Callable[[str], None]
@@ -60,16 +61,17 @@ def _all(
     pool: ProcessPoolExecutor, study: StudyConfig, *, arms: Sequence[str], seeds: Sequence[int], again: bool, say: Say
 ) -> None:
     open_arms = arms_to_tune(study, arms, again=again, say=say)
-    models = _models(study, open_arms, arms=arms, seeds=seeds, again=again)
-    _wait(pool.submit(_make_model, model) for model in models)
-    if open_arms:
-        # An arm that learns from the teacher's text waits for it: such arms come last, and the text is begun first.
-        ordered = sorted(open_arms, key=study.learns_from_taught)
-        text = [pool.submit(_make_text, study)] if any(map(study.learns_from_taught, open_arms)) else []
-        tuned = [pool.submit(_tune, study, arm, again) for arm in ordered]
-        for future in as_completed([*text, *tuned]):
-            for line in future.result():
-                say(line)
+    needed = _needed(study, open_arms, arms=arms, seeds=seeds, again=again)
+    models = [model for wanted in needed for model in (wanted.teacher, wanted.student) if model is not None]
+    _wait(pool.submit(_make_model, model) for model in {model.name: model for model in models}.values())
+    texts = {text.file: text for wanted in needed for text in wanted.texts}
+    written = [pool.submit(_make_text, text) for text in texts.values()]
+    # An arm that learns from text waits for it: such arms come last, and the text is begun first.
+    ordered = sorted(open_arms, key=lambda arm: bool(texts_of(study, arm)))
+    tuned = [pool.submit(_tune, study, arm, again) for arm in ordered]
+    for future in as_completed([*written, *tuned]):
+        for line in future.result():
+            say(line)
     todo = cells_to_make(study, arms=arms, seeds=seeds, again=again, say=say)
     began = time.monotonic()
     cells = {pool.submit(_make_cell, study, wanted): wanted for wanted in todo}
@@ -77,18 +79,17 @@ def _all(
         say(progress_line(cells[done], done.result(), made=number, of=len(todo), began=began))
 
 
-def _models(
+def _needed(
     study: StudyConfig, open_arms: Sequence[str], *, arms: Sequence[str], seeds: Sequence[int], again: bool
-) -> list[RunConfig]:
-    """The runs that make models of the study's own which something still to be made needs, each once."""
+) -> list[Asked]:
+    """What is still to be made, so that the models and the text that it needs can be made first."""
     needed = [asked(study, arm, seed) for arm in open_arms for seed in (*_seeds_of_tuning(study), *seeds)]
     tuned = [arm for arm in arms if arm not in open_arms]
     if again:
         needed += [asked(study, arm, seed) for arm in tuned for seed in seeds]
     else:
         needed += [wanted for wanted, _ in sort_out(study, arms=tuned, seeds=seeds)[1]]
-    models = [model for wanted in needed for model in (wanted.teacher, wanted.student) if model is not None]
-    return list({model.name: model for model in models}.values())
+    return needed
 
 
 def _seeds_of_tuning(study: StudyConfig) -> list[int]:
@@ -114,10 +115,9 @@ def _make_model(model: RunConfig) -> None:
         make_model(model, ranks=_ranks(model.threads))
 
 
-def _make_text(study: StudyConfig) -> list[str]:
-    run = study.taught_config()
-    with log_into(Path(study.taught_file).with_suffix(".log"), first=True):
-        make_text(study, ranks=_ranks(run.threads))
+def _make_text(text: StudyText) -> list[str]:
+    with log_into(text.file.with_suffix(".log"), first=True):
+        make_text(text, ranks=_ranks(text.run.threads))
     return []
 
 

@@ -20,7 +20,8 @@ from minillm.report_files import read_course, read_samples
 from minillm.results import versions
 from minillm.statistics import mean_over_seeds
 from minillm.store import RunFolder
-from minillm.study.config import StudyConfig
+from minillm.study.cells import Asked
+from minillm.study.texts import StudyText
 
 
 def make_model(needed: RunConfig, *, ranks: Ranks) -> None:
@@ -35,18 +36,29 @@ def make_model(needed: RunConfig, *, ranks: Ranks) -> None:
             api.distill(needed, fresh=True)
 
 
-def make_text(study: StudyConfig, *, ranks: Ranks) -> None:
-    """What the teacher answers, for arms that learn from it, unless it is there; the teacher must be."""
-    assert study.taught is not None
-    run, file = study.taught_config(), Path(study.taught_file)
-    assert run.teacher is not None, "a recipe that distils names a teacher"
-    with alone(file.with_name(f".{file.name}.lock"), ranks=ranks):
+def make_needed(wanted: Asked, *, ranks: Ranks) -> None:
+    """What a cell is made from and the study makes: models, then text."""
+    for model in (wanted.teacher, wanted.student):
+        if model is not None:
+            make_model(model, ranks=ranks)
+    for text in wanted.texts:
+        make_text(text, ranks=ranks)
+
+
+def make_text(text: StudyText, *, ranks: Ranks) -> None:
+    """Text that arms learn from, unless it is there; the models that write it must be."""
+    with alone(text.file.with_name(f".{text.file.name}.lock"), ranks=ranks):
         try:
-            generate(run.teacher, run, out=file, samples=study.taught.samples)
+            _write(text, fresh=False)
         except DataError as error:  # other text than is wanted now
             if ranks.first:
                 print(f"written anew: {error}", flush=True)
-            generate(run.teacher, run, out=file, samples=study.taught.samples, fresh=True)
+            _write(text, fresh=True)
+
+
+def _write(text: StudyText, *, fresh: bool) -> None:
+    assert text.run.teacher is not None, "a recipe that distils names a teacher"
+    generate(text.run.teacher, text.run, out=text.file, samples=text.samples, fresh=fresh)
 
 
 def make(config: RunConfig, *, ranks: Ranks, evaluated: bool = True) -> dict[str, Any]:

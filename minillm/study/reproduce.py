@@ -17,7 +17,7 @@ from minillm.ranks import Ranks
 from minillm.results import versions
 from minillm.study.cells import Asked, asked, code_digest, differs, read_cell
 from minillm.study.config import StudyConfig
-from minillm.study.make import log_into, make, make_model, make_text
+from minillm.study.make import log_into, make, make_needed
 from minillm.terminal import print_table
 
 SHORT = 12
@@ -53,11 +53,7 @@ def reproduce(study: StudyConfig, arm: str, seed: int) -> bool:
         _print_provenance(wanted, stored)
     run = wanted.run.model_copy(update={"name": study.run_name("reproduced", arm, seed)})
     with log_into(Path(run.out) / f"{run.name}.log", first=ranks.first):
-        for needed in (wanted.teacher, wanted.student):
-            if needed is not None:
-                make_model(needed, ranks=ranks)
-        if study.learns_from_taught(arm):
-            make_text(study, ranks=ranks)
+        make_needed(wanted, ranks=ranks)
         found = make(run, ranks=ranks)
     held = hold(study, stored, found, temperature=temperature_key(run.evaluation.temperatures[0]))
     if ranks.first:

@@ -14,7 +14,7 @@ from minillm.rows import counted
 from minillm.store import make_folder
 from minillm.study.cells import Asked, asked, code_digest, differs, forget_digests, sort_out, write_cell
 from minillm.study.config import StudyConfig
-from minillm.study.make import log_into, make, make_model, make_text
+from minillm.study.make import log_into, make, make_needed
 from minillm.study.tuning import tune, untuned
 
 SHOWN = ("validity", "coverage", "rouge_l", "reverse_kl")
@@ -46,14 +46,10 @@ def run_study(
 
 
 def make_cell(study: StudyConfig, wanted: Asked, *, ranks: Ranks) -> dict[str, Any]:
-    """One cell, the models and text that it needs first; kept in its file. ``DataError`` where what it is made from
+    """One cell, what it needs first; kept in its file. ``DataError`` where what it is made from
     changed meanwhile."""
     with log_into(Path(wanted.run.out) / f"{wanted.run.name}.log", first=ranks.first):
-        for needed in (wanted.teacher, wanted.student):
-            if needed is not None:
-                make_model(needed, ranks=ranks)
-        if study.learns_from_taught(wanted.arm):
-            make_text(study, ranks=ranks)
+        make_needed(wanted, ranks=ranks)
         found = make(wanted.run, ranks=ranks)
     forget_digests()
     if differs({"config": wanted.config, "made_from": wanted.made_from}, asked(study, wanted.arm, wanted.seed)):

@@ -16,9 +16,10 @@ from minillm.ranks import Ranks
 from minillm.stage_base import BETTER
 from minillm.store import make_folder, record_text, write_text
 from minillm.study.budget import cost_a_step, course_of, pilot, refined
-from minillm.study.cells import SCHEMA, Asked, code_digest, differs, made_from, taught_digest
+from minillm.study.cells import SCHEMA, Asked, code_digest, differs, made_from, text_digests
 from minillm.study.config import SearchConfig, StudyConfig
-from minillm.study.make import log_into, make, make_model, make_text
+from minillm.study.make import log_into, make, make_needed
+from minillm.study.texts import texts_of
 
 NEEDED = {"settings", "config", "made_from", "asked"}
 
@@ -54,11 +55,7 @@ def tune(study: StudyConfig, arm: str, *, ranks: Ranks, say: Callable[[str], Non
     found: dict[str, Any] = {}
     known = {} if again else _known(study, arm, wanted)
     with log_into(Path(wanted.run.out) / f"{wanted.run.name}.log", first=ranks.first):
-        for needed in (wanted.teacher, wanted.student):
-            if needed is not None:
-                make_model(needed, ranks=ranks)
-        if study.learns_from_taught(arm):
-            make_text(study, ranks=ranks)
+        make_needed(wanted, ranks=ranks)
         if study.budget is not None:
             found["pilot"] = known.get("pilot") or pilot(study, arm, study.budget, ranks=ranks)
             settings |= found["pilot"]["settings"]
@@ -112,7 +109,8 @@ def _asked(study: StudyConfig, arm: str) -> Asked:
     student = study.student_config(seed) if study.makes(arm, "student") else None
     return Asked(
         arm=arm, seed=seed, file=study.tuning_file(arm), run=run, teacher=teacher, student=student,
-        made_from=made_from(run, student=student, teacher=teacher, taught=taught_digest(study, arm)),
+        texts=(texts := texts_of(study, arm)),
+        made_from=made_from(run, student=student, teacher=teacher, texts=text_digests(study, texts)),
     )  # fmt: skip
 
 

@@ -93,10 +93,13 @@ def test_jobs_and_a_launcher_exclude_each_other(shared: StudyConfig, monkeypatch
         by_jobs(shared, 2)
 
 
+def _ended(*_: object) -> None:
+    os._exit(9)
+
+
 def test_a_process_that_is_killed_is_told(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = load_study(study_file(place, name="killed"))
-    monkeypatch.setattr(jobs_module, "_models", lambda *_, **__: [9])
-    monkeypatch.setattr(jobs_module, "_make_model", os._exit)
+    monkeypatch.setattr(jobs_module, "_make_cell", _ended)
     with pytest.raises(ConfigError, match="--jobs 2: one of the processes was ended from outside"):
         by_jobs(study, 2)
 
