@@ -17,7 +17,7 @@ from minillm.batches import example_batch
 from minillm.micro_batches import Limits, alike
 from minillm.models import ModelReader
 from minillm.ranks import Ranks
-from minillm.types import Prompt
+from minillm.types import Example
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ class Gold:
 
 
 def read_gold(
-    reader: ModelReader, prompts: Sequence[Prompt], *, pad_id: int, limits: Limits, ranks: Ranks
+    reader: ModelReader, prompts: Sequence[Example], *, pad_id: int, limits: Limits, ranks: Ranks
 ) -> list[Gold | None]:
     """A record for each prompt, in their order, all of them on every rank; None for a prompt without ``response_ids``.
 
@@ -53,7 +53,7 @@ def read_gold(
 
 
 def reference_loss(
-    reader: ModelReader, prompts: Sequence[Prompt], *, pad_id: int, limits: Limits, ranks: Ranks
+    reader: ModelReader, prompts: Sequence[Example], *, pad_id: int, limits: Limits, ranks: Ranks
 ) -> float:
     """Mean cross-entropy of the reference responses, nats a token (closing EOS included), over the prompts that have
     one."""
@@ -67,7 +67,7 @@ def reference_loss(
 
 @torch.no_grad()
 def _own_share(
-    reader: ModelReader, prompts: Sequence[Prompt], *, pad_id: int, limits: Limits, ranks: Ranks
+    reader: ModelReader, prompts: Sequence[Example], *, pad_id: int, limits: Limits, ranks: Ranks
 ) -> Iterator[tuple[int, Tensor]]:
     """(Which prompt, log-probs of its reference's tokens in float64) of every prompt that is this rank's to read."""
     answered = [place for place, prompt in enumerate(prompts) if prompt.response_ids]

@@ -98,6 +98,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "left_out",
         "rollout_figures",
         "bad_batches",
+        *("gold", "sequence_logps"),
         "references",
         "distillation",
         "objectives",
@@ -118,7 +119,6 @@ FLOORS: dict[int, tuple[str, ...]] = {
         *("report_style", "report_text", "report_words", "report_extras", "report_sets", "compare"),
         *("report_parts", "report_lengths"),
         *(
-            "gold",
             "unfinished",
             "sweep",
             "evaluation_sets",
