@@ -21,7 +21,17 @@ PACKAGE = Path(__file__).resolve().parents[2] / "minillm"
 
 FLOORS: dict[int, tuple[str, ...]] = {
     1: ("exits", "errors", "types", "state"),
-    2: ("sampling", "repetition", "divergences", "kept", "by_definition", "credit", "ridge", "policy_loss"),
+    2: (
+        "sampling",
+        "repetition",
+        "divergences",
+        "kept",
+        "by_definition",
+        "credit",
+        "ridge",
+        "policy_loss",
+        "pairwise_loss",
+    ),
     3: (
         *("settings", "alarm_config", "published", "stage_base", "text_stages", "text_mix"),
         *("minillm_settings", "stage_checks", "stage_config", "yaml_reader", "data_config", "lora_config", "config"),
