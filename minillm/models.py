@@ -90,6 +90,8 @@ class CausalLM(nn.Module):
             return self._read(**inputs)
         if mode == "train":
             self._count(inputs["mask_BL"].sum(), inputs["predict_BL"].sum(), backward=True)
+            if inputs.get("coupled"):
+                self._count(0, inputs["predict_BL"].sum())
             return self._train(**inputs)
         assert mode in {"logits", "statistics"}, mode
         self._count(0, inputs["hidden_NH"].shape[0])
@@ -149,14 +151,15 @@ class CausalLM(nn.Module):
         mask_BL: Tensor,
         predict_BL: Tensor,
         loss: TileLoss,
+        coupled: bool = False,
         **task: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """``token_loss`` for the tokens at the columns where ``predict_BL`` is true (column 0 never is)."""
+        """``token_loss`` for the tokens at the columns where ``predict_BL`` is true (column 0 never is), row by row."""
         # The state before a token predicts it.
         before_BL = predict_BL.roll(-1, dims=1)
         hidden_NH = self._states(ids_BL, mask_BL, before_BL)
         result: tuple[Tensor, dict[str, Tensor]] = self.head(
-            hidden_NH, task=Task(taken_N=ids_BL[predict_BL], **task), loss=loss
+            hidden_NH, task=Task(taken_N=ids_BL[predict_BL], **task), loss=loss, coupled=coupled
         )
         return result
 

@@ -234,13 +234,18 @@ class Workspace:
 def token_statistics(hidden_NH: Tensor, *, head: HeadWeights, **task: Any) -> dict[str, Tensor]:
     """The wanted numbers for each of N tokens, each [N], without gradient (``token_loss`` has one): see ``Task``, whose
     fields are the arguments."""
-    asked = Task(**task)
-    cut = cut_for(head, asked)
+    return answers(hidden_NH, head=head, task=Task(**task))
+
+
+@torch.no_grad()
+def answers(hidden_NH: Tensor, *, head: HeadWeights, task: Task) -> dict[str, Tensor]:
+    """``token_statistics`` of a question that is made already."""
+    cut = cut_for(head, task)
     space = Workspace(min(cut.piece, len(hidden_NH)), head)
-    numbers = empty_numbers(hidden_NH, asked, space)
-    for tile in tiles(hidden_NH, head=head, teacher=asked.teacher, tokens=cut.tile):
+    numbers = empty_numbers(hidden_NH, task, space)
+    for tile in tiles(hidden_NH, head=head, teacher=task.teacher, tokens=cut.tile):
         for part in tile.pieces(cut.piece):
-            piece = Piece(part, head=head, task=asked, space=space)
+            piece = Piece(part, head=head, task=task, space=space)
             values = piece.by_formula() if piece.is_finite else piece.by_definition(piece.student_nV)
             for name, into_N in numbers.items():
                 into_N[part.here] = values[name]

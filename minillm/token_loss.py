@@ -9,6 +9,10 @@ by formulas written out below, through the softmax, to take the place of the pie
 the head into gradients of hidden states and head. So nothing of size [N, V] is kept, no logits are computed twice, and
 the backward pass only multiplies by the number that comes from above (the idea of fused linear losses, Hsu et al. 2024,
 "Liger Kernel"; here for a loss that is any function of the numbers of each token).
+
+A loss that couples tokens (of two responses that are compared, say) is no sum over pieces. It is differentiated by the
+numbers of all N tokens, which a pass without gradient gives; the loss that has just this gradient *is* a sum over
+tokens: each number times its derivative, which is a constant by then. So there is one way back through the softmax.
 """
 
 from __future__ import annotations
@@ -19,28 +23,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minillm.scoring import HeadWeights, Piece, Task, Tile, Workspace, cut_for, empty_numbers, tiles
+from minillm.scoring import HeadWeights, Piece, Task, Tile, Workspace, answers, cut_for, empty_numbers, tiles
 
 __all__ = ["Task", "TileLoss", "token_loss"]
 
 TileLoss = Callable[[Mapping[str, Tensor], slice], Tensor]
 """From the numbers of a piece's tokens, each [n], and their place among all N, to the piece's share of the loss. It
-must be a sum over tokens, or how tokens are cut into tiles and pieces would change it."""
+must be a sum over tokens, or how tokens are cut into tiles and pieces would change it; unless it is ``coupled``, and
+given all N at once."""
 
 
 BLOCK_BYTES = 16 * 2**20
 """Size of a block of the head's gradient in 16 bits, before it is added to that in 32."""
 
 
-def token_loss(hidden_NH: Tensor, *, head: HeadWeights, task: Task, loss: TileLoss) -> tuple[Tensor, dict[str, Tensor]]:
+def token_loss(
+    hidden_NH: Tensor, *, head: HeadWeights, task: Task, loss: TileLoss, coupled: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of ``loss`` over pieces, a scalar with gradient to hidden states and head; and the numbers [N], without.
 
     The numbers are those of ``scoring.token_statistics``. With N = 0 the loss of an empty piece comes out, and its
-    gradient is 0. Only the first derivative exists.
+    gradient is 0. Only the first derivative exists. A ``coupled`` loss is any function of the numbers of all tokens,
+    and called once, with all of them; the heads are multiplied out a second time for it.
     """
+    if coupled:
+        return _coupled_loss(hidden_NH, head=head, task=task, loss=loss)
     out: dict[str, Tensor] = {}
     value: Tensor = _TokenLoss.apply(hidden_NH, head.weight_VH, head.bias_V, head, task, loss, out)  # type: ignore[no-untyped-call]
     return value, out
+
+
+def _coupled_loss(
+    hidden_NH: Tensor, *, head: HeadWeights, task: Task, loss: TileLoss
+) -> tuple[Tensor, dict[str, Tensor]]:
+    numbers = answers(hidden_NH, head=head, task=task)
+    value, slopes = _differentiate(loss, numbers, slice(0, len(hidden_NH)))
+
+    def to_first_order(of: Mapping[str, Tensor], here: slice) -> Tensor:
+        shares = [(slope_N[here] * of[name]).sum() for name, slope_N in slopes.items()]
+        return sum(shares, value.new_zeros(()))
+
+    same, _ = token_loss(hidden_NH, head=head, task=task, loss=to_first_order)
+    return value + (same - same.detach()), numbers  # the loss's own value, with the other's gradient
 
 
 class _TokenLoss(torch.autograd.Function):

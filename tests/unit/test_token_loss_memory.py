@@ -64,7 +64,7 @@ TILE, PIECE, MANY_V, NARROW_H = 32, 8, 4096, 2
 
 def at_the_peak(
     wanted: Sequence[str], *, dtype: torch.dtype = torch.float32, whole: bool = False, gradient: bool = True,
-    kept: int = 16,
+    kept: int = 16, coupled: bool = False,
 ) -> tuple[float, int]:  # fmt: skip
     """Memory beyond both models' tiles in tensors of a piece's size, as counted and as foreseen.
 
@@ -92,7 +92,9 @@ def at_the_peak(
     hidden_NH, own = random(tokens, NARROW_H).requires_grad_(gradient), head()
     with Live() as live:
         if gradient:
-            token_loss(hidden_NH, head=own, task=task, loss=lambda n, _: torch.stack([*n.values()]).sum())
+            token_loss(
+                hidden_NH, head=own, task=task, loss=lambda n, _: torch.stack([*n.values()]).sum(), coupled=coupled
+            )
         else:
             token_statistics(hidden_NH, head=own, **{field.name: getattr(task, field.name) for field in fields(task)})
     row = MANY_V * dtype.itemsize
@@ -122,6 +124,13 @@ def test_many_kept_ids_are_counted_too(dtype: torch.dtype, kept: int) -> None:
     found, foreseen = at_the_peak(("logq", "cached_kl"), dtype=dtype, kept=kept)
     assert foreseen - 1.0 < found < foreseen + 0.2
     assert found - few > 4 * kept / MANY_V  # control: ids cost something
+
+
+@pytest.mark.parametrize("wanted", [("logq",), ("logq", "logp", "forward_kl"), STATISTICS])
+def test_a_coupled_loss_keeps_no_more(wanted: tuple[str, ...]) -> None:
+    """Beside some numbers a token: both of its passes go tile by tile."""
+    found, foreseen = at_the_peak(wanted, coupled=True)
+    assert foreseen - 0.6 < found < foreseen + 0.15
 
 
 def test_the_loss_of_minillm_needs_five_tensors_of_a_piece() -> None:
