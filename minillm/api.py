@@ -189,12 +189,12 @@ def _require_made_from(folder: RunFolder, made_from: Mapping[str, str]) -> None:
 
 
 def _train(run: _Run, checkpoints: Checkpoints, resumed: Resumed | None, *, fingerprints: Mapping[str, Any]) -> Behind:
-    """Runs the stages that are not over, each from the weights that the one before handed on; raises ``Stopped`` where
-    a signal ended one of them."""
+    """Runs the stages that are not over, each from the student that it starts from; raises ``Stopped`` where a signal
+    ended one of them."""
     config, ranks, folder = run.config, run.ranks, run.folder
     behind = Behind() if resumed is None else resumed.behind
     weights = str(fingerprints["made_from"]["student"])
-    start = Start(card=run.pair.student_card, facts=run.pair.student, weights=weights)
+    over = resumed.stage if resumed is not None and resumed.over else None
     with contextlib.ExitStack() as stack:
         saver = None
         if config.checkpoints is not None:
@@ -210,6 +210,7 @@ def _train(run: _Run, checkpoints: Checkpoints, resumed: Resumed | None, *, fing
                 behind.add(stage.name, resumed.progressed, updates=resumed.updates)
             elif stage.name not in behind.stages:
                 own = resumed if resumed is not None and resumed.stage == stage.name else None
+                start = _start_of(run, stage, base_weights=weights)
                 done = _run_stage(run, stage, start=start, saver=saver, behind=behind, resumed=own)
                 if done.interrupted:
                     assert saver is not None
@@ -219,15 +220,22 @@ def _train(run: _Run, checkpoints: Checkpoints, resumed: Resumed | None, *, fing
                     )
                 behind.add(stage.name, done, updates=0 if saver is None else saver.updates)
             ranks.of_first(lambda: folder.tell_status(seconds=behind.seconds, stages=behind.stages))
-            ranks.of_first(lambda stage=stage, into=into: behind.require_student(stage.name, into))  # type: ignore[misc]
-            start = _handed_on(run, into, base_weights=weights)
+            left = [each for each in config.stages if each.name not in {*behind.stages, over}]
+            if stage is config.stages[-1] or any(config.source(each) is stage for each in left):
+                # Before anything else is trained: a stage much later may start from it.
+                ranks.of_first(lambda stage=stage, into=into: behind.require_student(stage.name, into))  # type: ignore[misc]
         if saver is not None:
             _say(ranks, saver.cost)
     return behind
 
 
-def _handed_on(run: _Run, into: Path, *, base_weights: str) -> Start:
-    """What the next stage starts from: the student that stands there, or the run's own with the adapter that does."""
+def _start_of(run: _Run, stage: Stage, *, base_weights: str) -> Start:
+    """What a stage starts from: the run's own student, one that an earlier stage handed on, or the run's own with the
+    adapter that was."""
+    before = run.config.source(stage)
+    if before is None:
+        return Start(card=run.pair.student_card, facts=run.pair.student, weights=base_weights)
+    into = run.into(before)
     if run.config.lora is not None:
         return Start(card=run.pair.student_card, facts=run.pair.student, adapter=into / FOLDER, weights=base_weights)
     card = run.pair.student_card.of_folder(into)

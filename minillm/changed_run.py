@@ -36,7 +36,7 @@ EFFECTS = {
     ),
     Effect.TRAINING: ("decoding", "engine.precision", "stages"),
     Effect.ANOTHER_RUN: (
-        "seed", "student", "teacher", "data", "lora", "stages.kind", "stages.name", "stages.keep",
+        "seed", "student", "teacher", "data", "lora", "stages.kind", "stages.name", "stages.start", "stages.keep",
         "stages.optimiser.name", "stages.teacher_cache", "stages.student_share", "stages.replay",
     ),
 }  # fmt: skip

@@ -18,6 +18,7 @@ from minillm.lora_config import LoraConfig
 from minillm.settings import Count, Flag, NonNegative, Positive, PositiveShare, Seed, Settings, Text, Whole, headed
 from minillm.stage_base import BETTER, KeepConfig, OptimiserConfig, is_component
 from minillm.stage_config import MinillmStage, Stage
+from minillm.stage_order import check_starts, source_of
 from minillm.text_stages import SftStage, asks_teacher
 from minillm.yaml_reader import read_yaml, read_yaml_file, write_yaml
 
@@ -161,7 +162,8 @@ class RunConfig(Settings):
     decoding: DecodingConfig
     """How text is drawn, everywhere in the run."""
     stages: tuple[Stage, ...]
-    """What is trained, in order; each stage starts from the weights that the one before hands on."""
+    """What is trained, in order; each stage starts from the weights that the one before hands on, or that its
+    ``start`` names."""
     engine: EngineConfig = EngineConfig()
     """DeepSpeed settings of the student."""
     lora: LoraConfig | None = None
@@ -179,6 +181,10 @@ class RunConfig(Settings):
     def anchored(self) -> tuple[MinillmStage, ...]:
         """The stages with a language-model loss."""
         return tuple(stage for stage in self.stages if isinstance(stage, MinillmStage) and stage.lm_coefficient > 0)
+
+    def source(self, stage: Stage) -> Stage | None:
+        """The stage whose student this one starts from; None where that is the run's own."""
+        return source_of(stage, self.stages)
 
     def responses_needed(self, stage: Stage) -> Literal["none", "some", "all"]:
         """Of the rows in data.train that the stage draws from, which must have a reference response."""
@@ -218,11 +224,9 @@ class RunConfig(Settings):
                 "evaluation.exposure compares the student with its teacher, but the run names none; "
                 "add 'teacher: NAME', or leave evaluation.exposure out"
             )
-        names = [stage.name for stage in self.stages]
+        check_starts(self.stages)
         for index, stage in enumerate(self.stages):
             at = f"stages.{index} ('{stage.name}')"
-            if stage.name in names[:index]:
-                raise ConfigError(f"{at} has the name of an earlier stage; give it another name")
             if self.lora is not None and stage.optimiser.name == "muon":
                 raise UnsupportedCombination(
                     f"{at} has optimiser muon with lora: muon makes a step of a whole matrix orthogonal, and an "

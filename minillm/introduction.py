@@ -10,6 +10,7 @@ from minillm.pairs import Pair
 from minillm.preflight import Anchor, Split
 from minillm.ranks import Ranks
 from minillm.run_splits import evaluated_sets
+from minillm.stage_order import start_words
 from minillm.stages import idle_words, unbiased_words
 from minillm.teacher_cache import TeacherCache
 
@@ -31,6 +32,7 @@ def introduction(
     for name in ("train", "teacher_text"):
         if getattr(config.data, name) is not None and name not in splits:
             yield f"data.{name} is not read; no stage learns from it"
+    yield from start_words(config.stages)
     for stage in config.stages:
         if words := unbiased_words(config, stage):
             yield f"stage {stage.name}: gradient unbiased: {words}"

@@ -29,6 +29,8 @@ BETTER: dict[str, Literal["min", "max"] | None] = {
 """Every validation measure and which way is better; ``None`` where neither is."""
 WITHOUT_TEACHER = tuple(name for name in BETTER if not name.startswith("reverse_kl"))
 """Those that need no teacher."""
+OWN_START = "student"
+"""What a stage's ``start`` calls the student that the run begins with."""
 LONGEST_NAME = 200
 """Characters of a name that becomes part of a path: file systems give one 255, and beside it stand others with more."""
 _COMPONENT = re.compile(rf"[A-Za-z0-9._-]{{1,{LONGEST_NAME}}}")
@@ -90,7 +92,7 @@ class KeepConfig(Settings):
 
 
 class BaseStage(Settings, ABC):
-    """What every kind of stage has; the first four are narrowed or explained by each kind.
+    """What every kind of stage has; all but ``start`` of the first five are narrowed or explained by each kind.
 
     A new kind is a class in ``stage_config``, in its ``Stage``, and its objective in ``stages``.
     """
@@ -99,6 +101,9 @@ class BaseStage(Settings, ABC):
     """Says which kind of stage this is."""
     name: Text
     """Names the stage in folders, logs and random keys; different from the other stages' names."""
+    start: Text | None = None
+    """Name of the earlier stage whose student this one starts from, or 'student' for the run's own; the stage before
+    where null."""
     steps: Count
     """Optimiser steps, or rollouts."""
     keep: KeepConfig

@@ -215,9 +215,12 @@ def _show(settings: RunConfig, what: str, *, evaluated: str | None = None) -> No
     """Prints a configuration as a file that could be run, on the first rank; raises what the run would."""
     from minillm.cli.dry_run import require_startable, tell
     from minillm.config import dump_config
+    from minillm.stage_order import start_words
 
     if os.environ.get("RANK", "0") == "0":
         print(f"# {what}, as the following says\n{dump_config(settings)}", end="", flush=True)
+        for line in start_words(settings.stages) if evaluated is None else ():
+            print(f"# {line}", flush=True)
     tell(require_startable(settings, evaluated=evaluated))
 
 

@@ -40,7 +40,7 @@ SINCE = {
     "lora": None,
     "data.teacher_text": None, "data.train_limit": None, "data.train_responses": None,
     "data.checker": None, "evaluation.exposure": None, "evaluation.calibration": False,
-    "stages.non_finite": "stop", "stages.max_dropped_rows": 8,
+    "stages.non_finite": "stop", "stages.max_dropped_rows": 8, "stages.start": None,
 }  # fmt: skip
 """Settings that came after the first cells were committed, and the values at which they change nothing. At these they
 have no part in the digest of a recipe, or every model that a study made before them would count as another."""

@@ -34,7 +34,16 @@ FLOORS: dict[int, tuple[str, ...]] = {
     ),
     3: (
         *("settings", "alarm_config", "published", "stage_base", "text_stages", "text_mix"),
-        *("minillm_settings", "stage_checks", "stage_config", "yaml_reader", "data_config", "lora_config", "config"),
+        *(
+            "minillm_settings",
+            "stage_checks",
+            "stage_config",
+            "stage_order",
+            "yaml_reader",
+            "data_config",
+            "lora_config",
+            "config",
+        ),
         *(
             "figures",
             "cards",

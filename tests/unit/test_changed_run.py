@@ -60,8 +60,8 @@ LAST_BITS = {
     "stages.micro_tokens",
 }
 ANOTHER = {
-    "seed", "student", "teacher", "stages.kind", "stages.name", "stages.keep.metric", "stages.keep.mode",
-    "stages.optimiser.name", "stages.teacher_cache", "stages.student_share", "stages.replay",
+    "seed", "student", "teacher", "stages.kind", "stages.name", "stages.start", "stages.keep.metric",
+    "stages.keep.mode", "stages.optimiser.name", "stages.teacher_cache", "stages.student_share", "stages.replay",
     *(
         path
         for path in EVERY
