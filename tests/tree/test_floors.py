@@ -31,6 +31,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "ridge",
         "policy_loss",
         "pairwise_loss",
+        "weight_merging",
     ),
     3: (
         *("settings", "alarm_config", "published", "stage_base", "text_stages", "text_mix"),
