@@ -65,3 +65,41 @@ def render(facts: CardFacts, scores: Mapping[str, float], *, step: int) -> str:
         lines += [f"| {name} | {value:.4g} |" for name, value in scores.items()]
     lines += ["", "## Settings of the run", "", "```yaml", facts.config_text.rstrip(), "```", ""]
     return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeFacts:
+    """What the card of a merged model says. Of a folder its name and its ``weights_sha256``."""
+
+    name: str
+    parameters: int
+    start: tuple[str, str]
+    models: tuple[tuple[str, str], ...]
+    method: str
+    weights: tuple[float, ...]
+    eta: float
+    angles: str
+    groups: int
+    edges: int
+    """In how many groups there were no directions to go by."""
+    words: str = ""
+    """A paragraph of who merged it."""
+
+
+def render_merge(facts: MergeFacts) -> str:
+    """Markdown."""
+    lines = ["---", "library_name: transformers", "tags: [merge, minillm]", "---", "", f"# {facts.name}", ""]
+    lines.append(
+        f"A language model of {facts.parameters:,} parameters: {len(facts.models)} models that were trained from one "
+        f"start, merged with minillm. `merge.json` has norms and angles of each layer group."
+    )
+    lines += ["", facts.words] if facts.words else []
+    lines += ["", "| | |", "|---|---|", f"| start | `{facts.start[0]}`, weights_sha256 `{facts.start[1]}` |"]
+    for (folder, weights), weight in zip(facts.models, facts.weights, strict=True):
+        lines.append(f"| merged, weight {weight:.4g} | `{folder}`, weights_sha256 `{weights}` |")
+    lines.append(f"| method | {facts.method} of task vectors, layer group by layer group |")
+    lines.append(f"| eta | {facts.eta:g} of the way from the start (0) to what was merged (1) |")
+    lines.append(f"| {facts.groups} layer groups | {facts.angles} |")
+    if facts.edges:
+        lines.append(f"| merged on a line | {facts.edges} groups: a task vector is zero, or two have one direction |")
+    return "\n".join([*lines, ""])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,23 +32,36 @@ AT_ONCE = 1 << 22
 """Elements of a tensor that are taken to the disk at once: all that a tensor on a GPU needs of the host's memory."""
 
 
+Kind = tuple[torch.dtype, tuple[int, ...]]
+"""Type of elements and shape of a tensor that need not be there yet."""
+
+
 def write_tensors(sink: Sink, tensors: Mapping[str, Tensor]) -> None:
     """Writes one safetensors file of the tensors as they are now; no two of them are held in copy."""
+    kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    write_pieces(sink, kinds, lambda name: torch.split(tensors[name].detach().reshape(-1), AT_ONCE))
+
+
+def write_pieces(sink: Sink, kinds: Mapping[str, Kind], pieces: Callable[[str], Iterable[Tensor]]) -> None:
+    """The same of tensors that are made while they are written: ``pieces`` gives one's elements from first to last, cut
+    anyhow, and is asked for a piece when the one before is in the file."""
     # Wide elements first, as the library does it: every tensor then starts at a multiple of its element's size.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    names = sorted(kinds, key=lambda name: (-kinds[name][0].itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in names:
-        tensor = tensors[name]
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        dtype, shape = kinds[name]
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     sink.write(len(text).to_bytes(8, "little"))
     sink.write(text)
     for name in names:
-        for part in torch.split(tensors[name].detach().reshape(-1), AT_ONCE):
-            sink.write(part.cpu().view(torch.uint8).numpy().data)
+        for piece in pieces(name):
+            assert piece.dtype == kinds[name][0], name
+            sink.write(piece.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    assert sink.bytes == 8 + len(text) + end, "pieces that are not the tensors announced"
 
 
 class TensorFile:
@@ -66,9 +80,10 @@ class TensorFile:
         return str(self._slices(name).get_dtype())
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Entries ``start`` .. ``stop - 1`` along a tensor's first dimension, on the CPU."""
+        """Entries ``start`` .. ``stop - 1`` along a tensor's first dimension, on the CPU; a number alone is one."""
+        slices = self._slices(name)
         with _told(self.path):
-            rows: Tensor = self._slices(name)[start:stop]
+            rows: Tensor = slices[start:stop] if slices.get_shape() else self._handle.get_tensor(name).view(1)
         return rows
 
     def _slices(self, name: str) -> Any:

@@ -102,6 +102,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "own_files",
         "publish",
         "merging",
+        *("merge_sources", "merge_models"),
         "model_card",
         "generated",
         "generation_parts",

@@ -1,0 +1,333 @@
+"""Model folders that were trained from one start, merged into one folder, layer group by layer group.
+
+Two passes over the files: the first gathers dot products of the task vectors and compares, the second merges and
+writes. Both read a piece of each model at a time, so that memory does not grow with the models, nor with their number
+by more than a piece.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minillm.disk import DISK, Sink
+from minillm.errors import ConfigError, DataError, ModelError, visible
+from minillm.loading import quiet_transformers
+from minillm.merge_sources import INDEX, WEIGHTS, lead_of, opened, pieces
+from minillm.model_card import MergeFacts, render_merge
+from minillm.publish import weights_sha256
+from minillm.store import replaced_folder, told_as_disk_error, write_text
+from minillm.tensor_files import Kind, write_pieces
+from minillm.weight_merging import STILL, WIDE, Method, Mix, angles, combined, gram, mix, normalised, norms
+
+RECORD = "merge.json"
+SHARD_BYTES = 5_000_000_000
+"""Longest file of weights; a longer model is written in several, with an index."""
+KEPT = 0.5
+"""How much of the start must be left in a model that was trained from it, as ``Merging.kept`` measures it. Of the same
+start it is near 1 however far training went, since that goes in other directions; of another start it is near 0."""
+BIN_DEGREES = 15
+_BLOCK = re.compile(r"(?:^|.*?\.)\d+(?=\.)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """What was found and done in one layer group."""
+
+    name: str
+    parameters: int
+    start_norm: float
+    norms: tuple[float, ...]
+    """By model: of its task vector."""
+    angles: tuple[float | None, ...]
+    """In degrees, of models 0 and 1, 0 and 2, …, 1 and 2, …; None where a task vector is zero."""
+    shares: tuple[float, ...]
+    """By model: what its task vector was multiplied with, before eta."""
+    edges: tuple[str, ...]
+    """What made it LERP there: "zero" task vectors, "parallel" ones."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A folder that was merged."""
+
+    folder: str
+    weights_sha256: str
+    """As ``publish.weights_sha256`` has it of a published student."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeReport:
+    """A merge that was made: ``merge.json`` has the same."""
+
+    start: Source
+    models: tuple[Source, ...]
+    method: Method
+    weights: tuple[float, ...]
+    """They sum to 1."""
+    eta: float
+    kept: tuple[float, ...]
+    """By model: how much of the start is left in it."""
+    groups: tuple[Group, ...]
+    weights_sha256: str
+    """Of what was written."""
+
+    @property
+    def angles(self) -> tuple[float, ...]:
+        """All of all groups and pairs, in degrees."""
+        return tuple(angle for group in self.groups for angle in group.angles if angle is not None)
+
+    @property
+    def words(self) -> str:
+        """The angles in a line: their median and range, and how many stand in each part of the half circle."""
+        return angle_words(self.angles)
+
+    def record(self) -> dict[str, Any]:
+        """What ``merge.json`` holds."""
+        return {
+            "start": _plain(self.start), "models": [_plain(model) for model in self.models], "method": self.method,
+            "weights": list(self.weights), "eta": self.eta, "start_left_in_models": list(self.kept),
+            "angles": self.words, "weights_sha256": self.weights_sha256,
+            "groups": [_plain(group) for group in self.groups],
+        }  # fmt: skip
+
+
+def merge_folders(
+    start: Path, models: Sequence[Path], *, into: Path, method: Method, weights: Sequence[float] | None = None,
+    eta: float = 1.0, say: Callable[[str], None] = print, card_words: str = "", shard_bytes: int = SHARD_BYTES,
+) -> MergeReport:  # fmt: skip
+    """Writes ``models``, all trained from ``start``, as one model folder: theta_0 + eta * what ``method`` makes of
+    their task vectors, layer group by layer group.
+
+    A group is a transformer block; embeddings, the final norm and the head are groups of their own. ``slerp`` of more
+    than two goes from one to the next in the order given; ``nlerp`` knows no order. ``weights`` are equal where not
+    given. Sums are in 64 bits, rounded once, to the type that the models are stored in; tied weights are merged once;
+    what is no floating-point tensor must be equal in all and is kept. A folder with nothing but a LoRA adapter counts
+    as the start with it (B A is what is merged, not B and A). ``card_words`` stand in the model card.
+
+    ``into`` is replaced where an earlier merge made it; the new one appears when it is whole.
+
+    Raises ``ModelError`` for models that do not share architecture, tokenizer and start, or whose task vectors cancel;
+    ``ConfigError`` for unfit weights or eta; ``DataError`` where ``into`` holds something else. A shared start is shown
+    by numbers, not by what files say of themselves: where less than half (``KEPT``) of the start's matrices is left in
+    a model it is of another start. Two models that were trained from one ancestor pass, since each is a way from there.
+    """
+    merging = Merging(start, models, method=method, weights=weights)
+    for line in merging.notes:
+        say(f"note: {visible(line)}")
+    report = merging.write(into, eta=eta, card_words=card_words, shard_bytes=shard_bytes)
+    say(f"{into}: {len(models)} models merged ({method}, eta {eta:g}); {report.words}")
+    return report
+
+
+class Merging:
+    """Models and their start, compared and measured; nothing is written before ``write``."""
+
+    def __init__(
+        self, start: Path, models: Sequence[Path], *, method: Method, weights: Sequence[float] | None = None
+    ) -> None:
+        """Errors are those of ``merge_folders``."""
+        if not models:
+            raise ConfigError("no model to merge; wanted one or more that were trained from the start")
+        self.method, self.weights = method, normalised(weights, len(models))
+        self._start, self._models, self.notes = opened(Path(start), [Path(model) for model in models])
+        self._lead = lead_of(self._start, self._models)
+        self._kinds = self._lead.weights.kinds
+        self._groups, self._mixes, self.kept = self._measured()
+        folders = [self._start.folder, *(model.folder for model in self._models)]
+        self.sources = tuple(Source(folder=str(each), weights_sha256=weights_sha256(each)) for each in folders)
+        """The start, then the models."""
+
+    def write(
+        self, into: Path, *, eta: float = 1.0, card_words: str = "", shard_bytes: int = SHARD_BYTES
+    ) -> MergeReport:
+        """Merges into a folder; see ``merge_folders``."""
+        if not 0.0 <= eta <= 1.0:
+            raise ConfigError(f"eta: got {eta}, wanted 0 (the start) to 1 (what was merged)")
+        _require_free(into, [Path(source.folder) for source in self.sources])
+        size = _bytes(self._kinds)
+        with told_as_disk_error(f"{into}: a model of {size:,} bytes"), replaced_folder(into) as staging:
+            self._write_weights(staging, eta=eta, shard_bytes=shard_bytes)
+            facts = self._lead.facts
+            with quiet_transformers():
+                facts.config.save_pretrained(staging)
+                facts.tokenizer.save_pretrained(staging)
+                if facts.generation is not None:
+                    facts.generation.save_pretrained(staging)
+            report = MergeReport(
+                start=self.sources[0], models=self.sources[1:], method=self.method, weights=self.weights, eta=eta,
+                kept=self.kept, groups=self._groups, weights_sha256=weights_sha256(staging),
+            )  # fmt: skip
+            write_text(staging / RECORD, json.dumps(report.record(), indent=2, allow_nan=False) + "\n")
+            write_text(staging / "README.md", _card(report, into, kinds=self._kinds, words=card_words))
+        return report
+
+    def _measured(self) -> tuple[tuple[Group, ...], dict[str, Mix], tuple[float, ...]]:
+        """The groups, the mix of each tensor by its name, and how much of the start each model has kept."""
+        matrices_SS = torch.zeros(len(self._models) + 1, len(self._models) + 1, dtype=WIDE)
+        groups: list[Group] = []
+        mixes: dict[str, Mix] = {}
+        for name, tensors in groups_of(self._kinds).items():
+            gram_SS = torch.zeros_like(matrices_SS)  # of the start, then the task vectors
+            for tensor in tensors:
+                found_SS = self._gram(tensor)
+                gram_SS += found_SS
+                if len(self._kinds[tensor][1]) > 1:
+                    matrices_SS += found_SS
+            if not bool(torch.isfinite(gram_SS).all()):
+                raise ModelError(f"{name}: weights of the start or of a model are not finite\n  merge others")
+            if any(self._kinds[tensor][0].is_floating_point for tensor in tensors):
+                groups.append(self._group(name, tensors, gram_SS))
+                found = Mix(shares=groups[-1].shares, edges=groups[-1].edges)
+                mixes |= dict.fromkeys(tensors, found)
+        return tuple(groups), mixes, self._kept(matrices_SS)
+
+    def _group(self, name: str, tensors: Sequence[str], gram_SS: Tensor) -> Group:
+        start_norm, *lengths = norms(gram_SS)
+        try:
+            found = mix(gram_SS[1:, 1:], method=self.method, weights=self.weights, start_norm=start_norm)
+        except ModelError as error:
+            raise ModelError(f"{name}: {error}") from error
+        radians = angles(gram_SS[1:, 1:], still=STILL * start_norm)
+        return Group(
+            name=name, parameters=sum(math.prod(self._kinds[tensor][1]) for tensor in tensors), start_norm=start_norm,
+            norms=tuple(lengths), angles=tuple(None if each is None else math.degrees(each) for each in radians),
+            shares=found.shares, edges=found.edges,
+        )  # fmt: skip
+
+    def _gram(self, tensor: str) -> Tensor:
+        """Dot products of the start's tensor and the task vectors in it; of one that is no floating-point tensor, zeros
+        once it is known to be the same in all models."""
+        total_SS = torch.zeros(len(self._models) + 1, len(self._models) + 1, dtype=WIDE)
+        exact = not self._kinds[tensor][0].is_floating_point
+        for start, vectors in self._pieces(tensor):
+            if exact and any(bool(vector.any()) for vector in vectors):
+                raise ModelError(
+                    f"{tensor}: whole numbers that are not the same in the start and all models, so there is nothing "
+                    "between them\n  only models with the same ones can be merged"
+                )
+            if not exact:
+                total_SS += gram([start, *vectors])
+        return total_SS
+
+    def _kept(self, matrices_SS: Tensor) -> tuple[float, ...]:
+        """How long each model is in the start's direction, over the start's own length; of matrices, since vectors
+        begin alike (all ones, all zeros) in every start."""
+        own = float(matrices_SS[0, 0])
+        kept = tuple(1.0 + float(each) / own if own else 1.0 for each in matrices_SS[0, 1:])
+        for model, share in zip(self._models, kept, strict=True):
+            if share < KEPT:
+                raise ModelError(
+                    f"{model.folder}: {share:.0%} of the start's matrices is left in it, wanted {KEPT:.0%} or more: it "
+                    f"was not trained from {self._start.folder}.\n"
+                    "  name the start that all models have (the README of a student says what it started from)"
+                )
+        return kept
+
+    def _pieces(self, tensor: str) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """A tensor piece by piece: of the start, and the models' task vectors."""
+        with contextlib.ExitStack() as stack:
+            start = stack.enter_context(self._start.weights.open(tensor))
+            models = [stack.enter_context(model.open(tensor)) for model in self._models]
+            for begin, end in pieces(self._kinds[tensor][1]):
+                rows = start(begin, end)
+                yield rows, [model(begin, end, rows) for model in models]
+
+    def _merged(self, tensor: str, eta: float) -> Iterator[Tensor]:
+        """A tensor piece by piece, as it is to be stored."""
+        dtype = self._kinds[tensor][0]
+        for start, vectors in self._pieces(tensor):
+            if not dtype.is_floating_point:
+                yield start
+                continue
+            piece = combined(start, vectors, self._mixes[tensor].shares, eta=eta).to(dtype)
+            if not bool(torch.isfinite(piece).all()):
+                raise ModelError(f"{tensor}: merged weights are beyond what {dtype} holds\n  store the models wider")
+            yield piece
+
+    def _write_weights(self, folder: Path, *, eta: float, shard_bytes: int) -> None:
+        shards = shards_of(self._kinds, shard_bytes)
+        names = [WEIGHTS] if len(shards) == 1 else [
+            f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
+        ]  # fmt: skip
+        for name, shard in zip(names, shards, strict=True):
+            file = DISK.create(folder / name)
+            try:
+                write_pieces(Sink(DISK, file), shard, lambda tensor: self._merged(tensor, eta))
+                DISK.sync(file)
+            finally:
+                DISK.close(file)
+        if len(shards) > 1:
+            places = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+            index = {"metadata": {"total_size": _bytes(self._kinds)}, "weight_map": dict(sorted(places.items()))}
+            write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+
+
+def groups_of(names: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Tensors by their layer group: a block is what stands below the first number in a name, and outside the blocks
+    each module is one (a norm's weight and bias)."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(names):
+        block = _BLOCK.match(name)
+        groups.setdefault(block[0] if block else name.rpartition(".")[0] or name, []).append(name)
+    return groups
+
+
+def shards_of(kinds: Mapping[str, Kind], most: int) -> list[dict[str, Kind]]:
+    """Tensors in order of their names, in as few files as they fill; one that is longer than a file has its own."""
+    shards: list[dict[str, Kind]] = [{}]
+    for name in sorted(kinds):
+        if shards[-1] and _bytes(shards[-1]) + _bytes({name: kinds[name]}) > most:
+            shards.append({})
+        shards[-1][name] = kinds[name]
+    return shards
+
+
+def angle_words(degrees: Sequence[float]) -> str:
+    """Angles in a line: "angles of 26: median 71°, 52° to 90°; 45-60° 4, 60-75° 13, 75-90° 9"."""
+    if not degrees:
+        return "no angles between task vectors"
+    counts: dict[int, int] = {}
+    for each in sorted(degrees):
+        begin = min(int(each // BIN_DEGREES) * BIN_DEGREES, 180 - BIN_DEGREES)
+        counts[begin] = counts.get(begin, 0) + 1
+    bins = ", ".join(f"{begin}-{begin + BIN_DEGREES}° {count}" for begin, count in counts.items())
+    middle, least, most = statistics.median(degrees), min(degrees), max(degrees)
+    return f"angles of task vectors: median {middle:.0f}°, {least:.0f}° to {most:.0f}°; {bins}"
+
+
+def _plain(record: Any) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value
+            for name, value in ((field, getattr(record, field)) for field in record.__dataclass_fields__)}  # fmt: skip
+
+
+def _bytes(kinds: Mapping[str, Kind]) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in kinds.values())
+
+
+def _require_free(into: Path, sources: Sequence[Path]) -> None:
+    if into.exists() and any(into.resolve() == source.resolve() for source in sources):
+        raise DataError(f"{into} is one of the folders that are merged; nothing was touched.\n  name another")
+    if into.exists() and (not into.is_dir() or (any(into.iterdir()) and not (into / RECORD).is_file())):
+        raise DataError(f"{into} holds something that no merge made; nothing was touched.\n  name another folder")
+
+
+def _card(report: MergeReport, into: Path, *, kinds: Mapping[str, Kind], words: str) -> str:
+    facts = MergeFacts(
+        name=into.resolve().name, parameters=sum(math.prod(shape) for _, shape in kinds.values()),
+        start=(report.start.folder, report.start.weights_sha256),
+        models=tuple((model.folder, model.weights_sha256) for model in report.models), method=report.method,
+        weights=report.weights, eta=report.eta, angles=report.words, edges=sum(bool(g.edges) for g in report.groups),
+        groups=len(report.groups), words=words,
+    )  # fmt: skip
+    return render_merge(facts)
