@@ -6,29 +6,25 @@ Legend: R rank, I inputs of a layer, O outputs.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from minillm.cards import name_only
+from minillm.adapter_files import base_weights, json_object, tensors_of, write_base
 from minillm.errors import ModelError
-from minillm.manifests import parsed
-from minillm.model_files import few, in_short, require_own_files
+from minillm.model_files import few, require_own_files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-BASE = "base.json"
-"""Names the weights that an adapter of ours was trained on; of a further name in its own record peft would warn."""
-FOLDER = "adapter"
-"""Where a student's folder has its adapter."""
 ROOT = "base_model.model."
 """What peft puts before the name of every module."""
+_CONVERT = "convert it where you trust it: PeftModel.from_pretrained(BASE, FOLDER).save_pretrained(NEW_FOLDER)"
 _PLAIN: dict[str, tuple[Any, ...]] = {"peft_type": ("LORA",), "bias": ("none", None)}
 _UNUSED = (
     "alora_invocation_tokens", "alpha_pattern", "arrow_config", "kasa_config", "layer_replication", "lora_bias",
@@ -54,18 +50,34 @@ class Adapter:
     source: Path
     base_weights: str = ""
     """Fingerprint (``loading.fingerprint``) of that model; "" where nobody wrote it down."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """What peft's own record of it is to say, where it is to be written."""
+    record_file: ClassVar[str] = CONFIG
 
+    def write(self, folder: Path) -> None:
+        """Makes its folder as ``PeftModel.from_pretrained`` reads it."""
+        write_adapter(folder, self, self.record)
 
-def holds_adapter(folder: Path) -> bool:
-    """Whether a folder is an adapter's and no model's."""
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+    def merged_config(self, config: PreTrainedConfig, *, name: str) -> PreTrainedConfig:
+        """The configuration itself: sums have the shape of what is added to."""
+        return config
+
+    def merge_into(self, model: PreTrainedModel, *, name: str) -> None:
+        """Adds what it adds to the weights of the model ``name``; ``ModelError`` where it does not fit."""
+        require_fit(self, model, name=name)
+        merge(self, model)
+
+    @property
+    def changes(self) -> int:
+        """How many layers of a model it changes."""
+        return len(self.pairs)
 
 
 def read_adapter(folder: Path) -> Adapter:
     """An adapter from its folder: safetensors and JSON only, by plain LoRA only; ``ModelError`` for anything else."""
     if folder.is_dir():
         require_own_files(folder)  # before any of them is read
-    record = _record(folder)
+    record = json_object(folder / CONFIG)
     for name, wanted in _PLAIN.items():
         if record.get(name) not in wanted:
             raise _unfit(folder, f"{name} is {record.get(name)!r}")
@@ -74,7 +86,7 @@ def read_adapter(folder: Path) -> Adapter:
     start = record.get("init_lora_weights")
     if not any(start is known or (isinstance(start, str) and start == known) for known in _PLAIN_STARTS):
         raise _unfit(folder, f"init_lora_weights is {few([repr(start)])}, which changes the base that it is put on")
-    tensors = _tensors(folder)
+    tensors = tensors_of(folder, WEIGHTS, convert=_CONVERT)
     pairs = {}
     for name, found in tensors.items():
         if not name.startswith(ROOT) or not name.endswith((".lora_A.weight", ".lora_B.weight")) or found.dim() != 2:
@@ -92,43 +104,8 @@ def read_adapter(folder: Path) -> Adapter:
     scaling = _scaling(folder, record)
     return Adapter(
         base=str(record.get("base_model_name_or_path") or ""), scaling=scaling, pairs=pairs, source=folder,
-        base_weights=_base_weights(folder),
+        base_weights=base_weights(folder),
     )  # fmt: skip
-
-
-def require_base(adapter: Adapter, name: str, *, weights: Callable[[], str]) -> None:
-    """``ModelError`` unless an adapter was trained on the model of this name, as far as its folder says.
-
-    ``weights`` is the model's fingerprint, looked up where the folder has one of its own to compare: two of folders, or
-    the commits of two hub models. Otherwise two folders that are there must be one; of anything else the last part of
-    the name must be the same, since folders are moved and hubs have owners.
-    """
-    same = _same_weights(adapter.base_weights, weights()) if adapter.base_weights else None
-    if same is False:
-        raise ModelError(
-            f"{adapter.source}: was trained on other weights ({adapter.base!r}) than those of {name!r}: {BASE} says so."
-            f"\n  name the model that it was trained on; if only texts beside the weights were changed, remove {BASE}"
-        )
-    if same is None and adapter.base and not _same_name(adapter.base, name):
-        raise ModelError(
-            f"{adapter.source}: was trained on {adapter.base!r}, and is to be put on {name!r}.\n"
-            f"  name that model; if the two are the same, say so in {CONFIG} (base_model_name_or_path)"
-        )
-
-
-def _same_weights(one: str, other: str) -> bool | None:
-    """Whether two fingerprints are of the same weights; None where one is of a folder and the other of a hub model, or
-    says no commit."""
-    kinds = ["@" in each for each in (one, other)]
-    if kinds[0] != kinds[1] or name_only(one) or name_only(other):
-        return None
-    return one.rpartition("@")[2] == other.rpartition("@")[2]
-
-
-def _same_name(one: str, other: str) -> bool:
-    if Path(one).is_dir() and Path(other).is_dir():
-        return Path(one).samefile(other)
-    return Path(one).name.lower() == Path(other).name.lower()
 
 
 def require_fit(adapter: Adapter, model: nn.Module, *, name: str) -> None:
@@ -175,59 +152,13 @@ def write_adapter(folder: Path, adapter: Adapter, record: Mapping[str, Any]) -> 
     save_file({name: tensor.contiguous() for name, tensor in halves.items()}, folder / WEIGHTS, {"format": "pt"})
     text = json.dumps({**record, "base_model_name_or_path": adapter.base}, indent=2, sort_keys=True)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-    if adapter.base_weights:
-        (folder / BASE).write_text(json.dumps({"weights": adapter.base_weights}) + "\n", encoding="utf-8")
+    write_base(folder, adapter.base_weights)
 
 
 def _sizes(module: nn.Module) -> tuple[int, int]:
     """(Outputs, inputs) of a linear layer of either kind."""
     shape = tuple(module.weight.shape)  # type: ignore[arg-type]
     return (shape[1], shape[0]) if isinstance(module, Conv1D) else (shape[0], shape[1])
-
-
-def _base_weights(folder: Path) -> str:
-    if not (folder / BASE).exists():
-        return ""
-    found = _object(folder / BASE)
-    if found.keys() != {"weights"} or not isinstance(found["weights"], str):
-        raise ModelError(
-            f"{folder / BASE}: wanted one entry, the text 'weights'\n  copy the adapter again, or remove this file"
-        )
-    return found["weights"]
-
-
-def _record(folder: Path) -> dict[str, Any]:
-    return _object(folder / CONFIG)
-
-
-def _object(file: Path) -> dict[str, Any]:
-    try:
-        found = parsed(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{file}: cannot be read as JSON: {in_short(error)}\n  wanted the folder of an adapter that peft wrote"
-        ) from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{file}: holds a {type(found).__name__}, wanted a JSON object")
-    return found
-
-
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    file = folder / WEIGHTS
-    if not file.is_file():
-        pickles = sorted(path.name for path in folder.glob("*.bin"))
-        found = f"only pickled weights ({few(pickles)})" if pickles else "no weights"
-        raise ModelError(
-            f"{folder}: {found}; wanted {WEIGHTS}, because a pickle runs code when it is read.\n"
-            "  convert it where you trust it: PeftModel.from_pretrained(BASE, FOLDER).save_pretrained(NEW_FOLDER)"
-        )
-    try:
-        with safe_open(file, framework="pt") as stream:
-            return {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{file}: not a whole safetensors file: {in_short(error)}\n  fetch or write it again"
-        ) from error
 
 
 def _scaling(folder: Path, record: Mapping[str, Any]) -> float:

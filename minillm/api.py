@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm import phases
-from minillm.adapters import FOLDER
+from minillm.adapter_files import FOLDER
 from minillm.cards import may_differ
 from minillm.checkpoints import Checkpoints, Resume
 from minillm.config import RunConfig, Stage, dump_config
@@ -236,7 +236,7 @@ def _start_of(run: _Run, stage: Stage, *, base_weights: str) -> Start:
     if before is None:
         return Start(card=run.pair.student_card, facts=run.pair.student, weights=base_weights)
     into = run.into(before)
-    if run.config.lora is not None:
+    if run.config.adapter is not None:
         return Start(card=run.pair.student_card, facts=run.pair.student, adapter=into / FOLDER, weights=base_weights)
     card = run.pair.student_card.of_folder(into)
     return Start(card=card, facts=inspect(card))
@@ -410,7 +410,7 @@ def _card_facts(
         start=start,
         teacher=config.teacher,
         teacher_parameters=None if teacher is None else teacher.parameters,
-        parameters=student.parameters,
+        parameters=student.handed_on,
         data_source=split.source,
         data_rows=len(split.prompts),
         data_sha256=split.sha256,

@@ -178,6 +178,11 @@ class RunConfig(Settings):
     pip install 'minillm[wandb]'."""
 
     @property
+    def adapter(self) -> LoraConfig | None:
+        """What is put on a frozen student; None where all weights learn."""
+        return self.lora
+
+    @property
     def anchored(self) -> tuple[MinillmStage, ...]:
         """The stages with a language-model loss."""
         return tuple(stage for stage in self.stages if isinstance(stage, MinillmStage) and stage.lm_coefficient > 0)

@@ -29,7 +29,8 @@ from transformers import (
 from transformers.utils.import_utils import is_flash_attn_2_available
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from minillm.adapters import merge, read_adapter, require_base, require_fit
+from minillm.adaptation import kept_adapter
+from minillm.adapter_files import require_base
 from minillm.cards import UNKNOWN_REVISION, BuildSpec, Card
 from minillm.errors import ModelError, PositionsExceeded, did_you_mean
 from minillm.hub import asked_once
@@ -76,7 +77,9 @@ def inspect(card: Card) -> ModelFacts:
         tokenizer, config, generation = _read_pretrained(card.model, revision=card.revision, card=card.name)
         if card.adapter is not None:
             bare = card.model_copy(update={"adapter": None, "layers": None})
-            require_base(read_adapter(Path(card.adapter)), card.model, weights=lambda: fingerprint(bare))
+            adapter = kept_adapter(Path(card.adapter))
+            require_base(adapter, card.model, weights=lambda: fingerprint(bare))
+            config = adapter.merged_config(config, name=card.model)
         if card.layers is not None:
             config = picked_config(config, card.layers, name=card.name)
     _require_special_tokens(card, tokenizer)
@@ -115,9 +118,7 @@ def load(card: Card, facts: ModelFacts, *, seed: int, dtype: torch.dtype | None 
         )
     _require_all_weights(str(card.model), type(model).__name__, found)
     if card.adapter is not None:
-        adapter = read_adapter(Path(card.adapter))
-        require_fit(adapter, model, name=str(card.model))
-        merge(adapter, model)
+        kept_adapter(Path(card.adapter)).merge_into(model, name=str(card.model))
     if card.layers is not None:
         keep_layers(model, facts.config, card.layers, name=card.name)
     return model

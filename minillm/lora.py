@@ -47,18 +47,6 @@ def is_adapter(parameter: str) -> bool:
     return any(mark in parameter for mark in _MARKS)
 
 
-def require_targets(config: PreTrainedConfig, settings: LoraConfig) -> None:
-    """``ConfigError`` unless a model of this configuration has what the settings adapt; no weight is read."""
-    adapted_layers(meta_model(config), settings.targets)
-
-
-def adapter_parameters(config: PreTrainedConfig, settings: LoraConfig) -> int:
-    """Weights of the adapter of a model of this configuration; no weight is read."""
-    model = meta_model(config)
-    layers: list[Any] = [model.get_submodule(name) for name in adapted_layers(model, settings.targets)]
-    return settings.rank * sum(sum(layer.weight.shape) for layer in layers)
-
-
 def adapted_layers(model: PreTrainedModel, targets: tuple[str, ...] | None) -> list[str]:
     """Names of the linear layers that get an adapter: those of the blocks, or of them and around them what ``targets``
     name by the ends of their names.
@@ -99,7 +87,7 @@ def adapted_layers(model: PreTrainedModel, targets: tuple[str, ...] | None) -> l
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Lora:
-    """How a student's adapter is made, and what it means."""
+    """A low-rank adapter (``adaptation.Adaptation``)."""
 
     settings: LoraConfig
     seed: int
@@ -110,6 +98,20 @@ class Lora:
     """Fingerprint of that model, which is written beside the record; "" writes none."""
     start: Path | None = None
     """Folder of an adapter of the same model to go on from."""
+
+    def require(self, config: PreTrainedConfig) -> None:
+        """``ConfigError`` unless a model of this configuration has what the settings adapt; no weight is read."""
+        adapted_layers(meta_model(config), self.settings.targets)
+
+    def parameters(self, config: PreTrainedConfig) -> int:
+        """Weights of the adapter of a model of this configuration; no weight is read."""
+        model = meta_model(config)
+        layers: list[Any] = [model.get_submodule(name) for name in adapted_layers(model, self.settings.targets)]
+        return self.settings.rank * sum(sum(layer.weight.shape) for layer in layers)
+
+    def is_adapter(self, parameter: str) -> bool:
+        """Whether a parameter of this name belongs to the adapter."""
+        return is_adapter(parameter)
 
     def put_on(self, model: PreTrainedModel) -> None:
         """Freezes a model's weights, whole or sharded, and puts an adapter on that trains."""
@@ -147,7 +149,11 @@ class Lora:
             found[name.replace(".base_layer.", ".")] = wide
         return found
 
-    def adapter(self, state: Mapping[str, Tensor], *, prefix: str) -> Adapter:
+    def merged_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The configuration itself: sums have the shape of what is added to."""
+        return config
+
+    def adapter(self, state: Mapping[str, Tensor], *, prefix: str, config: PreTrainedConfig) -> Adapter:
         """The adapter among a root's whole weights; ``prefix`` is the model's own name of its backbone."""
         layers = [name.removesuffix(f".lora_A.{_NAME}.weight") for name in state if ".lora_A." in name]
         pairs = {
@@ -158,13 +164,12 @@ class Lora:
         }
         return Adapter(
             base=self.base, scaling=self._scaling, pairs=pairs, source=Path(),  # type: ignore[arg-type]
-            base_weights=self.base_weights,
+            base_weights=self.base_weights, record=self._record(list(pairs), config),
         )  # fmt: skip
 
-    def record(self, adapter: Adapter, config: PreTrainedConfig) -> dict[str, Any]:
+    def _record(self, layers: list[str], config: PreTrainedConfig) -> dict[str, Any]:
         """``adapter_config.json`` as peft writes it."""
-        model = meta_model(config)
-        made = self._peft_config(model, list(adapter.pairs), inference_mode=True).to_dict()
+        made = self._peft_config(meta_model(config), layers, inference_mode=True).to_dict()
         return {name: sorted(value) if isinstance(value, set) else value for name, value in made.items()}
 
     @property

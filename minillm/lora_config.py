@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import ClassVar, Self
 
 from pydantic import model_validator
 
@@ -13,6 +13,9 @@ from minillm.settings import Count, Positive, Settings, ShareBelowOne, Text
 class LoraConfig(Settings):
     """LoRA (Hu et al. 2021): beside each adapted matrix W a product B A of rank ``rank``, W frozen. Defaults are the
     official ones."""
+
+    SECTION: ClassVar[str] = "lora"
+    """Its name in a run's settings."""
 
     rank: Count = 8
     """Rank of an adapter's two matrices; official 8."""

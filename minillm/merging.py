@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from minillm.adapters import read_adapter
+from minillm.adaptation import kept_adapter
 from minillm.cards import known_names, load_card
 from minillm.errors import DataError, ModelError
 from minillm.loading import inspect, load, quiet_transformers
@@ -44,4 +44,4 @@ def merge_adapter(base: str, adapter: str | Path, out: Path) -> int:
     with told_as_disk_error(f"{out}: a model of {size:,} bytes"), replaced_folder(out) as staging, quiet_transformers():
         model.save_pretrained(staging)
         facts.tokenizer.save_pretrained(staging)
-    return len(read_adapter(Path(adapter)).pairs)
+    return kept_adapter(Path(adapter)).changes

@@ -12,13 +12,12 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from transformers import PreTrainedTokenizerBase
 
+from minillm.adaptation import adaptation_of
 from minillm.cards import Card, load_card
 from minillm.config import RunConfig
 from minillm.engine_settings import read_engine_settings, read_teacher_settings, zero_stage
 from minillm.errors import ConfigError, ModelError, UnsupportedCombination
 from minillm.loading import ModelFacts, inspect, names_a_folder
-from minillm.lora import require_targets
-from minillm.lora_config import LoraConfig
 from minillm.recompute import require_layers
 from minillm.types import Ids
 from minillm.vocabulary import agree, agree_on_chat, check_heads, eos_ids, real_ids
@@ -51,8 +50,9 @@ def check_pair(config: RunConfig, *, student: str | None = None) -> Pair:
     """
     student_card, teacher_card = _checked_cards(config, student=student)
     student_facts = inspect(student_card)
-    if config.lora is not None and student is None:
-        _check_lora(config.lora, student_card, student_facts)
+    if config.adapter is not None and student is None:
+        _check_base(student_card, setting=config.adapter.SECTION)
+        adaptation_of(config.adapter).require(student_facts.config)
     if student is None and config.engine.activation_checkpointing:
         require_layers(student_facts.config, name=student_card.name)
     teacher_facts = None if teacher_card is None else inspect(teacher_card)
@@ -189,16 +189,15 @@ def _check_teacher(card: Card, *, role: str = "teacher") -> None:
         )
 
 
-def _check_lora(settings: LoraConfig, card: Card, facts: ModelFacts) -> None:
+def _check_base(card: Card, *, setting: str) -> None:
     """Raise where a student with this card cannot be the frozen base of an adapter."""
     changed = {"build": card.build, "adapter": card.adapter, "layers": card.layers}
     for name in (name for name, value in changed.items() if value is not None):
         raise UnsupportedCombination(
-            f"student {card.name}: lora with a card that has {name!r}: the adapter would be on weights that stand in "
-            "no folder, where nobody else could put it on again; train such a student in whole first, or write it as a "
-            "folder (minillm merge-adapter), and name that"
+            f"student {card.name}: {setting} with a card that has {name!r}: the adapter would be on weights that stand "
+            "in no folder, where nobody else could put it on again; train such a student in whole first, or write it "
+            "as a folder (minillm merge-adapter), and name that"
         )
-    require_targets(facts.config, settings)
 
 
 def _check_sampling(config: RunConfig) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from minillm.adapters import FOLDER, Adapter, write_adapter
+from minillm.adapter_files import FOLDER, KeptAdapter
 from minillm.loading import quiet_transformers
 from minillm.meta_models import meta_model
 from minillm.models import CausalLM
@@ -30,15 +30,15 @@ def publish_student(
     eos_ids: tuple[int, ...],
     pad_id: int,
     card: str,
-    adapter: tuple[Adapter, Mapping[str, Any]] | None = None,
+    adapter: KeptAdapter | None = None,
 ) -> str:
     """Writes an ordinary transformers folder: safetensors, tokenizer, generation config, README.md (the model card).
     Comes back with its ``weights_sha256``.
 
     Head and embedding rows beyond ``real_ids`` are cut off, so that plain transformers samples from the distribution
     that was trained (design D9). The folder appears under its name only when it is whole; ``DiskError`` where it cannot
-    be written, with the one before as it was. ``adapter``, with peft's record of it, is what was trained on weights
-    that are merged with it in ``state``: it stands in a folder of its own within.
+    be written, with the one before as it was. ``adapter`` is what was trained on weights that are merged with it in
+    ``state``: it stands in a folder of its own within.
     """
     # Made without storage, then given the real tensors: an initialisation would draw from the global random stream.
     model: Any = meta_model(config)
@@ -71,7 +71,7 @@ def publish_student(
         tokenizer.save_pretrained(staging)
         write_text(staging / "README.md", card)
         if adapter is not None:
-            write_adapter(staging / FOLDER, *adapter)
+            adapter.write(staging / FOLDER)
     return weights_sha256(folder)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm import phases
-from minillm.adapters import FOLDER
+from minillm.adapter_files import FOLDER
 from minillm.checkpoint_manifest import REMEDY, SUFFIXES, Manifest
 from minillm.checkpoints import Checkpoint, Checkpoints, Write
 from minillm.config import CheckpointsConfig

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
+from minillm.adaptation import Adaptation, adaptation_of
 from minillm.alarms import Alarms
 from minillm.cards import Card
 from minillm.config import MinillmStage, RunConfig, Stage
 from minillm.distillation import Distil
 from minillm.loading import ModelFacts, load
 from minillm.loop import Keep, Validate, run_steps
-from minillm.lora import Lora
 from minillm.moments import Boundary, Progressed, never
 from minillm.objectives import Minillm
 from minillm.pairs import Pair
@@ -41,7 +41,7 @@ class Start:
     card: Card
     facts: ModelFacts
     adapter: Path | None = None
-    """Folder of an adapter on them, which goes on training; without it one begins where the run has ``lora``."""
+    """Folder of an adapter on them, which goes on training; without it one begins where the run has settings for it."""
     weights: str = ""
     """Fingerprint of the card's weights as the run found them; "" where nobody looked."""
 
@@ -97,7 +97,6 @@ def run_stage(
                 into=into,
                 config=config,
                 pair=pair,
-                start=start,
                 ranks=ranks,
                 card=lambda: model_card(student, scores),
             ),
@@ -116,8 +115,8 @@ def run_stage(
 
 def _trained_words(config: RunConfig, stage: Stage, start: Start, student: Student) -> list[str]:
     """What learns, and what is frozen; and where a student that is sharded was whole while it was read."""
-    what = "all" if config.lora is None else f"an adapter of {student.trained:,} weights beside"
-    frozen = "" if config.lora is None else ", which are frozen"
+    what = "all" if config.adapter is None else f"an adapter of {student.trained:,} weights beside"
+    frozen = "" if config.adapter is None else ", which are frozen"
     words = [f"stage {stage.name}: trains {what} {student.parameters:,} weights{frozen}"]
     if student.stage == 3 and start.card.build is None and not start.card.as_in_files:
         words.append(
@@ -188,27 +187,25 @@ def _student(config: RunConfig, stage: Stage, *, start: Start, pair: Pair, ranks
         dropout=not stage.on_policy,
         seed=config.seed,
         name=stage.name,
-        lora=_lora(config, start),
+        adaptation=_adaptation(config, start),
         recompute=config.engine.activation_checkpointing,
         gather=config.engine.gather,
     )
 
 
-def _lora(config: RunConfig, start: Start) -> Lora | None:
-    if config.lora is None:
+def _adaptation(config: RunConfig, start: Start) -> Adaptation | None:
+    if config.adapter is None:
         return None
     base = {"base": str(start.card.model), "base_weights": start.weights}
-    return Lora(settings=config.lora, seed=config.seed, start=start.adapter, **base)
+    return adaptation_of(config.adapter, seed=config.seed, start=start.adapter, **base)
 
 
 def _publish(
-    student: Student, *, into: Path, config: RunConfig, pair: Pair, start: Start, ranks: Ranks, card: Callable[[], str]
+    student: Student, *, into: Path, config: RunConfig, pair: Pair, ranks: Ranks, card: Callable[[], str]
 ) -> str:
     """Writes the student as it stands; the SHA-256 of its weights on the disk. Called on every rank, since all of them
     hand over their shards."""
     state, adapter = student.state(), student.adapter()
-    lora = _lora(config, start)
-    record = None if lora is None or adapter is None else lora.record(adapter, student.config)
     return ranks.of_first(
         lambda: publish_student(
             into,
@@ -220,7 +217,7 @@ def _publish(
             eos_ids=pair.ids.eos,
             pad_id=pair.ids.pad,
             card=card(),
-            adapter=None if adapter is None or record is None else (adapter, record),
+            adapter=adapter,
         )
     )
 

@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from minillm.adapters import Adapter
+from minillm.adaptation import Adaptation
+from minillm.adapter_files import KeptAdapter
 from minillm.checkpoints import Checkpoint, Write
 from minillm.config import OptimiserConfig
 from minillm.engine_files import Progress, engine_writers, restore_engine
@@ -21,7 +22,7 @@ from minillm.engine_settings import read_engine_settings, with_torch_optimiser, 
 from minillm.engine_state import layout_of
 from minillm.engines import initialise, load_for
 from minillm.errors import NonFinite
-from minillm.lora import Lora, is_adapter
+from minillm.meta_models import count_parameters, meta_model
 from minillm.models import CausalLM, ModelReader
 from minillm.optimisers import build_optimiser, learning_rate_factor, set_learning_rate
 from minillm.probes import probe_head, probe_packing
@@ -37,7 +38,7 @@ class Student:
         self, load: Callable[[], PreTrainedModel], *, ranks: Ranks, settings: str, precision: str,
         optimiser: OptimiserConfig, updates: int, real_ids: int | None = None,
         from_files: bool = True, dropout: bool = False, seed: int = 0, name: str = "", recompute: bool = False,
-        lora: Lora | None = None, gather: Literal["rollout", "forward"] = "rollout",
+        adaptation: Adaptation | None = None, gather: Literal["rollout", "forward"] = "rollout",
     ) -> None:  # fmt: skip
         """``load`` gives the transformers model; ``settings`` names a file of ds_configs; ``updates`` is the length
         of the schedule.
@@ -46,8 +47,8 @@ class Student:
         reading. A model that is made from nothing must be whole first, or its initialisation would not be
         transformers' own. ``dropout`` leaves the model's dropout on in training. A policy gradient needs it off: with
         it, q_new / q_old is not 1 at the start. Its masks are a function of ``seed``, ``name`` (the stage), update
-        and rank. ``recompute`` is activation checkpointing (``recompute.recompute_layers``). ``lora`` freezes the model
-        and trains an adapter on it. ``gather`` is what ``whole`` does under ZeRO-3.
+        and rank. ``recompute`` is activation checkpointing (``recompute.recompute_layers``). ``adaptation`` freezes
+        the model and trains an adapter on it. ``gather`` is what ``whole`` does under ZeRO-3.
         """
         self.ranks = ranks
         self._optimiser, self._updates = optimiser, updates
@@ -55,18 +56,18 @@ class Student:
         self.stage = zero_stage(engine_config)
         sharded_read = self.stage == 3 and from_files
         model = load_for(load, engine_config, precision=precision, shard=sharded_read)
-        self._lora = lora
-        if lora is not None:
-            lora.put_on(model)
+        self._adaptation = adaptation
+        if adaptation is not None:
+            adaptation.put_on(model)
         model.eval()  # the probe compares two forwards, and a model that was built begins with dropout on
-        self.config, self._prefix = model.config, model.base_model_prefix
+        self._config, self._prefix = model.config, model.base_model_prefix
         self.root = CausalLM(model)
         if real_ids is not None:
             self.root.head.real_ids = real_ids
         if not sharded_read:
             probe_head(model, self.root)
         sizes = {name: (getattr(p, "ds_numel", p.numel()), p.requires_grad) for name, p in self.root.named_parameters()}
-        self.parameters = sum(size for name, (size, _) in sizes.items() if not is_adapter(name))
+        self.parameters = sum(size for name, (size, _) in sizes.items() if not self._is_adapter(name))
         self.trained = sum(size for size, trains in sizes.values() if trains)
         self._dropout, self._seed, self._name, self._precision = dropout, seed, name, precision
         self.root.train(dropout)
@@ -80,13 +81,23 @@ class Student:
         )  # fmt: skip
         self._engine.train(dropout)
         twinned = self.stage == 3 and gather == "rollout"
-        self._twin = meta_twin(model, real_ids=self.root.head.real_ids, lora=lora) if twinned else None
+        self._twin = meta_twin(model, real_ids=self.root.head.real_ids, adaptation=adaptation) if twinned else None
         if self._twin is not None:
             self._twin.weights = self.root.weights
         self._by_forward = self.stage == 3 and gather == "forward"
         self._probe_packing()
         self.updates_done = 0
         self.learning_rate = 0.0
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Of the model that ``state`` gives the weights of."""
+        return self._config if self._adaptation is None else self._adaptation.merged_config(self._config)
+
+    @property
+    def handed_on(self) -> int:
+        """Parameters of the model that ``state`` gives the weights of."""
+        return self.parameters if self._adaptation is None else count_parameters(meta_model(self.config))
 
     def loss(self, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """(A loss with gradient, numbers per token without), ``models.CausalLM`` mode ``train``, through the engine."""
@@ -159,16 +170,19 @@ class Student:
         """Whole weights on the CPU by root name (``backbone.…``, ``head.…``), on rank 0; an empty dict on the others.
         An adapter is merged into them."""
         found = self._gathered(dict(self.root.named_parameters(remove_duplicate=False)))
-        return found if self._lora is None else self._lora.merged(found, self.root)
+        return found if self._adaptation is None else self._adaptation.merged(found, self.root)
 
-    def adapter(self) -> Adapter | None:
+    def adapter(self) -> KeptAdapter | None:
         """The adapter as it stands, with layers named as in the model, on rank 0; None on the others, and of a student
         without one. Called on all ranks."""
-        if self._lora is None:
+        if self._adaptation is None:
             return None
-        own = {name: p for name, p in self.root.named_parameters() if is_adapter(name)}
+        own = {name: p for name, p in self.root.named_parameters() if self._is_adapter(name)}
         found = self._gathered(own)
-        return self._lora.adapter(found, prefix=self._prefix) if found else None
+        return self._adaptation.adapter(found, prefix=self._prefix, config=self._config) if found else None
+
+    def _is_adapter(self, parameter: str) -> bool:
+        return self._adaptation is not None and self._adaptation.is_adapter(parameter)
 
     def _gathered(self, names: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
         """Copies on the CPU, on rank 0; nothing on the others."""

@@ -7,17 +7,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from minillm.lora import Lora
+from minillm.adaptation import Adaptation
 from minillm.meta_models import meta_model
 from minillm.models import CausalLM
 
 
-def meta_twin(model: PreTrainedModel, *, real_ids: int, lora: Lora | None = None) -> CausalLM:
+def meta_twin(model: PreTrainedModel, *, real_ids: int, adaptation: Adaptation | None = None) -> CausalLM:
     """The same architecture on no device, in evaluation mode, with the adapter's modules where there is one."""
     bare = meta_model(model.config)
     with torch.device("meta"):
-        if lora is not None:
-            lora.put_on_twin(bare)
+        if adaptation is not None:
+            adaptation.put_on_twin(bare)
         twin = CausalLM(bare)
     twin.head.real_ids = real_ids
     return twin.eval()

@@ -153,10 +153,11 @@ def _check_sizes(sizes: Sizes) -> None:
 
 
 def _require_whole(config: RunConfig) -> None:
-    if config.lora is not None:
+    if config.adapter is not None:
+        setting = config.adapter.SECTION
         raise UnsupportedCombination(
-            "lora: diagnose measures the gradient by all weights, and a run with lora has only that of its adapter; "
-            "give lora=null, and a student's folder (student=RUN/student)"
+            f"{setting}: diagnose measures the gradient by all weights, and a run with {setting} has only that of its "
+            f"adapter; give {setting}=null, and a student's folder (student=RUN/student)"
         )
 
 

@@ -13,11 +13,11 @@ import torch
 from packaging.requirements import Requirement
 from transformers import PreTrainedConfig
 
+from minillm.adaptation import adaptation_of
 from minillm.config import dump_config
 from minillm.doctor.findings import Finding, error, note, ok, warning
 from minillm.doctor.patient import Patient
 from minillm.errors import RunExists
-from minillm.lora import adapter_parameters
 from minillm.meta_models import count_parameters, meta_model
 from minillm.run_lock import owner
 from minillm.store import RunFolder
@@ -155,9 +155,9 @@ def shared_memory_for(ranks: int, *, free: int) -> Finding:
 def disk(patient: Patient) -> Iterator[Finding]:
     """Room for checkpoints and students against what is free where the run writes."""
     assert patient.student is not None
-    config, lora = patient.student.facts.config, patient.config.lora
+    config, settings = patient.student.facts.config, patient.config.adapter
     weights = parameters_of(config)
-    adapter = 0 if lora is None else adapter_parameters(config, lora)
+    adapter = 0 if settings is None else adaptation_of(settings).parameters(config)
     students, checkpoints = room(
         weights + adapter,
         trained=adapter or weights,

@@ -106,7 +106,7 @@ def student(folder: Path, cell: Cell, ranks: Ranks) -> Student:
     return Student(
         lambda: load(card, inspect(card), seed=0), ranks=ranks, settings=settings, precision=cell.precision,
         optimiser=optimiser, updates=10, real_ids=VOCABULARY, dropout=cell.dropout, seed=5, name="it",
-        lora=Lora(settings=LoraConfig(rank=3, alpha=6), seed=5, base=str(card.model)) if cell.lora else None,
+        adaptation=Lora(settings=LoraConfig(rank=3, alpha=6), seed=5, base=str(card.model)) if cell.lora else None,
     )  # fmt: skip
 
 

@@ -71,7 +71,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     ),
     4: (
         *("loading", "shapes", "models", "probes", "reading", "decode", "scored_rows", "scoring", "token_loss"),
-        *("adapters", "picked_layers", "lora", "recompute", "work"),
+        *("adapter_files", "adapters", "adaptation", "picked_layers", "lora", "recompute", "work"),
         "meta_models",
     ),
     5: (

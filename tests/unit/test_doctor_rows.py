@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from minillm.adaptation import adaptation_of
 from minillm.config import load_config
 from minillm.doctor import machine, memory
 from minillm.doctor.patient import Patient, read_models
@@ -175,7 +176,7 @@ def test_of_a_frozen_base_no_moments_are_kept(well: Path, monkeypatch: pytest.Mo
 
     config = AutoConfig.from_pretrained(well / "student")
     weights = machine.parameters_of(config)
-    adapter = machine.adapter_parameters(config, LoraConfig(rank=2))
+    adapter = adaptation_of(LoraConfig(rank=2)).parameters(config)
     real = opened_adapter(well / "student", rank=2)
     assert adapter == real and 0 < 2 * adapter < weights
     assert machine.room(weights, trained=weights, stages=1, kept=2) == (8 * weights, 3 * 16 * weights)

@@ -23,7 +23,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from minillm import adapters, distill, loading, student_engine
-from minillm.adapters import Adapter, merge, read_adapter, require_base
+from minillm.adapter_files import require_base
+from minillm.adapters import Adapter, merge, read_adapter
 from minillm.cards import UNKNOWN_REVISION, Card
 from minillm.config import LoraConfig, RunConfig
 from minillm.errors import ConfigError, DataError, MinillmError, ModelError, RunExists, UnsupportedCombination

@@ -1,0 +1,58 @@
+"""What is put on a frozen student so that it alone learns: one protocol, and the one place that knows its kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from minillm.adapter_files import KeptAdapter
+from minillm.adapters import read_adapter
+from minillm.lora import Lora
+from minillm.lora_config import LoraConfig
+
+
+class Adaptation(Protocol):
+    """How a student's adapter is made, and what it means."""
+
+    def require(self, config: PreTrainedConfig) -> None:
+        """Raises where a model of this configuration cannot be adapted so; no weight is read."""
+
+    def parameters(self, config: PreTrainedConfig) -> int:
+        """Weights of the adapter of a model of this configuration; no weight is read."""
+
+    def put_on(self, model: PreTrainedModel) -> None:
+        """Freezes a model's weights, whole or sharded, and puts an adapter on that trains."""
+
+    def put_on_twin(self, model: PreTrainedModel) -> None:
+        """The same modules on a model without weights, under ``torch.device("meta")``."""
+
+    def is_adapter(self, parameter: str) -> bool:
+        """Whether a parameter of this name belongs to the adapter."""
+
+    def merged(self, state: Mapping[str, Tensor], root: nn.Module) -> dict[str, Tensor]:
+        """Whole weights by a root's names, the adapter merged into what it adapts, by the names of a root without one:
+        in 32 bits, since what an adapter adds is often less than a step of 16."""
+
+    def merged_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The configuration of the model that ``merged`` gives the weights of."""
+
+    def adapter(self, state: Mapping[str, Tensor], *, prefix: str, config: PreTrainedConfig) -> KeptAdapter:
+        """The adapter among a root's whole weights; ``prefix`` is the model's own name of its backbone, ``config`` that
+        of the base."""
+
+
+def adaptation_of(
+    settings: LoraConfig, *, seed: int = 0, base: str = "", base_weights: str = "", start: Path | None = None
+) -> Adaptation:
+    """What settings ask for. ``base`` is the model as the adapter's record is to call it, ``base_weights`` its
+    fingerprint ("" writes none), ``start`` the folder of an adapter of the same model to go on from."""
+    return Lora(settings=settings, seed=seed, base=base, base_weights=base_weights, start=start)
+
+
+def kept_adapter(folder: Path) -> KeptAdapter:
+    """The adapter of a folder: safetensors and JSON only; ``ModelError`` for anything else."""
+    return read_adapter(folder)
