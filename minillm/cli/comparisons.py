@@ -171,6 +171,10 @@ def judge(  # noqa: PLR0917 (typer reads options from parameters)
     url: Annotated[str, typer.Option("--url", help="Base of the endpoint, such as http://localhost:8000/v1.")],
     model: Annotated[str, typer.Option("--model", help="The judge's name there.")],
     right: Annotated[Path | None, typer.Argument(metavar="B", help="Another evaluation, to compare with A.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="references", help="Compare A with the references of its prompts."),
+    ] = None,
     single: Annotated[bool, typer.Option("--single", help="Score A, and B, beside the references.")] = False,
     seed: Annotated[int | None, typer.Option("--seed", help="The sampling seed to judge; else the lowest.")] = None,
     temperature: Annotated[
@@ -197,13 +201,15 @@ def judge(  # noqa: PLR0917 (typer reads options from parameters)
     """Let a model behind a chat endpoint judge the responses.
 
     One folder: each response is scored beside its reference, as in the paper. Two: they are compared, each pair in
-    both orders. A key is read from MINILLM_JUDGE_KEY; OPENAI_API_KEY goes to https://api.openai.com alone. Answers
-    are kept: nothing is asked twice.
+    both orders; with --against references, A and the answers that its prompts came with. A key is read from
+    MINILLM_JUDGE_KEY; OPENAI_API_KEY goes to https://api.openai.com alone. Answers are kept: nothing is asked twice.
 
     \b
-    Example:
+    Examples:
       minillm judge runs/mine/again --url http://localhost:8000/v1 \\
         --model NAME --limit 50
+      minillm judge runs/mine/again --against references \\
+        --url http://localhost:8000/v1 --model NAME
     """
     from minillm.judge.command import run
 
@@ -214,6 +220,6 @@ def judge(  # noqa: PLR0917 (typer reads options from parameters)
             "max_tokens": max_tokens, "price_in": price_in, "price_out": price_out, "max_cost": max_cost,
             "unencrypted_key": unencrypted_key,
         },
-        single=single, seed=seed, temperature=temperature, limit=limit, template=template, out=out, fresh=fresh,
-        json_file=json_file,
+        against=against, single=single, seed=seed, temperature=temperature, limit=limit, template=template, out=out,
+        fresh=fresh, json_file=json_file,
     )  # fmt: skip

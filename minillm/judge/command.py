@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minillm.errors import DataError, visible
-from minillm.judge.run import default_out, judge
+from minillm.judge.run import default_out, judge, require_opponent
 from minillm.judge.settings import JudgeSettings
 from minillm.own_files import OwnFile
 from minillm.own_files import json_file as own_file
@@ -37,6 +37,7 @@ def run(
     folders: tuple[Path, Path | None],
     *,
     settings: Mapping[str, Any],
+    against: str | None,
     single: bool,
     seed: int | None,
     temperature: float | None,
@@ -48,12 +49,13 @@ def run(
 ) -> dict[str, Any]:
     """Prints the figures and where they are kept."""
     chosen = JudgeSettings(**settings)
-    out = default_out(*folders, single=single) if out is None else out
+    require_opponent(folders[1], against=against, single=single)
+    out = default_out(*folders, single=single, against=against) if out is None else out
     if json_file is not None:
         own_json(json_file, out=out).require()
     record = judge(
-        *folders, settings=chosen, single=single, seed=seed, temperature=temperature, limit=limit, template=template,
-        out=out, fresh=fresh, say=lambda line: print(visible(line), flush=True),
+        *folders, settings=chosen, against=against, single=single, seed=seed, temperature=temperature, limit=limit,
+        template=template, out=out, fresh=fresh, say=lambda line: print(visible(line), flush=True),
     )  # fmt: skip
     names = ", ".join(record["endpoint"]["returned"]) or record["endpoint"]["model"]
     print_table(plain(f"{record['prompts']} prompts, judged by {names}"), COLUMNS, table(record))
@@ -71,9 +73,12 @@ COLUMNS = ("", "figure", "95 % interval")
 def table(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """The rows of the table: a label, a figure, an interval over prompts."""
     if record["mode"] == "pairwise":
-        labels = {"win": "A wins", "tie": "tie", "lose": "B wins", "net": f"A wins {MINUS} B wins"}
-        rows = [_row(label, record[name], scale=100, unit=" %") for name, label in labels.items()]
-        return [*rows, ("the orders disagree", _percent(record["position"]["share"]), "")]
+        other = "reference" if record["asked"].get("against") else "B"
+        labels = {
+            "win": "A wins", "tie": "tie", "lose": f"{other} wins", "net": f"A wins {MINUS} {other} wins",
+            "win_rate": "win rate of A, ties as half", "consistency": "both orders agree",
+        }  # fmt: skip
+        return [_row(label, record[name], scale=100, unit=" %") for name, label in labels.items() if name in record]
     sides = record.get("sides", [record])
     rows = []
     for letter, side in zip("AB", sides, strict=False):

@@ -47,17 +47,16 @@ def single_difference(
 
 
 def pairwise(uids: Sequence[str], pairs: Sequence[Pair], *, resamples: int, seed: int) -> dict[str, Any]:
-    """Shares of prompts that the left answer wins, ties and loses, and ``net``, wins minus losses.
+    """What ``outcome_ratios`` says of the pairs; and ``consistency``, the share of judged prompts whose verdicts agree.
 
-    Verdicts of the two orders that disagree count as a tie. ``position``: ``share`` is how often they disagree,
-    ``first`` and ``second`` how often the answer in that place won both times.
+    Verdicts of the two orders that disagree count as a tie.
+
+    ``position``: ``share`` is how often they disagree, ``first`` and ``second`` how often the answer in that place won
+    both times.
     """
-    outcomes = [_outcome(pair) for pair in pairs]
-    judged_N = np.array([outcome is not None for outcome in outcomes], dtype=float)
-    shares = {}
-    for name, value in (("win", 1), ("tie", 0), ("lose", -1)):
-        shares[name] = _ratio(uids, np.array([outcome == value for outcome in outcomes], dtype=float), judged_N)
-    shares["net"] = _ratio(uids, np.array([float(outcome or 0) for outcome in outcomes]), judged_N)
+    agree_N = np.array([_whole(pair) and _favours(pair[0]) == -_favours(pair[1]) for pair in pairs], dtype=float)
+    shares = outcome_ratios(uids, [_outcome(pair) for pair in pairs])
+    shares["consistency"] = _ratio(uids, agree_N, np.array([_whole(pair) for pair in pairs], dtype=float))
     judged = [pair for pair in pairs if _whole(pair)]
     return {
         **estimate(shares, resamples=resamples, seed=seed),
@@ -69,6 +68,22 @@ def pairwise(uids: Sequence[str], pairs: Sequence[Pair], *, resamples: int, seed
             "first": _mean([a == b == "1" for a, b in judged]),
             "second": _mean([a == b == "2" for a, b in judged]),
         },
+    }
+
+
+def outcome_ratios(uids: Sequence[str], outcomes: Sequence[int | None]) -> dict[str, Ratio]:
+    """Shares of prompts that the left answer wins (outcome 1), ties (0) and loses (-1); ``net``, wins minus losses; and
+    ``win_rate``, wins and half of the ties. A prompt without an outcome is in none of them."""
+    judged_N = np.array([outcome is not None for outcome in outcomes], dtype=float)
+    net_N = np.array([float(outcome or 0) for outcome in outcomes])
+    shares = {
+        name: _ratio(uids, np.array([outcome == value for outcome in outcomes], dtype=float), judged_N)
+        for name, value in (("win", 1), ("tie", 0), ("lose", -1))
+    }
+    return {
+        **shares,
+        "net": _ratio(uids, net_N, judged_N),
+        "win_rate": _ratio(uids, (judged_N + net_N) / 2, judged_N),
     }
 
 

@@ -19,7 +19,7 @@ from minillm.judge.cache import Cache
 from minillm.judge.client import ChatClient, http_library
 from minillm.judge.cost import Meter
 from minillm.judge.prompts import FORMS, question, read_template
-from minillm.judge.samples import Side, read_sides
+from minillm.judge.samples import Side, comparable, read_sides
 from minillm.judge.settings import EndpointError, JudgeSettings, read_key
 from minillm.manifests import parsed
 from minillm.progress import Progress
@@ -27,6 +27,8 @@ from minillm.report_text import plain
 from minillm.store import Clock, make_folder, write_jsonl, write_text
 
 SCHEMA = 1
+REFERENCES = "references"
+"""What ``against`` may name: the answers that the evaluation's own prompts came with."""
 ORDERS = ("left first", "right first")
 SHOWN_LINES = 3
 """Broken lines of the cache that are named."""
@@ -50,6 +52,8 @@ class Work:
     """All that is to be asked. ``uids`` are those of the prompts that can be judged."""
 
     mode: str
+    right: str
+    """Whose the right answers are: ``B``, or ``reference``."""
     sides: Sequence[Side]
     uids: tuple[str, ...]
     without_reference: int
@@ -62,6 +66,7 @@ def judge(
     right: str | Path | None = None,
     *,
     settings: JudgeSettings,
+    against: str | None = None,
     single: bool = False,
     seed: int | None = None,
     temperature: float | None = None,
@@ -75,18 +80,20 @@ def judge(
     """Judges the responses of one or two evaluation folders; the record, as it is written to ``out/judge.json``.
 
     One folder, or ``single``: each response is scored beside its reference. Two folders: their responses are
-    compared. The key comes from the environment. ``say`` hears notes, and None keeps silent, the progress too.
-    Raises ``EndpointError`` where the endpoint is of no use, and leaves what ``out`` held before; answers that came
-    are kept in ``out/cache.jsonl``.
+    compared. One folder ``against="references"``: its responses are compared with those. The key comes from the
+    environment. ``say`` hears notes, and None keeps silent, the progress too. Raises ``EndpointError`` where the
+    endpoint is of no use, and leaves what ``out`` held before; answers that came are kept in ``out/cache.jsonl``.
     """
     clock, told = Clock(), say or (lambda _: None)
     http_library()
     key = read_key(settings)
     folders = [Path(left)] if right is None else [Path(left), Path(right)]
+    require_opponent(right, against=against, single=single)
     sides = read_sides(folders, seed=seed, temperature=temperature)
     text = read_template(None if template is None else Path(template))
-    work = _work(sides, single=single or right is None, template=text, limit=limit, settings=settings)
-    out = default_out(*folders, single=single) if out is None else Path(out)
+    single = single or (right is None and against is None)
+    work = _work(sides, single=single, against=against, template=text, limit=limit, settings=settings)
+    out = default_out(*folders, single=single, against=against) if out is None else Path(out)
     stored = None if fresh else _stored(out, work)
     make_folder(out, setting="--out")
     cache, meter = Cache(out / "cache.jsonl"), Meter(settings)
@@ -116,30 +123,46 @@ def judge(
     return record
 
 
-def default_out(left: Path, right: Path | None = None, *, single: bool = False) -> Path:
+def require_opponent(right: str | Path | None, *, against: str | None, single: bool) -> None:
+    """Raise ``ConfigError`` where a judging is told two kinds of answers to hold responses against, or an unknown
+    one."""
+    if against is None:
+        return
+    if against != REFERENCES:
+        raise ConfigError(f"against: got {against!r}, wanted {REFERENCES!r}; another evaluation is named as B")
+    if right is not None or single:
+        other = "--single" if single else f"B ({right})"
+        raise ConfigError(f"--against {REFERENCES} compares A with those; leave out {other}")
+
+
+def default_out(
+    left: Path, right: Path | None = None, *, single: bool = False, against: str | None = None, what: str = "judge"
+) -> Path:
     """Where results go without --out: into the (left) evaluation's folder, named after what sets the other one apart:
     RUN of RUN/dolly, where both are called dolly."""
+    if against is not None:
+        return left / f"{what}-against-{against}"
     if right is None:
-        return left / "judge"
+        return left / what
     pairs = zip(reversed(left.resolve().parts), reversed(right.resolve().parts), strict=False)
     other = next((theirs for own, theirs in pairs if own != theirs), right.resolve().name)
-    return left / (f"judge-beside-{other}" if single else f"judge-against-{other}")
+    return left / (f"{what}-beside-{other}" if single else f"{what}-against-{other}")
 
 
-def _work(sides: Sequence[Side], *, single: bool, template: str, limit: int | None, settings: JudgeSettings) -> Work:
+def _work(
+    sides: Sequence[Side], *, single: bool, against: str | None, template: str, limit: int | None,
+    settings: JudgeSettings,
+) -> Work:  # fmt: skip
     mode = "single" if single else "pairwise"
-    places = [n for n in range(len(sides[0].samples)) if not single or all(s.samples[n].reference for s in sides)]
-    if not places:
-        raise DataError(
-            f"{sides[0].folder}: no response has a reference to be scored beside; name two evaluations to compare them"
-        )
+    references = single or against is not None
+    places = comparable(sides, references=references)
     without, places = len(sides[0].samples) - len(places), places[:limit]
     questions = []
     # Prompt by prompt: what a cost limit leaves over is whole prompts.
     for place, n in enumerate(places):
         for number, side in enumerate(sides if single else sides[:1]):
             ours = side.samples[n]
-            theirs = ours.reference if single else sides[1].samples[n].response
+            theirs = ours.reference if references else sides[1].samples[n].response
             for order in range(len(ORDERS)):
                 first, second = (ours.response, theirs) if order == 0 else (theirs, ours.response)
                 messages, defused = question(template, FORMS[mode], prompt=ours.prompt, first=first, second=second)
@@ -156,9 +179,11 @@ def _work(sides: Sequence[Side], *, single: bool, template: str, limit: int | No
         "address": hashlib.sha256(settings.completions.encode()).hexdigest(),
         "model": settings.model,
         "template": hashlib.sha256(template.encode()).hexdigest(),
+        **({} if against is None else {"against": against}),
     }
     return Work(
         mode=mode,
+        right="reference" if references else "B",
         sides=sides,
         uids=tuple(sides[0].samples[n].uid for n in places),
         without_reference=without,
@@ -219,7 +244,7 @@ def _first_words(work: Work, cache: Cache, settings: JudgeSettings, key: str) ->
         f"{len(work.uids)} prompts, seed {side.seed}, temperature {side.temperature:g}: {len(work.questions)} "
         f"questions to {settings.model} at {settings.shown}, each pair in both orders"
     ]
-    if work.without_reference and work.mode == "single":
+    if work.without_reference:
         lines.append(f"note: {work.without_reference} prompts without a reference are left out")
     if cache.broken:
         named = ", ".join(map(str, cache.broken[:SHOWN_LINES]))
@@ -286,7 +311,7 @@ def _counts(work: Work, answers: Sequence[Answer]) -> dict[str, Any]:
     reasons = Counter(answer.reason for answer in answers if answer.verdict is None)
     return {
         "prompts": len(work.uids),
-        "without_reference": work.without_reference if work.mode == "single" else 0,
+        "without_reference": work.without_reference,
         "unanswered": dict(reasons.most_common()),
         "defused": sum(question.defused > 0 for question in work.questions),
     }
@@ -298,12 +323,11 @@ def _returned(answers: Sequence[Answer]) -> list[str]:
 
 
 def _rows(work: Work, answers: Sequence[Answer]) -> list[dict[str, Any]]:
-    right = "reference" if work.mode == "single" else "B"
     return [
         {
             "uid": question.uid,
             "left": "AB"[question.side],
-            "right": right,
+            "right": work.right,
             "order": ORDERS[question.order],
             "verdict": answer.verdict,
             "reason": answer.reason,

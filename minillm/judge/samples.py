@@ -68,6 +68,19 @@ def read_sides(folders: Sequence[Path], *, seed: int | None, temperature: float 
     return sides
 
 
+def comparable(sides: Sequence[Side], *, references: bool) -> list[int]:
+    """Which prompts can be judged: all, or where ``references`` are one of the answers, those that have one.
+
+    Raises ``DataError`` where none can.
+    """
+    found = [n for n in range(len(sides[0].samples)) if not references or all(s.samples[n].reference for s in sides)]
+    if not found:
+        raise DataError(
+            f"{sides[0].folder}: no response has a reference to be held against; name two evaluations to compare them"
+        )
+    return found
+
+
 def _side(folder: Path, rows: Sequence[dict[str, Any]], seed: int, key: str) -> Side:
     file = folder / "samples.jsonl"
     samples = []

@@ -100,6 +100,65 @@ def test_control_one_order_alone_would_take_position_for_quality(server: Server,
     assert figures.pairwise(list("abcd"), pairs, resamples=0, seed=0)["win"]["mean"] == 1.0
 
 
+def test_a_win_rate_counts_ties_as_half_and_consistency_the_pairs_whose_orders_agree() -> None:
+    """Two wins, a tie, a loss and a verdict that flips, which is a tie, too; one prompt is unjudged."""
+    pairs: list[figures.Pair] = [("1", "2"), ("1", "2"), ("tie", "tie"), ("2", "1"), ("1", "1"), ("1", None)]
+    record = figures.pairwise(list("abcdef"), pairs, resamples=500, seed=0)
+    assert [record[name]["mean"] for name in ("win", "tie", "lose")] == [0.4, 0.4, 0.2]
+    assert record["win_rate"]["mean"] == pytest.approx((2 + 2 / 2) / 5)
+    assert record["consistency"]["mean"] == pytest.approx(4 / 5) and record["consistency"]["prompts"] == 5
+    # Every draw's win rate is half of its net share above one half, so the intervals are, too.
+    ends = [(1 + end) / 2 for end in record["net"]["ci95"]]
+    assert record["win_rate"]["ci95"] == pytest.approx(ends) and ends[0] < ends[1]
+
+
+def test_a_judge_that_always_says_the_first_gives_half_and_no_consistency(
+    server: Server, good: Path, bad: Path
+) -> None:
+    server.answer = lambda body: "Verdict: 1"
+    record = judge(good, bad, settings=settings(server))
+    assert record["win_rate"]["mean"] == 0.5 and record["consistency"]["mean"] == 0.0
+    # The control: with one order's verdicts alone it would have found a perfect win rate.
+    one_order: list[figures.Pair] = [("1", "2")] * 6
+    assert figures.pairwise(list("abcdef"), one_order, resamples=0, seed=0)["win_rate"]["mean"] == 1.0
+
+
+def test_responses_are_compared_with_the_references_of_their_own_prompts(server: Server, bad: Path) -> None:
+    def golden(body: Json) -> str:
+        first, second = (text.startswith("gold") for text in shown(body))
+        return f"Verdict: {'tie' if first == second else '1' if first else '2'}"
+
+    server.answer = golden
+    record = judge(bad, against="references", settings=settings(server))
+    assert (record["win_rate"]["mean"], record["lose"]["mean"], record["consistency"]["mean"]) == (0.0, 1.0, 1.0)
+    assert record["asked"]["against"] == "references" and record["mode"] == "pairwise"
+    assert sorted(shown(request) for request in server.requests) == sorted(
+        pair for n in range(6) for pair in ((f"bad {n}", f"gold {n}"), (f"gold {n}", f"bad {n}"))
+    )
+    rows = (bad / "judge-against-references" / "judgements.jsonl").read_text().splitlines()
+    assert {(row["left"], row["right"]) for row in map(json.loads, rows)} == {("A", "reference")}
+
+
+def test_prompts_without_a_reference_are_left_out_of_a_comparison_with_them(server: Server, tmp_path: Path) -> None:
+    folder = evaluation(tmp_path / "some", ["good"] * 4)
+    samples = folder / "samples.jsonl"
+    samples.write_text(samples.read_text().replace('"references": ["gold 2", "another"]', '"references": []'))
+    server.answer = fair
+    record = judge(folder, against="references", settings=settings(server))
+    assert (record["prompts"], record["without_reference"], record["win_rate"]["mean"]) == (3, 1, 1.0)
+    assert len(server.requests) == 6
+
+
+def test_references_beside_another_opponent_are_refused(server: Server, good: Path, bad: Path) -> None:
+    with pytest.raises(ConfigError, match=r"compares A with those; leave out B \(.*bad\)"):
+        judge(good, bad, against="references", settings=settings(server))
+    with pytest.raises(ConfigError, match="leave out --single"):
+        judge(good, against="references", single=True, settings=settings(server))
+    with pytest.raises(ConfigError, match="got 'chosen', wanted 'references'"):
+        judge(good, against="chosen", settings=settings(server))
+    assert server.requests == []
+
+
 def test_a_tie_in_one_order_is_a_tie_and_a_disagreement() -> None:
     pairs: list[figures.Pair] = [("1", "tie"), ("tie", "tie"), ("1", "2"), ("2", "1"), (None, "1")]
     record = figures.pairwise(list("abcde"), pairs, resamples=100, seed=0)
@@ -273,5 +332,10 @@ def test_the_command_prints_tables_and_words(
     server.answer = points
     text = run(str(good), str(bad), "--single", "--out", str(tmp_path / "scores"))
     assert re.search(r"score of A +75\.00 +75\.00 to 75\.00", text) and "A − B, paired" in text
+    server.answer = fair
+    text = run(str(good), "--against", "references")
+    assert re.search(r"A wins +100\.00 %", text) and re.search(r"win rate of A, ties as half +100\.00 %", text)
+    assert re.search(r"reference wins +0\.00 %", text) and re.search(r"both orders agree +100\.00 %", text)
+    server.answer = points
     text = run(str(good), "--limit", "1", "--out", str(tmp_path / "one"))
     assert re.search(r"score of A +75\.00 +–", text)
