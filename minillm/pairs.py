@@ -135,10 +135,16 @@ def check_alone(config: RunConfig, model: str) -> Pair:
 
     Text has no ids, so it may teach a student with another vocabulary. Raises as ``check_pair`` does.
     """
+    pair = check_frozen(model)
+    pair.student.require_positions(config.data.max_prompt_tokens + config.decoding.max_new_tokens, what="model")
+    return pair
+
+
+def check_frozen(model: str) -> Pair:
+    """``check_alone`` of a model that reads what is there already, however long that turns out to be."""
     card = load_card(model, kind="teachers")
     _check_teacher(card, role="model")
     facts = inspect(card)
-    facts.require_positions(config.data.max_prompt_tokens + config.decoding.max_new_tokens, what="model")
     real, rows = real_ids(facts.tokenizer), facts.config.vocab_size
     check_heads(real_ids=real, teacher_rows=rows, student_rows=rows)
     return Pair(

@@ -57,6 +57,7 @@ Examples:
     student=runs/mine/student --prompts 128
   minillm study --config docs/results/long-horizon.yaml --show
   minillm judge runs/a runs/b --url http://localhost:8000/v1 --model NAME
+  minillm win-rate runs/a runs/b --by teachers/gpt2-xl
   minillm runs verify runs/mine
   minillm merge-adapter BASE runs/mine/student/adapter --out merged
   minillm selftest --json selftest.json
@@ -85,6 +86,7 @@ COMMANDS = (
     runs.diagnose,
     comparisons.study,
     comparisons.judge,
+    comparisons.win_rate,
     kept.runs,
     builtin.merge_adapter,
     builtin.selftest,

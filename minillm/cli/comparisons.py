@@ -223,3 +223,47 @@ def judge(  # noqa: PLR0917 (typer reads options from parameters)
         against=against, single=single, seed=seed, temperature=temperature, limit=limit, template=template, out=out,
         fresh=fresh, json_file=json_file,
     )  # fmt: skip
+
+
+def win_rate(  # noqa: PLR0917 (typer reads options from parameters)
+    left: Annotated[Path, typer.Argument(metavar="A", help="Folder of an evaluation.")],
+    by: Annotated[str, typer.Option("--by", metavar="MODEL", help="A model folder, a teacher card or a hub name.")],
+    right: Annotated[Path | None, typer.Argument(metavar="B", help="Another evaluation, to compare with A.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="references", help="Compare A with the references of its prompts."),
+    ] = None,
+    per_token: Annotated[
+        bool, typer.Option("--per-token", help="Compare means over tokens; sums favour short responses.")
+    ] = False,
+    tie: Annotated[float, typer.Option("--tie", min=0, help="Largest difference in nats that is a tie.")] = 1e-3,
+    seed: Annotated[int | None, typer.Option("--seed", help="The sampling seed to compare; else the lowest.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", help="The temperature to compare; else 1, or the highest.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Compare the first so many prompts only.")] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Responses that a rank reads at once.")] = 8,
+    batch_tokens: Annotated[
+        int, typer.Option("--batch-tokens", min=1, help="Tokens that a rank reads at once, padding included.")
+    ] = 8192,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the results; else one inside A.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Replace the results of another comparison.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures into this file.")] = None,
+) -> None:
+    """Count whose responses a model finds likelier.
+
+    A stand-in where no judge can be asked: a frozen model, as a teacher, gives each response a log-probability, and the
+    larger one wins. It says what that model would write, not what is good. Nothing is sent anywhere.
+
+    \b
+    Examples:
+      minillm win-rate runs/mine runs/start --by teachers/gpt2-xl
+      minillm win-rate runs/mine --against references --by teachers/gpt2-xl
+    """
+    from minillm.judge.likelihood_command import run
+    from minillm.micro_batches import Limits
+
+    run(
+        (left, right), by=by, against=against, per_token=per_token, tie=tie, seed=seed, temperature=temperature,
+        limit=limit, limits=Limits(rows=batch, places=batch_tokens), out=out, fresh=fresh, json_file=json_file,
+    )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,13 @@ OWN = {"judge.json", "judgements.jsonl", "cache.jsonl"}
 """What a judging keeps in its folder."""
 
 
-def own_json(file: Path, *, out: Path) -> OwnFile:
-    """The file that --json names. ``DataError`` for what a judging keeps for itself, in ``out`` or where another one
-    was."""
+def own_json(file: Path, *, out: Path, fields: Collection[str] = FIELDS) -> OwnFile:
+    """The file that --json names, known by its ``fields``. ``DataError`` for what a judging keeps for itself, in
+    ``out`` or where another one was."""
     anothers = file.name == "judge.json" and (file.parent / "judgements.jsonl").exists()
     if anothers or (file.name in OWN and file.parent.resolve() == out.resolve()):
         raise DataError(f"{file} is what a judging keeps for itself\n  name another file")
-    return own_file(file, what="the figures of a judging", fits=lambda found: found.keys() >= FIELDS)
+    return own_file(file, what="the figures of a judging", fits=lambda found: found.keys() >= set(fields))
 
 
 def run(
@@ -78,18 +78,20 @@ def table(record: Mapping[str, Any]) -> list[tuple[str, str, str]]:
             "win": "A wins", "tie": "tie", "lose": f"{other} wins", "net": f"A wins {MINUS} {other} wins",
             "win_rate": "win rate of A, ties as half", "consistency": "both orders agree",
         }  # fmt: skip
-        return [_row(label, record[name], scale=100, unit=" %") for name, label in labels.items() if name in record]
+        return [
+            figure_row(label, record[name], scale=100, unit=" %") for name, label in labels.items() if name in record
+        ]
     sides = record.get("sides", [record])
     rows = []
     for letter, side in zip("AB", sides, strict=False):
         rows += [
-            _row(f"score of {letter}", side["score"]),
-            _row("  its points, 1 to 10", side["response"]),
-            _row("  the references' points", side["reference"]),
+            figure_row(f"score of {letter}", side["score"]),
+            figure_row("  its points, 1 to 10", side["response"]),
+            figure_row("  the references' points", side["reference"]),
         ]
         points = side["position"]["points"]
         rows.append(("  points for being first", DASH if points is None else _number(points, signed=True), ""))
-    return [*rows, _row(f"A {MINUS} B, paired", record["difference"])] if "difference" in record else rows
+    return [*rows, figure_row(f"A {MINUS} B, paired", record["difference"])] if "difference" in record else rows
 
 
 def words(record: Mapping[str, Any]) -> list[str]:
@@ -100,9 +102,9 @@ def words(record: Mapping[str, Any]) -> list[str]:
     else:
         share = record["position"]["share"]
         lines.append(
-            f"position bias: in {_percent(share)} of the pairs ({record['position']['disagreements']}) the verdict "
-            f"changed with the order; they count as ties ({_percent(record['position']['first'])} of the pairs went to "
-            f"whatever stood first, {_percent(record['position']['second'])} to whatever stood second)"
+            f"position bias: in {percent(share)} of the pairs ({record['position']['disagreements']}) the verdict "
+            f"changed with the order; they count as ties ({percent(record['position']['first'])} of the pairs went to "
+            f"whatever stood first, {percent(record['position']['second'])} to whatever stood second)"
         )
     for letter, side in zip("AB", record.get("sides", [record]), strict=False):
         if side["unjudged"]:
@@ -127,7 +129,8 @@ def words(record: Mapping[str, Any]) -> list[str]:
     return lines + [f"note: {note}" for note in record["notes"]]
 
 
-def _row(label: str, estimate: Mapping[str, Any], *, scale: float = 1, unit: str = "") -> tuple[str, str, str]:
+def figure_row(label: str, estimate: Mapping[str, Any], *, scale: float = 1, unit: str = "") -> tuple[str, str, str]:
+    """A label, a mean and its interval, as a table shows them."""
     mean, ends = estimate["mean"], estimate["ci95"]
     shown = DASH if mean is None else _number(scale * mean) + unit
     return label, shown, DASH if ends is None else f"{_number(scale * ends[0])} to {_number(scale * ends[1])}{unit}"
@@ -139,5 +142,6 @@ def _number(value: float, *, signed: bool = False) -> str:
     return f"{value:{'+' if signed else ''}.2f}".replace("-", MINUS)
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
+    """A share, or a dash where there is none."""
     return DASH if share is None else f"{100 * share:.1f} %"

@@ -32,7 +32,7 @@ def single(uids: Sequence[str], pairs: Sequence[Pair], *, resamples: int, seed: 
         **estimate(ratios, resamples=resamples, seed=seed),
         "judged": len(judged),
         "unjudged": len(pairs) - len(judged),
-        "position": {"share": _mean(flips), "points": _mean(points)},
+        "position": {"share": mean(flips), "points": mean(points)},
     }
 
 
@@ -56,7 +56,7 @@ def pairwise(uids: Sequence[str], pairs: Sequence[Pair], *, resamples: int, seed
     """
     agree_N = np.array([_whole(pair) and _favours(pair[0]) == -_favours(pair[1]) for pair in pairs], dtype=float)
     shares = outcome_ratios(uids, [_outcome(pair) for pair in pairs])
-    shares["consistency"] = _ratio(uids, agree_N, np.array([_whole(pair) for pair in pairs], dtype=float))
+    shares["consistency"] = ratio(uids, agree_N, np.array([_whole(pair) for pair in pairs], dtype=float))
     judged = [pair for pair in pairs if _whole(pair)]
     return {
         **estimate(shares, resamples=resamples, seed=seed),
@@ -64,9 +64,9 @@ def pairwise(uids: Sequence[str], pairs: Sequence[Pair], *, resamples: int, seed
         "unjudged": len(pairs) - len(judged),
         "position": {
             "disagreements": sum(_favours(a) != -_favours(b) for a, b in judged),
-            "share": _mean([_favours(a) != -_favours(b) for a, b in judged]),
-            "first": _mean([a == b == "1" for a, b in judged]),
-            "second": _mean([a == b == "2" for a, b in judged]),
+            "share": mean([_favours(a) != -_favours(b) for a, b in judged]),
+            "first": mean([a == b == "1" for a, b in judged]),
+            "second": mean([a == b == "2" for a, b in judged]),
         },
     }
 
@@ -77,13 +77,13 @@ def outcome_ratios(uids: Sequence[str], outcomes: Sequence[int | None]) -> dict[
     judged_N = np.array([outcome is not None for outcome in outcomes], dtype=float)
     net_N = np.array([float(outcome or 0) for outcome in outcomes])
     shares = {
-        name: _ratio(uids, np.array([outcome == value for outcome in outcomes], dtype=float), judged_N)
+        name: ratio(uids, np.array([outcome == value for outcome in outcomes], dtype=float), judged_N)
         for name, value in (("win", 1), ("tie", 0), ("lose", -1))
     }
     return {
         **shares,
-        "net": _ratio(uids, net_N, judged_N),
-        "win_rate": _ratio(uids, (judged_N + net_N) / 2, judged_N),
+        "net": ratio(uids, net_N, judged_N),
+        "win_rate": ratio(uids, (judged_N + net_N) / 2, judged_N),
     }
 
 
@@ -96,13 +96,14 @@ def _single_ratios(uids: Sequence[str], pairs: Sequence[Pair]) -> Mapping[str, R
             reference_N[n] = left_first[1] + right_first[0]
     asked_N = 2.0 * (reference_N > 0)
     return {
-        "score": _ratio(uids, 100 * response_N, reference_N),
-        "response": _ratio(uids, response_N, asked_N),
-        "reference": _ratio(uids, reference_N, asked_N),
+        "score": ratio(uids, 100 * response_N, reference_N),
+        "response": ratio(uids, response_N, asked_N),
+        "reference": ratio(uids, reference_N, asked_N),
     }
 
 
-def _ratio(uids: Sequence[str], numerator_N: Any, denominator_N: Any) -> Ratio:
+def ratio(uids: Sequence[str], numerator_N: Any, denominator_N: Any) -> Ratio:
+    """A measure of which there is one number a prompt."""
     return Ratio(uids=tuple(uids), seeds=(0,), numerator_SN=numerator_N[None], denominator_SN=denominator_N[None])
 
 
@@ -128,5 +129,6 @@ def _outcome(pair: Pair) -> int | None:
     return left if left == right else 0
 
 
-def _mean(values: Sequence[Any]) -> float | None:
+def mean(values: Sequence[Any]) -> float | None:
+    """None of nothing."""
     return float(np.mean(values)) if values else None

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from minillm.judge.cache import Cache
 from minillm.judge.client import ChatClient, http_library
 from minillm.judge.cost import Meter
 from minillm.judge.prompts import FORMS, question, read_template
-from minillm.judge.samples import Side, comparable, read_sides
+from minillm.judge.samples import Side, asked_of_sides, comparable, read_sides
 from minillm.judge.settings import EndpointError, JudgeSettings, read_key
 from minillm.manifests import parsed
 from minillm.progress import Progress
@@ -94,7 +94,7 @@ def judge(
     single = single or (right is None and against is None)
     work = _work(sides, single=single, against=against, template=text, limit=limit, settings=settings)
     out = default_out(*folders, single=single, against=against) if out is None else Path(out)
-    stored = None if fresh else _stored(out, work)
+    stored = None if fresh else stored_judging(out, work.asked, prompts=len(work.uids))
     make_folder(out, setting="--out")
     cache, meter = Cache(out / "cache.jsonl"), Meter(settings)
     for line in _first_words(work, cache, settings, key):
@@ -170,16 +170,12 @@ def _work(
                     Question(side=number, place=place, order=order, uid=ours.uid, messages=messages, defused=defused)
                 )
     asked = {
-        "mode": mode,
-        "evaluations": [{"folder": str(side.folder), "samples": side.sha256} for side in sides],
-        "seed": sides[0].seed,
-        "temperature": sides[0].temperature,
+        **asked_of_sides(sides, mode=mode, against=against),
         "endpoint": settings.shown,
         # A query may choose the deployment; it is not shown, since it may hold what nobody else should read.
         "address": hashlib.sha256(settings.completions.encode()).hexdigest(),
         "model": settings.model,
         "template": hashlib.sha256(template.encode()).hexdigest(),
-        **({} if against is None else {"against": against}),
     }
     return Work(
         mode=mode,
@@ -192,7 +188,7 @@ def _work(
     )
 
 
-def _stored(out: Path, work: Work) -> dict[str, Any] | None:
+def stored_judging(out: Path, asked: Mapping[str, Any], *, prompts: int) -> dict[str, Any] | None:
     """The results that are to be replaced, None without any. ``DataError`` for those of another judging, or of more
     prompts."""
     file = out / "judge.json"
@@ -200,8 +196,8 @@ def _stored(out: Path, work: Work) -> dict[str, Any] | None:
         return None
     try:
         stored: dict[str, Any] = parsed(file.read_text(encoding="utf-8"))
-        differing = [name for name in work.asked if stored["asked"].get(name) != work.asked[name]]
-        prompts, _ = int(stored["prompts"]), _judged(stored)
+        differing = [name for name in asked if stored["asked"].get(name) != asked[name]]
+        before, _ = int(stored["prompts"]), _judged(stored)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{file}: not the results of a judging; move it away or give --fresh") from None
     if differing:
@@ -209,9 +205,9 @@ def _stored(out: Path, work: Work) -> dict[str, Any] | None:
             f"{file} holds another judging, they differ in: {', '.join(differing)}\n"
             "  name another --out, or replace it with --fresh"
         )
-    if prompts > len(work.uids):
+    if before > prompts:
         raise DataError(
-            f"{file} holds a judging of {prompts} prompts, this one has {len(work.uids)}; nothing was asked\n"
+            f"{file} holds a judging of {before} prompts, this one has {prompts}; nothing was asked\n"
             "  raise --limit or leave it out, name another --out, or replace it with --fresh"
         )
     return stored

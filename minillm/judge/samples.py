@@ -24,6 +24,8 @@ class Sample:
     prompt: str
     response: str
     reference: str
+    stop: str = ""
+    """How the response ended: ``eos``, ``length`` or ``empty``; "" where the file does not say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +70,17 @@ def read_sides(folders: Sequence[Path], *, seed: int | None, temperature: float 
     return sides
 
 
+def asked_of_sides(sides: Sequence[Side], *, mode: str, against: str | None) -> dict[str, Any]:
+    """What is judged, for the record of a judging, whoever judges."""
+    return {
+        "mode": mode,
+        "evaluations": [{"folder": str(side.folder), "samples": side.sha256} for side in sides],
+        "seed": sides[0].seed,
+        "temperature": sides[0].temperature,
+        **({} if against is None else {"against": against}),
+    }
+
+
 def comparable(sides: Sequence[Side], *, references: bool) -> list[int]:
     """Which prompts can be judged: all, or where ``references`` are one of the answers, those that have one.
 
@@ -91,7 +104,8 @@ def _side(folder: Path, rows: Sequence[dict[str, Any]], seed: int, key: str) -> 
         texts = [row["uid"], row["prompt"], row["response"], *(references if isinstance(references, list) else [None])]
         if not all(isinstance(text, str) for text in texts):
             raise DataError(f"{file}: row {row['uid']!r} holds something that is no text; evaluate the model again")
-        samples.append(Sample(row["uid"], row["prompt"], row["response"], references[0] if references else ""))
+        reference = references[0] if references else ""
+        samples.append(Sample(row["uid"], row["prompt"], row["response"], reference, str(row.get("stop", ""))))
     if len({sample.uid for sample in samples}) < len(samples):
         raise DataError(f"{file}: a prompt has two responses at seed {seed}; evaluate the model again")
     return Side(

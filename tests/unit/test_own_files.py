@@ -15,6 +15,7 @@ from minillm import cli
 from minillm.compare.command import own_json as compare_json
 from minillm.errors import DataError
 from minillm.judge.command import own_json as judge_json
+from minillm.judge.likelihood_command import FIELDS
 from minillm.own_files import OwnFile, generator, json_file, page_file
 from minillm.plots import FILE_ENDINGS, drawing_file, drawn
 from minillm.report_parts import frame
@@ -36,6 +37,10 @@ RECORDS: dict[str, tuple[Callable[[Path], OwnFile], list[dict[str, Any]]]] = {
     "judge": (
         lambda file: judge_json(file, out=file.parent / "judged"),
         [{"schema": 1, "mode": "single", "asked": {}, "endpoint": {}, "cost": {}, "unanswered": {}}],
+    ),
+    "win-rate": (
+        lambda file: judge_json(file, out=file.parent / "judged", fields=FIELDS),
+        [{"schema": 1, "mode": "pairwise", "asked": {}, "judge": {}, "win_rate": {}, "unanswered": {}}],
     ),
     "study": (study_json, [{"study": "s", "compare_with": "a", "arms": {"a": {"done": [], "temperatures": {}}}}]),
 }
