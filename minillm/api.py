@@ -25,7 +25,7 @@ from minillm.lora import peft_library
 from minillm.model_card import CardFacts, render
 from minillm.moments import Progressed
 from minillm.pairs import Pair, check_pair
-from minillm.preflight import Anchor, Split, read_anchor, read_teacher_caches
+from minillm.preflight import Anchor, AnySplit, read_anchor, read_teacher_caches
 from minillm.profiling import profiled
 from minillm.ranks import Ranks
 from minillm.report import build_report, combine, write_reports
@@ -141,7 +141,7 @@ class _Run:
 
     config: RunConfig
     pair: Pair
-    splits: Mapping[str, Split]
+    splits: Mapping[str, AnySplit]
     anchor: Anchor | None
     caches: Mapping[str, TeacherCache]
     teacher: Teacher | None
@@ -158,7 +158,7 @@ class _Run:
 def _made_from(
     config: RunConfig,
     pair: Pair,
-    splits: Mapping[str, Split],
+    splits: Mapping[str, AnySplit],
     anchor: Anchor | None,
     caches: Mapping[str, TeacherCache],
 ) -> dict[str, str]:
@@ -171,7 +171,7 @@ def _made_from(
     return {**weights, **_data(splits, anchor), **cached}
 
 
-def _data(splits: Mapping[str, Split], anchor: Anchor | None) -> dict[str, str]:
+def _data(splits: Mapping[str, AnySplit], anchor: Anchor | None) -> dict[str, str]:
     corpus = {} if anchor is None else {"corpus": anchor.sha256}
     return {**{f"{name} prompts": split.sha256 for name, split in splits.items()}, **corpus}
 
@@ -345,7 +345,7 @@ def evaluate(model: str | Path, config: RunConfig, *, out: str | Path, fresh: bo
             teacher.close()
 
 
-def _needs_teacher(config: RunConfig, splits: Mapping[str, Split]) -> bool:
+def _needs_teacher(config: RunConfig, splits: Mapping[str, AnySplit]) -> bool:
     distils = any(asks_teacher(stage) for stage in config.stages)
     return config.teacher is not None and (distils or bool(evaluated_sets(splits)))
 
@@ -355,7 +355,7 @@ def _validator(
     stage: Stage,
     *,
     pair: Pair,
-    split: Split | None,
+    split: AnySplit | None,
     teacher: Teacher | None,
     ranks: Ranks,
 ) -> Any:
@@ -395,7 +395,7 @@ def _card_facts(
     config: RunConfig,
     stage: Stage,
     pair: Pair,
-    split: Split,
+    split: AnySplit,
     anchor: Anchor | None,
     *,
     start: str,

@@ -224,6 +224,11 @@ class RunConfig(Settings):
                 "data.teacher_text is missing; a seqkd stage trains on what the teacher wrote; make it with "
                 "'minillm generate'"
             )
+        if self.data.preferences is None and "preferences" in readers:
+            raise ConfigError(
+                f"data.preferences is missing; a stage of kind {readers['preferences']} trains on its pairs; make them "
+                "with 'minillm pairs', or name a file of them"
+            )
         if self.evaluation.exposure is not None and self.teacher is None:
             raise UnsupportedCombination(
                 "evaluation.exposure compares the student with its teacher, but the run names none; "

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import field_validator, model_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 
 from minillm.errors import ConfigError, UnsupportedCombination, did_you_mean
 from minillm.released import SCHEME, known_set
 from minillm.row_sources import CORPUS_ENDINGS, FILE_ENDINGS, WORLD_SPLITS
-from minillm.settings import Count, Settings, Text, Whole
+from minillm.settings import Count, Flag, Settings, Text, Whole
 from minillm.stage_base import is_component
 
 LEAST_BLOCK = 2
@@ -38,6 +38,13 @@ class DataConfig(Settings):
     test: Text | dict[str, Text] | None = None
     """Rows for the final evaluation only: a source, or several by the names of their results, each evaluated by
     itself."""
+    preferences: Text | dict[str, Text] | None = None
+    """Pairs of a preferred and another response to a prompt: what stages that learn from preferences read. A source, or
+    several by their names; of a folder or pattern each file is one, by its name. 'minillm pairs' makes such a file."""
+    preferences_validation: Text | None = None
+    """Pairs that are held out, for measuring such stages: one source."""
+    single_turn: Flag = False
+    """Keep only pairs whose prompt is a single turn of the user; all others are counted as dropped."""
     corpus: Text | None = None
     """What the language-model loss of minillm stages learns from: rows with a 'text', plain text (blank lines part
     documents), or prompts with responses. The responses of train where not given."""
@@ -65,6 +72,8 @@ class DataConfig(Settings):
     """Use the first N rows of the training split; all where not given."""
     train_responses: Count | None = None
     """Use the responses of the first N rows of train; all others are prompts alone. All have theirs where not given."""
+    preferences_limit: Count | None = None
+    """Use the first N pairs of the preferences, or of each of their sources; all where not given."""
     validation_limit: Count | None = None
     """Use the first N rows of the validation split; all where not given."""
     test_limit: Count | None = None
@@ -76,6 +85,13 @@ class DataConfig(Settings):
         if self.test is None:
             return {}
         return dict(self.test) if isinstance(self.test, dict) else {"": self.test}
+
+    @property
+    def preference_sources(self) -> dict[str, str]:
+        """The sources of ``preferences`` by name; a single source has the name ''."""
+        if self.preferences is None:
+            return {}
+        return dict(self.preferences) if isinstance(self.preferences, dict) else {"": self.preferences}
 
     def unjudged(self, metric: str) -> str:
         """Why validation rows cannot be judged by a measure that wants a checker, and a cure; "" where they can."""
@@ -95,9 +111,9 @@ class DataConfig(Settings):
             raise ConfigError(f"got {source!r}, wanted a .jsonl file that 'minillm generate' wrote")
         return source
 
-    @field_validator("test", mode="before")
+    @field_validator("test", "preferences", mode="before")
     @classmethod
-    def _known_sets(cls, value: Any) -> Any:
+    def _known_sets(cls, value: Any, info: ValidationInfo) -> Any:
         """Checks what a union of types would tell badly."""
         if value is None or (isinstance(value, str) and value):
             if value is not None:
@@ -105,17 +121,21 @@ class DataConfig(Settings):
             return value
         if not isinstance(value, dict):
             raise ConfigError(f"got {value!r}, wanted a source, or a mapping of names to sources")
-        _check_set_names(list(value))
+        what = "set" if info.field_name == "test" else "source"
+        if what == "set":
+            _check_set_names(list(value))
+        else:
+            _check_source_names(list(value))
         for name, source in value.items():
             if not isinstance(source, str):
-                raise ConfigError(f"set {name!r}: got {source!r}, wanted a source")
+                raise ConfigError(f"{what} {name!r}: got {source!r}, wanted a source")
             try:
                 _check_source(source, FILE_ENDINGS)
             except ConfigError as error:
-                raise ConfigError(f"set {name!r}: {error}") from None
+                raise ConfigError(f"{what} {name!r}: {error}") from None
         return value
 
-    @field_validator("train", "validation")
+    @field_validator("train", "validation", "preferences_validation")
     @classmethod
     def _known_source(cls, source: str | None) -> str | None:
         if source is not None:
@@ -135,6 +155,10 @@ class DataConfig(Settings):
             raise UnsupportedCombination(
                 f"broken '{self.broken}' with max_broken {self.max_broken}: "
                 "give 'broken: skip' and the most rows it may leave out, or neither"
+            )
+        if self.single_turn and self.preferences is None and self.preferences_validation is None:
+            raise UnsupportedCombination(
+                "single_turn without preferences: no pair is read; add preferences, or leave it out"
             )
         if self.corpus_length is not None and self.corpus is None:
             raise UnsupportedCombination(
@@ -168,6 +192,15 @@ def _check_source(source: str, endings: tuple[str, ...]) -> None:
             f"got {source!r}, wanted 'world:SPLIT', 'hub:NAME@SPLIT', 'set:NAME', a file ending in "
             f"{', '.join(endings)} (or a pattern of such), or a folder of them"
         )
+
+
+def _check_source_names(names: Sequence[Any]) -> None:
+    """Raise unless each can stand before the ids of its rows."""
+    if not names:
+        raise ConfigError("got no source, wanted a source, or a mapping of names to sources")
+    for name in names:
+        if not isinstance(name, str) or not is_component(name):
+            raise ConfigError(f"source {name!r}: wanted a name of letters, digits, '.', '_' and '-'")
 
 
 def _check_set_names(names: Sequence[Any]) -> None:

@@ -129,7 +129,7 @@ def _source(config: RunConfig, split: str, *, out: Path, samples: int) -> str:
         raise ConfigError(f"--samples {samples}: wanted at least 1")
     if out.suffix != SUFFIX:
         raise ConfigError(f"--out {str(out)!r}: wanted a file ending in {SUFFIX}, which training reads")
-    for setting, read in _sources(config).items():
+    for setting, read in sources_read(config).items():
         if out.exists() and any(map(out.samefile, files_of(read))):
             raise DataError(f"{out}: {setting} reads it; nothing was touched.\n  give another --out")
     source: str | dict[str, str] | None = getattr(config.data, split)
@@ -142,12 +142,16 @@ def _source(config: RunConfig, split: str, *, out: Path, samples: int) -> str:
     return source
 
 
-def _sources(config: RunConfig) -> dict[str, str]:
+def sources_read(config: RunConfig) -> dict[str, str]:
     """What the run reads, by setting, but for text that a teacher wrote: that is what is made here."""
     data = config.data
-    single = {"train": data.train, "validation": data.validation, "corpus": data.corpus}
+    single = {
+        "train": data.train, "validation": data.validation, "corpus": data.corpus,
+        "preferences_validation": data.preferences_validation,
+    }  # fmt: skip
     sets = {f"test.{name}".rstrip("."): source for name, source in data.test_sets.items()}
-    return {f"data.{name}": source for name, source in {**single, **sets}.items() if source is not None}
+    pairs = {f"preferences.{name}".rstrip("."): source for name, source in data.preference_sources.items()}
+    return {f"data.{name}": source for name, source in {**single, **sets, **pairs}.items() if source is not None}
 
 
 def _rows(config: RunConfig, source: str) -> list[Row]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from minillm.config import RunConfig
 from minillm.evaluation_sets import shared_words
 from minillm.pairs import Pair
-from minillm.preflight import Anchor, Split
+from minillm.preflight import Anchor, AnySplit
 from minillm.ranks import Ranks
 from minillm.run_splits import evaluated_sets
 from minillm.stage_order import start_words
@@ -16,7 +16,7 @@ from minillm.teacher_cache import TeacherCache
 
 
 def introduction(
-    config: RunConfig, pair: Pair, splits: Mapping[str, Split], anchor: Anchor | None, *,
+    config: RunConfig, pair: Pair, splits: Mapping[str, AnySplit], anchor: Anchor | None, *,
     caches: Mapping[str, TeacherCache], ranks: Ranks,
 ) -> Iterator[str]:  # fmt: skip
     """A line for each thing that was read, left out or left unread, and for what the settings make of the gradient."""
@@ -29,7 +29,7 @@ def introduction(
         yield f"stage {name}: learns from {cache}"
     if anchor is None and config.data.corpus is not None:
         yield f"corpus: {config.data.corpus} is not read; no stage has an lm_coefficient above 0"
-    for name in ("train", "teacher_text"):
+    for name in ("train", "teacher_text", "preferences", "preferences_validation"):
         if getattr(config.data, name) is not None and name not in splits:
             yield f"data.{name} is not read; no stage learns from it"
     yield from start_words(config.stages)

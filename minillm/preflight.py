@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from minillm.config import DecodingConfig, EvaluationConfig, RunConfig
 from minillm.data_cache import DataCache
@@ -27,6 +28,26 @@ from minillm.vocabulary import identity
 
 BLOCK_TOKENS = 512
 """Of a corpus's text, where the run says nothing else."""
+
+
+class AnySplit(Protocol):
+    """What there is to say of a split, be it of prompts (``Split``) or of pairs (``preference_reading.PairSplit``)."""
+
+    @property
+    def source(self) -> str:
+        """Where its rows come from."""
+
+    @property
+    def prompts(self) -> Sequence[Prompt]:
+        """Its prompts, in the rows' order."""
+
+    @property
+    def sha256(self) -> str:
+        """Over all that is read of its rows."""
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Counted sentences for the terminal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,8 +152,8 @@ def read_teacher_text(config: RunConfig, *, pair: Pair) -> Split:
             f"{source}: written by {manifest.model} with weights {manifest.weights}, and the run's teacher "
             f"{pair.teacher_card.name} has {fingerprint(pair.teacher_card)}; name that teacher, or let this one write"
         )
-    for setting, held_out in _held_out(config).items():
-        if _same_source(manifest.asked.source, held_out):
+    for setting, held_out in held_out_sources(config).items():
+        if same_source(manifest.asked.source, held_out):
             raise DataError(
                 f"{source}: answers the prompts of data.{setting} ({held_out}), which are held out; "
                 "let the teacher answer others (minillm generate --split train)"
@@ -142,22 +163,22 @@ def read_teacher_text(config: RunConfig, *, pair: Pair) -> Split:
     return dataclasses.replace(split, words=(told, *split.words))
 
 
-def _held_out(config: RunConfig) -> dict[str, str]:
+def held_out_sources(config: RunConfig) -> dict[str, str]:
     """Sources that no stage may learn from, by the setting in ``data`` that names them: those that are not data.train
     too."""
     sets = {f"test.{name}".rstrip("."): source for name, source in config.data.test_sets.items()}
     found = sets if config.data.validation is None else {"validation": config.data.validation, **sets}
     train = config.data.train
-    return {name: source for name, source in found.items() if train is None or not _same_source(source, train)}
+    return {name: source for name, source in found.items() if train is None or not same_source(source, train)}
 
 
-def _same_source(one: str, other: str) -> bool:
+def same_source(one: str, other: str) -> bool:
     """Whether two names are of one source, or have a file in common, by whatever paths."""
     files = [{(at.st_dev, at.st_ino) for at in map(Path.stat, files_of(source))} for source in (one, other)]
     return one == other or not files[0].isdisjoint(files[1])
 
 
-def read_teacher_caches(config: RunConfig, *, pair: Pair, splits: Mapping[str, Split]) -> dict[str, TeacherCache]:
+def read_teacher_caches(config: RunConfig, *, pair: Pair, splits: Mapping[str, AnySplit]) -> dict[str, TeacherCache]:
     """The caches that kd stages learn from, by stage, proved to be of this run's rows, and of its teacher if it names
     one.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Literal
@@ -34,6 +34,8 @@ class Fate(StrEnum):
     BLANK_RESPONSE = "blank response"
     LONG_RESPONSE = "over-long response"
     EARLY_EOS = "response with the end-of-text token inside"
+    EQUAL = "pair with equal responses"
+    SEVERAL_TURNS = "pair with several turns before its responses"
     BLANK_DOCUMENT = "blank document"
     ENDED_DOCUMENT = "document with an end token inside"
 
@@ -55,6 +57,8 @@ _REMEDY = {
     Fate.BLANK_RESPONSE: "this stage learns from reference responses: fill the rows' response field",
     Fate.LONG_RESPONSE: "raise decoding.max_new_tokens",
     Fate.EARLY_EOS: "take the end-of-text token out of the responses; it is added by itself",
+    Fate.EQUAL: "give two responses that differ",
+    Fate.SEVERAL_TURNS: "set data.single_turn: false",
     Fate.BLANK_DOCUMENT: "write something into the rows' 'text'",
     Fate.ENDED_DOCUMENT: "take the end tokens out of the text and make a document of each part; they are added then",
 }
@@ -128,19 +132,24 @@ class PrepareReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Limits:
+class RowLimits:
+    """What a row may be to be used."""
+
     prompt: int
     response: int
     over_long: OverLong
     need_response: bool
 
     def detail(self, fate: Fate) -> str:
+        """The limit that a fate is about, in brackets, or ''."""
         tokens = {Fate.LONG_PROMPT: self.prompt, Fate.LONG_RESPONSE: self.response}.get(fate)
         return "" if tokens is None else f" (> {tokens:,} tokens)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Encoded:
+class EncodedRow:
+    """A row after template and tokenizer."""
+
     row: Row
     text: str
     ids: tuple[int, ...]
@@ -190,7 +199,7 @@ class Preparing:
         max_response_tokens: int, eos_id: int, need_response: bool, name: str,
     ) -> None:  # fmt: skip
         self._tokenizer, self._template, self._eos_id, self._name = tokenizer, template, eos_id, name
-        self._limits = _Limits(
+        self._limits = RowLimits(
             prompt=max_prompt_tokens, response=max_response_tokens, over_long=over_long, need_response=need_response
         )
         self._dropped, self._changed, self._longest = Fates(), Fates(), dict[Fate, int]()
@@ -199,9 +208,10 @@ class Preparing:
     def take(self, rows: Sequence[Row]) -> Iterator[Prompt]:
         """The next rows as prompts, those that are dropped left out."""
         limits, longest = self._limits, self._longest
-        for item in _encoded(rows, self._tokenizer, self._template, self._eos_id):
+        for item in encoded(rows, self._tokenizer, self._template, self._eos_id):
             self._rows += 1
-            prompt_fate, response_fate = _prompt_fate(item, limits), _response_fate(item, limits, self._eos_id)
+            prompt_fate = fate_of_prompt(item, limits)
+            response_fate = fate_of_response(item, limits, ends=(self._eos_id,))
             for fate, size in ((prompt_fate, len(item.ids)), (response_fate, len(item.response_ids))):
                 if fate is not None:
                     longest[fate] = max(longest.get(fate, 0), size)
@@ -213,7 +223,7 @@ class Preparing:
                 if fate is not None:
                     self._changed.add(fate, item.row.uid)
             self._used += 1
-            yield _prompt(item, self._tokenizer, cut_to=limits.prompt, keep_response=response_fate is None)
+            yield as_prompt(item, self._tokenizer, cut_to=limits.prompt, keep_response=response_fate is None)
 
     def report(self) -> PrepareReport:
         """What became of all of them; ``DataError`` for what the policy forbids, and where no row is left."""
@@ -224,7 +234,7 @@ class Preparing:
             dropped=self._dropped.groups(self._limits.detail),
             changed=self._changed.groups(self._limits.detail),
         )
-        _enforce(report, self._limits, self._longest)
+        enforce(report, self._limits, self._longest)
         return report
 
 
@@ -292,9 +302,10 @@ def data_hash(rows: Iterable[Example]) -> str:
     return str(digest)
 
 
-def _encoded(
+def encoded(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, template: Template, eos_id: int
-) -> Iterator[_Encoded]:
+) -> Iterator[EncodedRow]:
+    """Each row with the ids of its prompt and, apart from those, of its first response."""
     texts = ["" if is_blank(row) else render(row, template=template, tokenizer=tokenizer) for row in rows]
     answers = [row.responses[0] if row.responses else "" for row in rows]
     uids = [row.uid for row in rows]
@@ -302,16 +313,17 @@ def _encoded(
         rows, texts, encode(texts, tokenizer, uids=uids), encode(answers, tokenizer, uids=uids), strict=True
     ):
         response_ids = (*answer_ids, eos_id) if row.responses else ()
-        yield _Encoded(row=row, text=text, ids=ids if text else (), response_ids=response_ids)
+        yield EncodedRow(row=row, text=text, ids=ids if text else (), response_ids=response_ids)
 
 
-def _prompt_fate(item: _Encoded, limits: _Limits) -> Fate | None:
+def fate_of_prompt(item: EncodedRow, limits: RowLimits) -> Fate | None:
+    """Why the prompt cannot be read as it is, or None."""
     if not item.ids:
         return Fate.BLANK
     return Fate.LONG_PROMPT if len(item.ids) > limits.prompt else None
 
 
-def _response_fate(item: _Encoded, limits: _Limits, eos_id: int) -> Fate | None:
+def fate_of_response(item: EncodedRow, limits: RowLimits, *, ends: Collection[int]) -> Fate | None:
     """Why the first response cannot be learnt from, or None. A missing one matters only where it is needed."""
     if not item.row.responses or not item.row.responses[0].strip():
         blank = Fate.BLANK_RESPONSE if item.row.responses else Fate.NO_RESPONSE
@@ -319,10 +331,10 @@ def _response_fate(item: _Encoded, limits: _Limits, eos_id: int) -> Fate | None:
     if len(item.response_ids) > limits.response:
         return Fate.LONG_RESPONSE
     # Decoding ends at the first EOS, so no student could ever write what stands behind one.
-    return Fate.EARLY_EOS if eos_id in item.response_ids[:-1] else None
+    return Fate.EARLY_EOS if set(ends) & {*item.response_ids[:-1]} else None
 
 
-def _loss(prompt_fate: Fate | None, response_fate: Fate | None, limits: _Limits) -> Fate | None:
+def _loss(prompt_fate: Fate | None, response_fate: Fate | None, limits: RowLimits) -> Fate | None:
     """The fate for which the row is dropped, or None where it stays."""
     kept_right = prompt_fate is Fate.LONG_PROMPT and limits.over_long == "keep_right"
     if prompt_fate is not None and not kept_right:
@@ -330,7 +342,8 @@ def _loss(prompt_fate: Fate | None, response_fate: Fate | None, limits: _Limits)
     return response_fate if limits.need_response else None
 
 
-def _prompt(item: _Encoded, tokenizer: PreTrainedTokenizerBase, *, cut_to: int, keep_response: bool) -> Prompt:
+def as_prompt(item: EncodedRow, tokenizer: PreTrainedTokenizerBase, *, cut_to: int, keep_response: bool) -> Prompt:
+    """The record that goes on; of a longer prompt the last ``cut_to`` ids, and the text that they spell."""
     ids, text = item.ids, item.text
     if len(ids) > cut_to:
         ids = ids[-cut_to:]
@@ -346,7 +359,7 @@ def _prompt(item: _Encoded, tokenizer: PreTrainedTokenizerBase, *, cut_to: int, 
     )
 
 
-def _enforce(report: PrepareReport, limits: _Limits, longest: dict[Fate, int]) -> None:
+def enforce(report: PrepareReport, limits: RowLimits, longest: Mapping[Fate, int], *, what: str = "prompt") -> None:
     """Raise ``DataError`` for over-long rows under 'error', and where nothing is left."""
     for group in report.dropped if limits.over_long == "error" else ():
         setting = _SETTING.get(group.fate)
@@ -355,7 +368,7 @@ def _enforce(report: PrepareReport, limits: _Limits, longest: dict[Fate, int]) -
                 f"{report.name}: {group}\n  the longest has {longest[group.fate]:,} tokens; raise {setting}, "
                 f"or choose {_CHOICE[group.fate]}"
             )
-    require_used(report, what="prompt")
+    require_used(report, what=what)
 
 
 def require_used(report: PrepareReport, *, what: str) -> None:

@@ -87,7 +87,7 @@ def parse_line(line: bytes | None, *, first: bool) -> dict[str, object]:
         raise RowFault("the line is blank")
     record = _decode(text)
     if not isinstance(record, dict):
-        raise RowFault(f"got {_kind(record)}, wanted a JSON object in braces", column=1)
+        raise RowFault(f"got {kind_of(record)}, wanted a JSON object in braces", column=1)
     return record
 
 
@@ -195,8 +195,8 @@ def parse_entry(record: Mapping[str, object], *, default_uid: str) -> tuple[Row 
         return parse_record(record, default_uid=default_uid)
     if TEXT_FIELD not in fields:
         wanted = f"wanted '{TEXT_FIELD}', or a prompt ('prompt', 'instruction' or 'messages') with its response"
-        raise RowFault(f"neither text nor prompt: {_named(list(record), wanted, (TEXT_FIELD, *PROMPT_FIELDS))}")
-    document = Document(uid=_uid(fields, default_uid), text=_text(fields[TEXT_FIELD], TEXT_FIELD))
+        raise RowFault(f"neither text nor prompt: {named_fields(list(record), wanted, (TEXT_FIELD, *PROMPT_FIELDS))}")
+    document = Document(uid=_uid(fields, default_uid), text=checked_text(fields[TEXT_FIELD], TEXT_FIELD))
     return document, [name for name in fields if name not in (TEXT_FIELD, "id", "uid")]
 
 
@@ -209,11 +209,11 @@ def _left_out(fields: Mapping[str, object], row: Row) -> list[str]:
 
 def _no_prompt(names: list[str]) -> str:
     wanted = "wanted 'prompt', or 'instruction' (with or without 'input'), or 'messages'"
-    return f"no prompt: {_named(names, wanted, PROMPT_FIELDS)}"
+    return f"no prompt: {named_fields(names, wanted, PROMPT_FIELDS)}"
 
 
-def _named(names: list[str], wanted: str, known: Sequence[str]) -> str:
-    """The fields that a row has, what was wanted, and the nearest to it."""
+def named_fields(names: list[str], wanted: str, known: Sequence[str]) -> str:
+    """The fields that a row has, what was wanted, and the nearest to it, as the end of a sentence."""
     got = f"the fields are {', '.join(shown(name) for name in names[:8])}" if names else "the object is empty"
     hints = (did_you_mean(name, known) for name in names if name not in KNOWN_FIELDS)
     return f"{got}; {wanted}{next((hint for hint in hints if hint), '')}"
@@ -223,7 +223,7 @@ def _uid(fields: Mapping[str, object], default: str) -> str:
     name = "uid" if "uid" in fields else "id"
     value = fields.get(name, default)
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise RowFault(f"field {name!r} is {_kind(value)}, wanted text or a whole number")
+        raise RowFault(f"field {name!r} is {kind_of(value)}, wanted text or a whole number")
     uid = _clean(str(value), name)
     if not uid.strip():
         raise RowFault(f"field {name!r} is blank; give the row a name, or leave the field out")
@@ -240,7 +240,7 @@ def _responses(fields: Mapping[str, object]) -> tuple[str, ...]:
     values = value if isinstance(value, list) else [value]
     if not values:
         raise RowFault(f"field {names[0]!r} is an empty list; leave it out where there is no response")
-    return tuple(_text(item, names[0], wanted="text or a list of texts") for item in values)
+    return tuple(checked_text(item, names[0], wanted="text or a list of texts") for item in values)
 
 
 def _choices(fields: Mapping[str, object]) -> tuple[str, ...]:
@@ -248,7 +248,7 @@ def _choices(fields: Mapping[str, object]) -> tuple[str, ...]:
     # Hub sets also keep other things under this name, and most runs want none of them: no reason to stop here.
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         return ()
-    return tuple(_text(item, CHOICES_FIELD) for item in value)
+    return tuple(checked_text(item, CHOICES_FIELD) for item in value)
 
 
 def _messages(fields: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
@@ -256,22 +256,23 @@ def _messages(fields: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
         return ()
     value = fields["messages"]
     if not isinstance(value, list) or not value:
-        raise RowFault(f"field 'messages' is {_kind(value)}, wanted a list of {{role, content}} objects")
-    turns = tuple(_message(item, f"messages[{place}]") for place, item in enumerate(value))
+        raise RowFault(f"field 'messages' is {kind_of(value)}, wanted a list of {{role, content}} objects")
+    turns = tuple(checked_message(item, f"messages[{place}]") for place, item in enumerate(value))
     if all(role == "assistant" for role, _ in turns):
         raise RowFault("field 'messages' holds no turn of the user to answer")
     return turns
 
 
-def _message(item: object, name: str) -> tuple[str, str]:
+def checked_message(item: object, name: str) -> tuple[str, str]:
+    """(role, content) of one turn; ``RowFault`` where it is anything else."""
     if not isinstance(item, dict):
-        raise RowFault(f"{name} is {_kind(item)}, wanted an object with role and content")
+        raise RowFault(f"{name} is {kind_of(item)}, wanted an object with role and content")
     present = [key for key in item if item[key] is not None]
     if sorted(present) != ["content", "role"]:
         raise RowFault(
             f"{name} has the fields {', '.join(map(shown, present)) or 'none'}; wanted role and content only"
         )
-    return _text(item["role"], f"{name}.role"), _text(item["content"], f"{name}.content")
+    return checked_text(item["role"], f"{name}.role"), checked_text(item["content"], f"{name}.content")
 
 
 def _extra(fields: Mapping[str, object]) -> dict[str, str]:
@@ -287,12 +288,13 @@ def _extra(fields: Mapping[str, object]) -> dict[str, str]:
 
 
 def _optional_text(fields: Mapping[str, object], name: str) -> str | None:
-    return _text(fields[name], name) if name in fields else None
+    return checked_text(fields[name], name) if name in fields else None
 
 
-def _text(value: object, name: str, *, wanted: str = "text") -> str:
+def checked_text(value: object, name: str, *, wanted: str = "text") -> str:
+    """The text that a field holds; ``RowFault`` where it is none, or one that no tokenizer can read."""
     if not isinstance(value, str):
-        raise RowFault(f"field {name!r} is {_kind(value)}, wanted {wanted}")
+        raise RowFault(f"field {name!r} is {kind_of(value)}, wanted {wanted}")
     return _clean(value, name)
 
 
@@ -307,7 +309,8 @@ def _clean(text: str, name: str) -> str:
     return text
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """What a value of JSON is, in words."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -22,7 +22,7 @@ from minillm.manifests import parsed
 from minillm.measures import infinite_rows, infinite_words, summarise
 from minillm.models import CausalLM, ModelReader
 from minillm.pairs import Pair
-from minillm.preflight import Split, decoding_record, limits_record
+from minillm.preflight import AnySplit, Split, decoding_record, limits_record
 from minillm.probes import probe_head
 from minillm.ranks import Ranks
 from minillm.report_files import SCHEMA
@@ -41,7 +41,7 @@ CHECKS: dict[str, Callable[[str, str], dict[str, Any]]] = {"slots": coverage, "w
 """By name, the exact checkers of responses."""
 
 
-def judge_of(config: RunConfig, pair: Pair, split: Split, *, teacher: Teacher | None, purpose: Purpose) -> Judge:
+def judge_of(config: RunConfig, pair: Pair, split: AnySplit, *, teacher: Teacher | None, purpose: Purpose) -> Judge:
     """How the run judges text: the same for validation and for the final test (design D12).
 
     Under a repetition penalty no teacher, so no reverse KL: that is computed from states, and the penalty from a row's
@@ -161,12 +161,12 @@ def _about(
     }
 
 
-def _checker(config: RunConfig, split: Split) -> str:
+def _checker(config: RunConfig, split: AnySplit) -> str:
     """Who knows a right answer to these prompts; "" where nobody does."""
     return config.data.checker or ("world" if split.source.startswith("world:") else "")
 
 
-def judged_by(split: Split, *, checker: str) -> str:
+def judged_by(split: AnySplit, *, checker: str) -> str:
     """SHA-256 in hex over what responses are judged by and shown with: source, checker, references, further fields.
 
     ``data_hash`` covers what models read, and of the references no more than a loss does.

@@ -77,6 +77,9 @@ CORPUS = Kind(
     endings=CORPUS_ENDINGS,
     row=f"one JSON object a line (or a Parquet row) for each document, or in a {TEXT_ENDING} file lines of text",
 )
+PAIRS = Kind(
+    name="preference file", endings=FILE_ENDINGS, row="one JSON object a line (or a Parquet row) for each pair"
+)
 
 
 def locate(source: str, kind: Kind) -> Source:

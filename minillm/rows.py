@@ -1,4 +1,5 @@
-"""Rows of a prompt file or a corpus, read strictly: a broken row is an error with its line, or it is counted."""
+"""Rows of a file of prompts or preferences, or of a corpus, read strictly: a broken row is an error with its line, or
+it is counted."""
 
 from __future__ import annotations
 
@@ -7,13 +8,14 @@ from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
 from minillm.errors import DataError
+from minillm.pair_records import PairRow, parse_pair
 from minillm.records import TEXT_FIELD, Document, Row, RowFault, listed, parse_entry, parse_record, shown
 from minillm.released import unfolded
 from minillm.row_names import RowNames
-from minillm.row_sources import CORPUS, PROMPTS, Kind, Record, Source, locate
+from minillm.row_sources import CORPUS, PAIRS, PROMPTS, Kind, Record, Source, locate
 
 Broken = Literal["error", "skip"]
-Entry = TypeVar("Entry", bound=Row | Document)
+Entry = TypeVar("Entry", bound=Row | Document | PairRow)
 SKIP_REMEDY = "mend the row, or leave broken rows out, counted: data.broken: skip and data.max_broken: N (the most)"
 
 
@@ -85,6 +87,11 @@ def corpus_rows(origin: Source, *, broken: Broken = "error", max_broken: int = 0
     return Reading(origin, kind=CORPUS, parse=parse_entry, broken=broken, max_broken=max_broken)
 
 
+def pair_rows(origin: Source, *, broken: Broken = "error", max_broken: int = 0) -> Reading[PairRow]:
+    """The pairs of a file of preferences, one at a time."""
+    return Reading(origin, kind=PAIRS, parse=parse_pair, broken=broken, max_broken=max_broken)
+
+
 def of_one_kind(reading: Reading[Row | Document]) -> Iterator[Row | Document]:
     """What a corpus holds, as long as it is of the first one's kind; ``DataError`` at the end where it was not."""
     counts, first = {Row: 0, Document: 0}, dict[type, str]()
@@ -115,6 +122,8 @@ class Reading(Generic[Entry]):
         self._skipped: list[Skipped] = []
         self._ignored: dict[str, int] = {}
         self._names, self._used = RowNames(), 0
+        self.part = origin
+        """The file that the last row stands in, where the source has several."""
         self.records = 0
         """Lines or rows of the files that were met so far."""
 
@@ -125,7 +134,7 @@ class Reading(Generic[Entry]):
 
     def __iter__(self) -> Iterator[Entry]:
         for part in self._origin.parts:
-            before = self.records
+            before, self.part = self.records, part
             for number, record, default_uid in _unfolded(part, self._kind):
                 self.records = before + number
                 entry = self._entry(part, number, record, default_uid=default_uid)

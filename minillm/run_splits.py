@@ -9,35 +9,55 @@ from minillm.config import RunConfig
 from minillm.errors import DataError
 from minillm.evaluation_sets import read_sets
 from minillm.pairs import Pair
-from minillm.preflight import Split, read_split, read_teacher_text, with_checker
+from minillm.preference_reading import PairSplit, read_preferences
+from minillm.preflight import AnySplit, Split, read_split, read_teacher_text, with_checker
 from minillm.prompt_table import answered
 from minillm.text_stages import DistilStage
 
 
-def read_splits(config: RunConfig, pair: Pair) -> dict[str, Split]:
+def read_splits(config: RunConfig, pair: Pair) -> dict[str, AnySplit]:
     """Every split that some stage or the evaluation reads, by name; a test set's begins with 'test'. ``DataError``
-    where one of them lacks what reads it."""
+    where one of them lacks what reads it. Of pairs are 'preferences' and 'preferences_validation'."""
     data = config.data
     readers = {stage.reads for stage in config.stages}
-    splits = {}
+    splits: dict[str, AnySplit] = {}
     if "train" in readers:
         splits["train"] = _read_train(config, pair)
     if "teacher_text" in readers:
         splits["teacher_text"] = read_teacher_text(config, pair=pair)
+    if "preferences" in readers:
+        splits |= _read_pairs(config, pair)
     if data.validation is not None and any(stage.validate_every for stage in config.stages):
         validation = read_split(
             config, data.validation, pair=pair, name="validation", need_response=False, limit=data.validation_limit
         )
-        splits["validation"] = with_checker(config, validation)
-        _require_references(config, splits["validation"])
+        splits["validation"] = validation = with_checker(config, validation)
+        _require_references(config, validation)
     if data.test is not None:
         splits.update({f"test {name}".strip(): split for name, split in read_sets(config, pair).items()})
     return splits
 
 
-def evaluated_sets(splits: Mapping[str, Split]) -> dict[str, Split]:
+def evaluated_sets(splits: Mapping[str, AnySplit]) -> dict[str, Split]:
     """The test sets among the splits by name; a single source has the name ''."""
-    return {name.removeprefix("test").strip(): split for name, split in splits.items() if name.startswith("test")}
+    sets = {name: split for name, split in splits.items() if name.startswith("test") and isinstance(split, Split)}
+    return {name.removeprefix("test").strip(): split for name, split in sets.items()}
+
+
+def _read_pairs(config: RunConfig, pair: Pair) -> dict[str, PairSplit]:
+    """The pairs that stages learn from, and those that are held out where there are any."""
+    data = config.data
+    assert data.preferences is not None, "the configuration refuses a stage of pairs without them"
+    found = {
+        "preferences": read_preferences(
+            config, data.preferences, pair=pair, name="preferences", limit=data.preferences_limit
+        )
+    }
+    if data.preferences_validation is not None:
+        found["preferences_validation"] = read_preferences(
+            config, data.preferences_validation, pair=pair, name="preferences_validation", limit=None
+        )
+    return found
 
 
 def _read_train(config: RunConfig, pair: Pair) -> Split:

@@ -9,7 +9,7 @@ from minillm.doctor import data, folders, machine, tokens
 from minillm.doctor.findings import Finding, in_a_line
 from minillm.doctor.patient import Check, made, of_pair
 from minillm.pairs import Pair
-from minillm.preflight import Split
+from minillm.preflight import AnySplit
 
 # Not those of ``check_pair`` and of reading the rows, which have raised by then what is wrong.
 CHECKS = (
@@ -27,7 +27,7 @@ COMPARED = 5_000
 """Rows of each split whose text is compared with that of others."""
 
 
-def words_at_start(config: RunConfig, pair: Pair, splits: Mapping[str, Split], *, ranks: int) -> Iterator[str]:
+def words_at_start(config: RunConfig, pair: Pair, splits: Mapping[str, AnySplit], *, ranks: int) -> Iterator[str]:
     """A line for each warning or error, and one that says where there is more; nothing where all is well."""
     patient = of_pair(config, pair, splits=splits, ranks=ranks)
     compared = Check(id="held-out", run=lambda whole: data.held_out_of(whole.splits, most=COMPARED))

@@ -10,7 +10,8 @@ from minillm.doctor.findings import Finding, error, note, of_error, ok, warning
 from minillm.doctor.patient import UNREADABLE, Patient
 from minillm.errors import MinillmError
 from minillm.pairs import Pair
-from minillm.preflight import Split, read_split
+from minillm.preference_reading import read_preferences
+from minillm.preflight import AnySplit, read_split
 from minillm.rows import counted, read_rows
 from minillm.templates import raw_text
 from minillm.types import Prompt
@@ -33,12 +34,12 @@ def sources(config: RunConfig) -> dict[str, str]:
     return found | {f"test {name}".strip(): source for name, source in data.test_sets.items()}
 
 
-def read_samples(config: RunConfig, pair: Pair) -> tuple[dict[str, Split], list[Finding]]:
+def read_samples(config: RunConfig, pair: Pair) -> tuple[dict[str, AnySplit], list[Finding]]:
     """The first rows of each source under the run's template, whole however long they are; what cannot be read."""
     data = config.data.model_copy(update={"max_prompt_tokens": NO_LIMIT, "over_long": "keep_right"})
     decoding = config.decoding.model_copy(update={"max_new_tokens": NO_LIMIT})
     lenient = config.model_copy(update={"data": data, "decoding": decoding})
-    splits: dict[str, Split] = {}
+    splits: dict[str, AnySplit] = {}
     found: list[Finding] = []
     for name, source in sources(config).items():
         limit = getattr(data, f"{name.split()[0]}_limit", None) or SAMPLE
@@ -46,6 +47,15 @@ def read_samples(config: RunConfig, pair: Pair) -> tuple[dict[str, Split], list[
             splits[name] = read_split(
                 lenient, source, pair=pair, name=name, need_response=False, limit=min(limit, SAMPLE)
             )
+        except (MinillmError, OSError) as raised:
+            found.append(of_error("data", raised, why=UNREADABLE))
+    for name in ("preferences", "preferences_validation"):
+        if (named := getattr(data, name)) is None:
+            continue
+        limit = min(getattr(data, f"{name}_limit", None) or SAMPLE, SAMPLE)
+        try:
+            # With the run's own limits: what was measured of distilled pairs is of just these ids.
+            splits[name] = read_preferences(config, named, pair=pair, name=name, limit=limit)
         except (MinillmError, OSError) as raised:
             found.append(of_error("data", raised, why=UNREADABLE))
     return splits, found
@@ -169,26 +179,30 @@ def held_out(patient: Patient) -> Iterator[Finding]:
     yield from shared(texts, train=train, others=others)
 
 
-def held_out_of(splits: Mapping[str, Split], *, most: int) -> Iterator[Finding]:
+def held_out_of(splits: Mapping[str, AnySplit], *, most: int) -> Iterator[Finding]:
     """The same of prompts that are read already, as models see them, in the first ``most`` rows of each."""
-    others = {name: name for name in splits if name.partition(" ")[0] in {"validation", "test"}}
-    if "train" in splits and others:
+    held_out = {"validation", "test", "preferences_validation"}
+    others = {name: name for name in splits if name.partition(" ")[0] in held_out}
 
-        def texts(name: str) -> Iterator[str]:
-            prompts: Iterator[Prompt] = islice(splits[name].prompts, most)
-            yield from (prompt.text for prompt in prompts)
+    def texts(name: str) -> Iterator[str]:
+        prompts: Iterator[Prompt] = islice(splits[name].prompts, most)
+        yield from (prompt.text for prompt in prompts)
 
-        yield from shared(texts, train="train", others=others)
+    for learnt in ("train", "preferences") if others else ():
+        if learnt in splits:
+            yield from shared(texts, train=learnt, others=others, called=learnt)
 
 
-def shared(texts: Callable[[str], Iterator[str]], *, train: str, others: Mapping[str, str]) -> Iterator[Finding]:
+def shared(
+    texts: Callable[[str], Iterator[str]], *, train: str, others: Mapping[str, str], called: str = "train"
+) -> Iterator[Finding]:
     """How many texts of each of the others stand in ``train`` too."""
     wanted = {name: list(texts(source)) for name, source in others.items()}
     every = {text for own in wanted.values() for text in own}
     seen = {text for text in texts(train) if text in every}
     for name, own in wanted.items():
         again, share = _share(sum(text in seen for text in own), len(own))
-        words = f"{name}: {again:,} of {counted(len(own), 'prompt')} ({share:.1%}) stand in train too, word for word"
+        words = f"{name}: {again:,} of {counted(len(own), 'prompt')} ({share:.1%}) stand in {called} too, word for word"
         if again:
             yield warning(
                 "held-out",
@@ -197,7 +211,7 @@ def shared(texts: Callable[[str], Iterator[str]], *, train: str, others: Mapping
                 mend="take these rows out of one of the two files",
             )
         else:
-            yield ok("held-out", f"{name}: none of {counted(len(own), 'prompt')} stands in train")
+            yield ok("held-out", f"{name}: none of {counted(len(own), 'prompt')} stands in {called}")
 
 
 def _share(some: int, of_all: int) -> tuple[int, float]:

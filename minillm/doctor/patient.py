@@ -14,7 +14,7 @@ from minillm.errors import MinillmError
 from minillm.loading import ModelFacts, inspect
 from minillm.model_files import in_short
 from minillm.pairs import Pair
-from minillm.preflight import Split
+from minillm.preflight import AnySplit
 from minillm.types import Ids
 from minillm.vocabulary import eos_ids, real_ids
 
@@ -42,7 +42,7 @@ class Patient:
     config: RunConfig
     student: Model | None = None
     teacher: Model | None = None
-    splits: Mapping[str, Split] = field(default_factory=dict)
+    splits: Mapping[str, AnySplit] = field(default_factory=dict)
     """Rows of each source, or the first of them, with their true lengths: by ``train``, ``test NAME``, …"""
     ranks: int = 1
     """On all nodes."""
@@ -121,7 +121,7 @@ def read_models(config: RunConfig) -> tuple[Patient, list[Finding]]:
     return Patient(config=config, student=models.get("student"), teacher=models.get("teacher")), found
 
 
-def of_pair(config: RunConfig, pair: Pair, *, splits: Mapping[str, Split], ranks: int) -> Patient:
+def of_pair(config: RunConfig, pair: Pair, *, splits: Mapping[str, AnySplit], ranks: int) -> Patient:
     """The same of a run whose models are read already."""
     student = Model(role="student", card=pair.student_card, facts=pair.student)
     teacher = None
@@ -142,6 +142,6 @@ def student_alone(patient: Patient) -> Pair:
     )  # fmt: skip
 
 
-def with_splits(patient: Patient, splits: Mapping[str, Split]) -> Patient:
+def with_splits(patient: Patient, splits: Mapping[str, AnySplit]) -> Patient:
     """The same with rows."""
     return dataclasses.replace(patient, splits=splits)

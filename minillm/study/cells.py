@@ -39,7 +39,8 @@ would count as others.)"""
 SINCE = {
     "lora": None,
     "data.teacher_text": None, "data.train_limit": None, "data.train_responses": None,
-    "data.checker": None, "evaluation.exposure": None, "evaluation.calibration": False,
+    "data.preferences": None, "data.preferences_validation": None, "data.preferences_limit": None,
+    "data.single_turn": False, "data.checker": None, "evaluation.exposure": None, "evaluation.calibration": False,
     "stages.non_finite": "stop", "stages.max_dropped_rows": 8, "stages.start": None,
 }  # fmt: skip
 """Settings that came after the first cells were committed, and the values at which they change nothing. At these they
@@ -72,7 +73,7 @@ NO_RESULT = (
     *("generated.py", "generation.py", "generation_parts.py"),
 )
 """Files and folders of the library that decide nothing about a cell."""
-SOURCES = ("train", "teacher_text", "validation", "test", "corpus")
+SOURCES = ("train", "teacher_text", "preferences", "preferences_validation", "validation", "test", "corpus")
 """Settings of ``data`` that name something to read."""
 
 
@@ -202,7 +203,7 @@ def made_from(
     ``texts`` are those of text that the study makes, by setting."""
     texts = {} if texts is None else texts
     sources = {split: getattr(run.data, split) for split in SOURCES if split not in texts}
-    found = {f"{split} data": _source_digest(source) for split, source in sources.items() if source is not None}
+    found = {f"{split} data": _sources_digest(source) for split, source in sources.items() if source is not None}
     found |= {f"{split} data": digest for split, digest in texts.items()}
     found["engine"] = _digest(read_engine_settings(run.engine.student))
     found["student"] = _model_digest(run.student, "students") if student is None else _recipe_digest(student)
@@ -257,6 +258,13 @@ def _model_digest(name: str, kind: Literal["students", "teachers"]) -> str:
         name for name in ("adapter", "layers", "quantise") if getattr(card, name) is None
     }  # younger than the first cells
     return _digest([card.model_dump(mode="json", exclude=told | unsaid), by_name(card)])
+
+
+def _sources_digest(source: str | Mapping[str, str]) -> str:
+    """The same of one source, or of several with their names, which are in the ids of their rows."""
+    if isinstance(source, str):
+        return _source_digest(source)
+    return _digest({name: _source_digest(each) for name, each in source.items()})
 
 
 @lru_cache(maxsize=64)

@@ -33,8 +33,13 @@ from minillm.types import Purpose
 TEACHER, NEAREST = "teacher", "nearest"
 LABELS = {TEACHER: "teacher", NEAREST: "nearest answer"}
 FOLDER = "yardsticks"
-NO_PART = {"engine", "engine.student", "student", "corpus data", "validation data", "teacher_text data"}
-NO_PART_BELOW = ("stages.", "data.corpus", "data.validation", "data.teacher_text")
+NO_PART = {
+    "engine", "engine.student", "student", "corpus data", "validation data", "teacher_text data", "preferences data",
+    "preferences_validation data",
+}  # fmt: skip
+NO_PART_BELOW = (
+    "stages.", "data.corpus", "data.validation", "data.teacher_text", "data.preferences", "data.single_turn",
+)  # fmt: skip
 """Settings and sources that training reads, and no yardstick."""
 OF_TRAINING_ROWS = ("data.train", "train data")
 """What the nearest answer alone depends on."""
