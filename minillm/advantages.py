@@ -108,7 +108,8 @@ def returns_of(
     """The return of each token, [B, T]: from the next token on, or from the present one where there is no single-step
     term that holds it.
 
-    ``carry_BT`` are importance weights by which everything after a token counts. For ``grpo`` a row's whole reward.
+    An anchor's share of a token counts from the present one on in any case, since the single-step term does not hold
+    it. ``carry_BT`` are importance weights by which everything after a token counts. For ``grpo`` a row's whole reward.
     What repetition costs counts from the present token on in any case: the single-step term does not hold it.
     """
     mask_BT = scored.rollout.mask_BT
@@ -117,6 +118,8 @@ def returns_of(
     if own.reward_clip is not None:
         sampled_BT = sampled_BT.clamp(-own.reward_clip, own.reward_clip)
     reward_BT = sampled_BT if stage.future == "sampled" else -scored.reverse_kl_BT / own.reward_scale
+    if stage.anchor is not None:
+        reward_BT = reward_BT + _anchor_reward(scored, stage.anchor.weight, sampled=stage.future == "sampled")
     cost_BT = None
     if stage.repetition_weight > 0.0:
         again_BT = repetition_rewards(scored.rollout.response_BT, mask_BT, ngram=stage.repetition_ngram)
@@ -134,11 +137,30 @@ def returns_of(
         ahead_BT = sampled_BT + ahead_BT
         count_BT = 1.0 + step * count_BT
     return_BT = ahead_BT / count_BT.clamp(min=1.0) if stage.length_norm else ahead_BT
+    if stage.anchor is not None:
+        return_BT = return_BT + _anchor_here(scored, stage.anchor.weight)
     if cost_BT is None:
         return return_BT
     return return_BT - credit.return_to_go(
         cost_BT, mask_BT, gamma=stage.gamma, per_token=stage.length_norm, horizon=stage.horizon, carry_BT=carry_BT
     )
+
+
+def _anchor_reward(scored: Scored, weight: float, *, sampled: bool) -> Tensor:
+    """What a token's share of KL(student || anchor) takes from the return of those before it, [B, T]: of the token as
+    it was drawn, or of its state."""
+    anchor = scored.anchor
+    assert anchor is not None, "a stage with an anchor asks it"
+    return weight * (anchor.logp_BT - scored.logq_BT if sampled else -anchor.kl_BT)
+
+
+def _anchor_here(scored: Scored, weight: float) -> Tensor:
+    """A token's own share as it was drawn, less what the student expects of it at that state, [B, T]: the score of one
+    choice among others. The expectation depends on the state alone, so that it is a baseline and changes no gradient.
+    """
+    anchor = scored.anchor
+    assert anchor is not None, "a stage with an anchor asks it"
+    return weight * (anchor.logp_BT - scored.logq_BT + anchor.kl_BT)
 
 
 def _apart(stage: MinillmStage) -> bool:

@@ -249,6 +249,11 @@ class RunConfig(Settings):
                     f"{at} validates every {stage.validate_every} steps without rows to validate on; "
                     "add data.validation, or set validate_every: 0"
                 )
+            if isinstance(stage, MinillmStage) and stage.anchor is not None and self.lora is not None:
+                raise UnsupportedCombination(
+                    f"{at} has an anchor with lora: an average of adapters is not the adapter of an average, and one "
+                    "of all weights would cost what lora saves; set anchor: null, or leave lora out"
+                )
             if isinstance(stage, MinillmStage):
                 _check_repetition(stage, self.decoding, at=at)
             if reason := self.data.unjudged(stage.keep.metric):

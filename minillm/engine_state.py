@@ -8,6 +8,7 @@ every group but the first, and those of weights are of another order under ``rou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minillm import collectives
 from minillm.errors import CheckpointError
 from minillm.muon import Muon
 from minillm.optimisers import MuonWithAdamW
@@ -100,6 +102,8 @@ class Layout:
     """This rank's; at stage 0 all of them on each."""
     refresh: Callable[[], None]
     """Makes what the forward computes with anew from the pieces; to be called on all ranks."""
+    replicated: bool = False
+    """Whether every rank has all of them, as at stage 0."""
 
 
 def layout_of(engine: Any) -> Layout:
@@ -116,7 +120,7 @@ def layout_of(engine: Any) -> Layout:
     kind = type(optimiser)
     try:
         if kind in (torch.optim.AdamW, MuonWithAdamW):
-            return Layout(shapes, list(_replicated(optimiser, names)), lambda: None)
+            return Layout(shapes, list(_replicated(optimiser, names)), lambda: None, replicated=True)
         if kind is BF16_Optimizer:
             lists = optimiser.bf16_groups, optimiser.bf16_groups_flat, optimiser.fp32_groups_flat_partition
             return Layout(shapes, list(_partitioned(optimiser, lists, names)), optimiser.update_lp_params)
@@ -128,6 +132,27 @@ def layout_of(engine: Any) -> Layout:
     except AttributeError as error:
         raise _unexpected(str(error)) from error
     raise _unexpected(f"the engine's optimiser is {kind.__name__}")
+
+
+def whole_weights(layout: Layout, *, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Every trained parameter in whole and in 32 bits, as the optimiser has it, on every rank, one after the other: a
+    rank may have no room for all. To be read before the next is asked for, and not written. All ranks must take all of
+    them."""
+    for name, shape in layout.shapes.items():
+        pieces = [piece for piece in layout.pieces if piece.name == name]
+        if len(pieces) == 1 and pieces[0].weight_N.numel() == math.prod(shape) and pieces[0].weight_N.device == device:
+            own_N = pieces[0].weight_N
+            if layout.replicated or dist.get_world_size() == 1:
+                yield name, own_N.view(shape)
+                continue
+        whole_N = torch.zeros(math.prod(shape), dtype=torch.float32, device=device)
+        for piece in pieces:
+            whole_N[piece.start : piece.start + piece.weight_N.numel()] = piece.weight_N
+        if dist.get_world_size() > 1 and not layout.replicated:
+            # Of an entry one rank has the value and the others have 0, so this rounds nothing.
+            with collectives.counted("all_reduce", whole_N):
+                dist.all_reduce(whole_N)
+        yield name, whole_N.view(shape)
 
 
 def _replicated(optimiser: Any, names: dict[int, str]) -> Iterator[Piece]:

@@ -170,6 +170,7 @@ def _learn(
         update = next(left, None)
         while update is not None:
             _, norm = student.update(update.losses)
+            update.follow()
             now.learnt.append({**update.figures(), "grad_norm": norm})
             largest.update(update.largest)
             # Only an objective knows whether an update was the step's last, and only once it is made.

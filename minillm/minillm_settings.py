@@ -9,8 +9,18 @@ from typing import Literal
 
 from minillm.alarm_config import AlarmsConfig
 from minillm.published import PublishedConfig
-from minillm.settings import Count, Flag, NonNegative, Positive, Share, Text, Whole
+from minillm.settings import Count, Flag, NonNegative, Positive, Settings, Share, Text, Whole
 from minillm.stage_base import BETTER, BaseStage, KeepConfig
+
+
+class AnchorConfig(Settings):
+    """What the student is held to beside the teacher: a moving average of its own weights (WARP, arXiv 2406.16768)."""
+
+    weight: Positive = 0.1
+    """Of KL(student || anchor) per response, beside that from the teacher, above 0; the paper's beta."""
+    rate: Share = 0.01
+    """How far the anchor goes towards the student after each update, 0 to 1; the paper's mu. At 0 it stays what the
+    stage started from."""
 
 
 class MinillmSettings(BaseStage):
@@ -83,6 +93,9 @@ class MinillmSettings(BaseStage):
     """Rows or blocks of text of that loss per optimiser step, all ranks together."""
     lm_teacher_share: Share = 0.0
     """How much of that loss is the teacher's distribution instead of the text's own token, 0 to 1; official 0.5."""
+    anchor: AnchorConfig | None = None
+    """Holds the student to a moving average of its own weights; another objective, so null, which holds it to
+    nothing. Takes 4 bytes of each rank's memory for a weight."""
     non_finite: Literal["stop", "drop_row"] = "stop"
     """What a score that is no finite number does: 'stop' ends the run before the update; 'drop_row' leaves its response
     out of the rollout, and those that were read in one packed sequence with it, counted and named. Validation

@@ -12,8 +12,8 @@ scored -> targets). ``learning`` turns the result into optimiser steps, each a l
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -37,7 +37,8 @@ from minillm.references import Lesson, TeacherText, learnt_tokens, likelihood, s
 from minillm.rollout_figures import rollout_figures, text_figures
 from minillm.scored_rows import prompts_of, shown
 from minillm.scoring import HeadWeights, TeacherView, score
-from minillm.state import State, States
+from minillm.shadow import Held, Shadow, anchor_scores
+from minillm.state import State, States, together
 from minillm.student_engine import Student
 from minillm.teacher_engine import Teacher
 from minillm.types import (
@@ -98,6 +99,7 @@ class Minillm:
         self._teacher, self._ids, self._ranks, self._seed = teacher, ids, ranks, seed
         self._order = GlobalOrder(len(prompts), seed, f"{stage.name}/rows")
         self._left_out = LeftOut(stage, ranks)
+        self._shadow = None if stage.anchor is None else Shadow(rate=stage.anchor.rate)
         self._constant = stage.expected_length or float(decoding.max_new_tokens)
         self._anchor_order = None
         if stage.lm_coefficient > 0.0:
@@ -113,6 +115,8 @@ class Minillm:
         """Prompts -> rollout -> scored -> targets, without gradient."""
         stage = self._stage
         rows, mine = self._rows(step)
+        if self._shadow is not None:
+            self._shadow.begin(student)
         with student.whole() as reader, self._teacher.head() as head:
             own = [rows[i] for i in mine]
             rollout = self._ranks.together(
@@ -123,9 +127,9 @@ class Minillm:
                 )
             )  # fmt: skip
             phases.enter("scoring")
-            with reader.scoring():
+            with reader.scoring(), self._held(student) as anchor:
                 kept = self._ranks.together(
-                    lambda: self._left_out.scored(rollout, lambda left: self._scores(left, reader, head))
+                    lambda: self._left_out.scored(rollout, lambda left: self._scores(left, reader, head, anchor))
                 )
             level = dict[str, float]()
             if step == 0 and stage.alarms.repetition is not None:
@@ -158,11 +162,16 @@ class Minillm:
         return shown(practice.prompts, practice, {name: getattr(practice, name) for name in names})
 
     def state(self) -> State:
-        """How many rows were left out; what else a step does is a function of its number and the student's weights."""
-        return self._left_out.state()
+        """How many rows were left out, and the anchor; what else a step does is a function of its number and the
+        student's weights."""
+        left = self._left_out.state()
+        return left if self._shadow is None else together({"rows": left, "anchor": self._shadow.state()})
 
     def restore(self, state: State) -> None:
         """Takes that up."""
+        if self._shadow is not None:
+            self._shadow.restore(state.part("anchor").tensors, device=self._ranks.device)
+            state = state.part("rows")
         self._left_out.restore(state)
 
     def pack(self, collected: Collected) -> States:
@@ -255,7 +264,10 @@ class Minillm:
             )  # fmt: skip
             losses += more
         figures = partial(self._update_figures, sums, anchor_sums)
-        return Update(losses, figures, largest=("clipped_share", "clamped_share"))
+        largest = ("clipped_share", "clamped_share")
+        if self._shadow is None:
+            return Update(losses, figures, largest=largest)
+        return Update(losses, figures, largest=largest, follow=partial(self._shadow.follow, student))
 
     def _anchor_lesson(self, head: HeadWeights) -> Lesson:
         if self._stage.lm_teacher_share == 0:
@@ -270,10 +282,18 @@ class Minillm:
         )
         return {f"teacher_{name}": value for name, value in text_figures(text, ranks=self._ranks).items()}
 
-    def _scores(self, rollout: Rollout, reader: ModelReader, head: HeadWeights) -> tuple[Scored, Tensor | None]:
+    def _held(self, student: Student) -> AbstractContextManager[Held | None]:
+        return nullcontext() if self._shadow is None else self._shadow.reading(student)
+
+    def _scores(
+        self, rollout: Rollout, reader: ModelReader, head: HeadWeights, anchor: Held | None
+    ) -> tuple[Scored, Tensor | None]:
         """Of a rollout, or a part of it; and what stands in for the teacher's log-probabilities in rewards."""
         temperature = self._decoding.temperature
         scored = score(rollout, student=reader, teacher_head=head, temperature=temperature)
+        if anchor is not None:
+            said = anchor_scores(rollout, anchor=anchor, student=reader, temperature=temperature)
+            scored = replace(scored, anchor=said)
         if not self._stage.published.untempered_reward or temperature == 1.0:
             return scored, None
         return scored, score(rollout, student=reader, teacher_head=head, temperature=1.0).logp_BT
@@ -363,6 +383,8 @@ class Minillm:
         if self._anchor_order is not None:
             figures["lm_loss"] = anchor.over_ranks(self._ranks)["lm"]
             loss += stage.lm_coefficient * figures["lm_loss"]
+        if self._shadow is not None:
+            figures["anchor_drift"] = self._shadow.drift
         return {"loss": loss, **figures}
 
 

@@ -35,12 +35,16 @@ def rollout_figures(targets: Targets, *, sequences: int, ranks: Ranks) -> dict[s
         weight_square=targets.importance_BT.square().sum(),
         teacher_forwards=rollout.teacher_forwards,
     )
+    if scored.anchor is not None:
+        sums.add(anchor_kl=scored.anchor.kl_BT.sum())
     total = sums.over_ranks(ranks)
     tokens = max(total["tokens"], 1.0)
+    held = {"anchor_kl": total["anchor_kl"] / sequences} if scored.anchor is not None else {}
     return {
         "tokens": total["tokens"],
         "reverse_kl": total["kl"] / sequences,
         "reverse_kl_per_token": total["kl"] / tokens,
+        **held,
         "entropy": total["entropy"] / tokens,
         **_text_figures(total),
         "teacher_mass": total["mass"] / tokens,

@@ -22,6 +22,7 @@ def check_minillm(stage: MinillmSettings) -> None:
     _check_credit(stage)
     _check_published(stage)
     _check_alarms(stage)
+    _check_anchor(stage)
     if stage.lm_coefficient > 0 and stage.lm_batch == 0:
         raise UnsupportedCombination(
             f"lm_coefficient {stage.lm_coefficient:g} with lm_batch 0: the loss has no rows; "
@@ -48,14 +49,18 @@ def idle_settings(stage: MinillmSettings, *, tempered: bool) -> dict[str, list[s
     # The log-ratios that are held also tell how far the student has moved.
     held = [] if shared or stage.inner_kl is not None else ["max_log_ratio"]
     surrogate = ["clip", "dual_clip", *weights, *held, "published.weight_in_clip"]
-    nothing_ahead = stage.gamma == 0 and not present and stage.repetition_weight == 0
+    held_here = stage.anchor is not None  # whose present token the single-step term does not hold
+    nothing_ahead = stage.gamma == 0 and not (present or held_here) and stage.repetition_weight == 0
     why: dict[str, tuple[bool, list[str]]] = {
         "long_weight 0": (
             stage.long_weight == 0,
             ["gamma", *surrogate, "published.present_twice", *long],
         ),
         "gamma 0: nothing is ahead": (nothing_ahead, [*surrogate, *long]),
-        "gamma 0: the present token alone counts": (stage.gamma == 0 and present, ["horizon", "future"]),
+        "gamma 0: the present token alone counts": (
+            stage.gamma == 0 and (present or held_here),
+            ["horizon", "future"],
+        ),
         "gamma 1": (stage.gamma == 1, ["published.count_divisor"]),
         "teacher_mix 0": (
             not mixed,
@@ -69,6 +74,23 @@ def idle_settings(stage: MinillmSettings, *, tempered: bool) -> dict[str, list[s
         "decoding.temperature 1": (not tempered, ["published.untempered_reward"]),
     }
     return told_idle(stage, why)
+
+
+def _check_anchor(stage: MinillmSettings) -> None:
+    """The anchor is part of the return, in nats of the student's own distribution."""
+    if stage.anchor is None:
+        return
+    if stage.long_weight == 0:
+        raise UnsupportedCombination(
+            f"anchor of weight {stage.anchor.weight:g} with long_weight 0: it is part of the return, which then has no "
+            "weight; set long_weight above 0, or anchor: null"
+        )
+    if deviations := stage.published.named():
+        raise UnsupportedCombination(
+            f"anchor with published.{', published.'.join(deviations)} (which 'estimator: official' sets): these scale, "
+            "cut or round rewards, and the anchor's would no longer give the gradient of its KL; set estimator: exact, "
+            "or anchor: null"
+        )
 
 
 def _check_alarms(stage: MinillmSettings) -> None:

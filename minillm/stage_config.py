@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from minillm.minillm_settings import MinillmSettings
+from minillm.minillm_settings import AnchorConfig, MinillmSettings
 from minillm.published import OFFICIAL, PublishedConfig
 from minillm.stage_checks import CHAINED, check_minillm, idle_settings
 from minillm.text_stages import (
@@ -60,6 +60,7 @@ class MinillmStage(MinillmSettings):
             "single-step and long-horizon terms weighted differently": 0 < self.single_weight != self.long_weight,
             "neither single-step nor long-horizon term": self.single_weight == self.long_weight == 0,
             "language-model anchor": self.lm_coefficient > 0,
+            **({} if self.anchor is None else {_anchored(self.anchor): long}),
             "responses without finite scores left out": self.non_finite == "drop_row",
             "truncated sampling": truncated,
             "temperature other than 1: tempered student against tempered teacher": tempered,
@@ -85,6 +86,10 @@ class MinillmStage(MinillmSettings):
     def _check(self) -> Self:
         check_minillm(self)
         return self
+
+
+def _anchored(anchor: AnchorConfig) -> str:
+    return f"anchor: another objective, with {anchor.weight:g} KL(student || moving average of the student) added"
 
 
 Stage = Annotated[

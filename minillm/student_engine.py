@@ -19,7 +19,7 @@ from minillm.checkpoints import Checkpoint, Write
 from minillm.config import OptimiserConfig
 from minillm.engine_files import Progress, engine_writers, restore_engine
 from minillm.engine_settings import read_engine_settings, with_torch_optimiser, zero_stage
-from minillm.engine_state import layout_of
+from minillm.engine_state import layout_of, whole_weights
 from minillm.engines import initialise, load_for
 from minillm.errors import NonFinite
 from minillm.meta_models import count_parameters, meta_model
@@ -81,7 +81,9 @@ class Student:
         )  # fmt: skip
         self._engine.train(dropout)
         twinned = self.stage == 3 and gather == "rollout"
-        self._twin = meta_twin(model, real_ids=self.root.head.real_ids, adaptation=adaptation) if twinned else None
+        self._twin = None
+        if twinned:
+            self._twin = meta_twin(model.config, real_ids=self.root.head.real_ids, adaptation=adaptation)
         if self._twin is not None:
             self._twin.weights = self.root.weights
         self._by_forward = self.stage == 3 and gather == "forward"
@@ -195,6 +197,18 @@ class Student:
                 if self.ranks.first:
                     found[name] = parameter.detach().to("cpu", copy=True)
         return found
+
+    def master_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight that trains by root name, in whole and in the optimiser's 32 bits, on every rank, one after the
+        other; for reading. All ranks must take all of them. ``CheckpointError`` where the engine keeps them as nobody
+        knows."""
+        return whole_weights(layout_of(self._engine), device=self.ranks.device)
+
+    def stand_in(self) -> CausalLM:
+        """The same model without weights, for others of its kind to be read with; it packs rows as the student does."""
+        twin = meta_twin(self.config, real_ids=self.root.head.real_ids)
+        twin.packs, twin.weights = self.root.packs, self.root.weights
+        return twin
 
     def state_files(self) -> dict[str, Write]:
         """This rank's files of a checkpoint, for ``Checkpoints.save``: weights, moments and counts as they are now.

@@ -209,6 +209,15 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AnchorScores:
+    """What a third model, to which the student is held, says about each sampled token. 0 off the mask."""
+
+    logp_BT: Tensor
+    kl_BT: Tensor
+    """KL(student || anchor) over the vocabulary at the state before each token, nats."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
     """What teacher and student say about each sampled token. Nothing here carries a gradient; 0 off the mask."""
 
@@ -221,6 +230,8 @@ class Scored:
     """Student's entropy at the same state, nats."""
     forward_kl_BT: Tensor | None = None
     """KL(teacher || student) over the vocabulary at the same state, nats; None where nobody asked."""
+    anchor: AnchorScores | None = None
+    """What the anchor says of the same tokens; None in a stage without one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,6 +48,8 @@ class Update:
     figures: Callable[[], dict[str, float]]
     largest: tuple[str, ...] = ()
     """Figures of which a step tells the largest of its updates; of all others the mean. The same in each of them."""
+    follow: Callable[[], None] = lambda: None
+    """What follows the optimiser step, before its figures are asked for and it may be saved."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,7 @@ def stage_of_draws(stage: MinillmStage, *, prompts: int, samples: int) -> Minill
         "prompts": prompts, "samples_per_prompt": samples, "coin_groups": _groups(stage, prompts), "baseline": "none",
         "estimator": "exact", "published": PublishedConfig(), "repetition_weight": 0.0,
         "lm_coefficient": 0.0, "lm_batch": 0, "lm_teacher_share": 0.0, "inner_epochs": 1, "inner_batches": 1,
-        "inner_kl": None, "dual_clip": None, "non_finite": "stop",
+        "inner_kl": None, "dual_clip": None, "non_finite": "stop", "anchor": None,
     }  # fmt: skip
     return MinillmStage(**{**stage.model_dump(), **changes})
 

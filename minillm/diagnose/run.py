@@ -91,8 +91,8 @@ def diagnose(
     budget = Budget(prompts=stage.prompts / stage.inner_batches, samples=stage.samples_per_prompt)
     ranks = Ranks(threads=config.threads)
     tell = say if ranks.first else lambda line: None
-    if stage.published.named() or stage.repetition_weight > 0 or stage.lm_coefficient > 0:
-        left_out.append("left out of this: published.*, the cost of repetition, the language-model loss")
+    if stage.published.named() or stage.repetition_weight > 0 or stage.lm_coefficient > 0 or stage.anchor is not None:
+        left_out.append("left out of this: published.*, the cost of repetition, the language-model loss, the anchor")
     if config.engine.activation_checkpointing:
         tell("no effect here: engine.activation_checkpointing (nothing is kept for a backward pass: there is none)")
     for line in (*split.words, *left_out):

@@ -47,7 +47,7 @@ SMALL = 0.1
 """A figure below it deviates by its share of this."""
 SAME = (
     *("loss", "single_loss", "long_loss", "lm_loss", "reverse_kl", "tokens", "mean_length", "advantage_std"),
-    *("grad_norm", "sampled_tokens", "kept_rows"),
+    *("grad_norm", "sampled_tokens", "kept_rows", "anchor_kl", "anchor_drift"),
 )
 OWN_COUNT = {"teacher_forwards", *OF_THE_PROCESS}
 """Of a rank, not of the text."""

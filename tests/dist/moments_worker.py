@@ -21,6 +21,7 @@ KINDS: dict[str, BaseStage] = {
     "sft": STAGES["sft"],
     "skew": SkewRklStage(**{**RISING, "steps": 3, "student_share": 0.7}),
     "anchored": STAGES["anchored"],
+    "held": STAGES["held"],
 }
 
 

@@ -29,6 +29,7 @@ LR = {"fp32": 3e-3, "bf16": 1e-5}
 CREDIT: dict[str, dict[str, Any]] = {
     "ridge": {"baseline": "ridge", "importance": "per_decision", "gamma": 0.9, "horizon": 4},
     "official": {"estimator": "official"},
+    "held": {"anchor": {"weight": 0.5, "rate": 0.2}, "future": "sampled"},
     "grpo": {"baseline": "grpo", "whiten": "masked", "inner_batches": 3, "inner_kl": 1e-4, "dual_clip": 3.0},
 }
 """Choices of credit that need figures of all ranks."""

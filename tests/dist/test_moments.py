@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.dist.ranks import start_ranks
 from tests.resume.toy import save_models
 
-MOMENTS = {"sft": (3, 3), "skew": (6, 6), "anchored": (8, 2)}
+MOMENTS = {"sft": (3, 3), "skew": (6, 6), "anchored": (8, 2), "held": (8, 2)}
 """How many a stage has, and at how many of them one rank's own state is the other's: where it is empty."""
 
 

@@ -20,6 +20,8 @@ from tests.dist.ranks import start_ranks
 CELLS = matrix.eight()
 CREDIT = [f"zero2.replicated.{name}" for name in parity_worker.CREDIT]
 NEIGHBOURS = ["zero2.zero3.kd", "zero2.replicated.gkd", "zero3.zero3.skewed"]
+HELD = ["zero0.replicated.held", "zero3.replicated.held"]
+"""Students that are held to an anchor, beside the one of CREDIT at ZeRO stage 2."""
 BESIDE, ALONE = "zero2.replicated.text", "zero3.zero3.alone"
 """Runs with a corpus: one beside the policy gradient, and one that learns from nothing else."""
 FORWARD, FORWARD_GKD = "zero3.zero3.forward", "zero3.replicated.gkd.forward"
@@ -34,7 +36,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All cells on two ranks in one launch, and what they are held against on one process."""
     folder = tmp_path_factory.mktemp("parity")
     parity_worker.write_inputs(folder)
-    printed = start_ranks("tests.dist.parity_worker", str(folder), *CELLS, *CREDIT, *NEIGHBOURS, BESIDE, ALONE, FORWARD, FORWARD_GKD, BROKEN)
+    printed = start_ranks("tests.dist.parity_worker", str(folder), *CELLS, *CREDIT, *HELD, *NEIGHBOURS, BESIDE, ALONE, FORWARD, FORWARD_GKD, BROKEN)
     (folder / "printed.txt").write_text(printed, encoding="utf-8")
     for cell in {matrix.single_of(cell) for cell in CELLS}:
         distill(parity_worker.config(folder, cell).model_copy(update={"name": alone(cell)}))
@@ -63,6 +65,16 @@ def test_two_ranks_of_any_stage_have_the_losses_of_one_process(runs: Path, cell:
 def test_credit_from_the_rows_of_two_ranks_is_that_of_one_process(runs: Path, cell: str) -> None:
     assert not disagreements(runs, f"alone-{cell}", cell)
     assert {"long_loss", "advantage_std", "grad_norm"} <= disagreements(runs, "alone", cell)
+
+
+@pytest.mark.parametrize("cell", HELD)
+def test_an_anchor_is_the_same_wherever_the_student_lives(runs: Path, cell: str) -> None:
+    """Its divergence, how far the student is from it, and what is learnt from it."""
+    one = f"alone-{CREDIT[-2]}"
+    assert one.endswith("held") and not disagreements(runs, one, cell)
+    assert {"anchor_kl", "anchor_drift"} <= disagreements(runs, "alone", cell)
+    weights, other = (load_file(runs / name / "student" / "model.safetensors") for name in (one, cell))
+    assert max(float((weight - other[name]).abs().max()) for name, weight in weights.items()) < 1e-4
 
 
 def test_a_neighbour_that_is_gathered_in_every_forward_has_the_losses_of_one_process(runs: Path) -> None:
@@ -167,7 +179,7 @@ def teacher_shares(runs: Path, placement: str) -> list[float]:
 def test_a_sharded_teacher_keeps_half_of_its_bytes_on_each_of_two_ranks(runs: Path) -> None:
     """The control: a replicated one keeps all of them."""
     sharded, whole = teacher_shares(runs, "zero3"), teacher_shares(runs, "replicated")
-    launched = [*CELLS, *CREDIT, *NEIGHBOURS, BESIDE, ALONE, FORWARD, FORWARD_GKD, BROKEN]
+    launched = [*CELLS, *CREDIT, *HELD, *NEIGHBOURS, BESIDE, ALONE, FORWARD, FORWARD_GKD, BROKEN]
     in_shards = sum(cell.split(".")[1] == "zero3" for cell in launched)
     in_whole = sum(cell.split(".")[1] == "replicated" for cell in launched)
     assert (len(sharded), len(whole)) == (2 * in_shards, 2 * in_whole) and in_shards and in_whole

@@ -22,6 +22,7 @@ from minillm.config import MinillmStage
 from minillm.errors import CheckpointError
 from minillm.moments import Progressed
 from minillm.practice import Practice
+from minillm.shadow import Shadow
 from minillm.stage_base import BaseStage
 from minillm.state import State, States
 from minillm.student_engine import Student
@@ -60,6 +61,7 @@ STAGES: dict[str, BaseStage] = {
         **ROLLOUT, steps=2, lm_coefficient=0.5, lm_batch=2, lm_teacher_share=0.5, published={"token_mean": True}
     ),
     "ridge": MinillmStage(**ROLLOUT, steps=2, baseline="ridge", importance="per_decision", coin_groups=4),
+    "held": MinillmStage(**ROLLOUT, steps=2, anchor={"weight": 0.5, "rate": 0.2}),
     "drifting": MinillmStage(**ROLLOUT, steps=3, inner_kl=0.02),
     "alarmed": MinillmStage(**{**ROLLOUT, "inner_epochs": 1, "inner_batches": 1}, steps=6, alarms=RINGS),
     "rolled back": MinillmStage(
@@ -175,6 +177,7 @@ def test_nothing_is_sampled_scored_or_learnt_twice(toy: Toy, unbroken: Callable[
 WHERE = {
     "progress": "sft", "alarms": "alarmed", "objective": "skew_fkl", "step": "minillm", "text": "gkd", "own": "minillm",
     "own/collected/single_weight_BT": "ridge", "objective.replay.lengths": "skew_rkl",
+    "shared/objective/anchor": "held",
 }  # fmt: skip
 """A stage in which a piece, or a piece of such a part, has a say."""
 FRESH: dict[str, Any] = {
@@ -187,9 +190,13 @@ FRESH: dict[str, Any] = {
 """What a piece is where nothing is taken up."""
 
 
+ANCHOR = "objective/anchor"
+
+
 def pieces(states: States) -> set[str]:
-    """Everything that a checkpoint of these says, by name."""
-    found = {f"shared/{name}" for name in states.shared.tensors} | {f"own/{name}" for name in states.own.tensors}
+    """Everything that a checkpoint of these says, by name; an anchor's weights are one piece."""
+    shared = {ANCHOR if name.startswith(ANCHOR) else name for name in states.shared.tensors}
+    found = {f"shared/{name}" for name in shared} | {f"own/{name}" for name in states.own.tensors}
     for part, record in states.shared.record.items():
         for name, value in record.items():
             of_owner = part == "objective"
@@ -203,6 +210,10 @@ def lose(states: States, piece: str) -> bool:
     if "/" in piece:
         side, _, name = piece.partition("/")
         tensors = getattr(states, side).tensors
+        if name == ANCHOR:
+            for weight in [weight for weight in tensors if weight.startswith(ANCHOR)]:
+                tensors[weight] = another(tensors[weight], weight)
+            return True
         before = tensors[name]
         tensors[name] = another(before, name)
         return not torch.equal(before, tensors[name])
@@ -232,7 +243,7 @@ ABLATED = sorted(
         *(name for name in FRESH if name != "progress.seconds"),
         *(f"objective.replay.{name}" for name in ("uids", "lengths")),
         *(f"collected.{name}" for name in ("uids", "lengths")),
-        *("shared/objective/replay/response_ids", "shared/collected/response_ids"),
+        *("shared/objective/anchor", "shared/objective/replay/response_ids", "shared/collected/response_ids"),
         *(f"own/collected/{name}" for name in Practice.__slots__ if name != "prompts"),
     }
 )
@@ -242,6 +253,16 @@ def where(piece: str) -> str:
     """The stage to lose a piece in."""
     part = re.split(r"[./]", piece.removeprefix("shared/"))[0]
     return WHERE.get(piece) or WHERE["text" if part == "collected" else part]
+
+
+def test_an_anchor_that_begins_again_is_noticed(toy: Toy, unbroken: Callable[[str], Ran]) -> None:
+    """At the student as it stands, as where nothing was saved of it."""
+    whole = unbroken("held")
+    begin = next(saved for saved in whole.saved if not saved.place[2])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Shadow, "restore", lambda *_, **__: None)
+        assert "trace" in differs(toy.run(STAGES["held"], begin=begin, log=whole.log), whole, begin)
 
 
 @pytest.mark.parametrize("piece", ABLATED)

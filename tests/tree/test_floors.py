@@ -115,6 +115,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "advantages",
         "alarms",
         "updates",
+        "shadow",
         *("speed", "profiling"),
         "practice",
         "left_out",

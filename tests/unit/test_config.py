@@ -210,6 +210,7 @@ def test_excluding_settings_are_refused_with_their_cures(
         ["stages.0.inner_batches=2", "stages.0.inner_kl=0.1", "stages.0.dual_clip=3"],
         ["stages.0.keep.metric=validity", "stages.0.keep.mode=max"],
         ["stages.0.clip=null", "stages.0.single_weight=0"],
+        ["stages.0.anchor={}", "stages.0.anchor.rate=1", "stages.0.estimator=exact"],
         ["stages.0.repetition_weight=0.1", "stages.0.repetition_ngram=2", "decoding.no_repeat_ngram_size=3"],
         ["stages.0.repetition_ngram=2", "decoding.no_repeat_ngram_size=2"],
     ],
