@@ -11,6 +11,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from minillm.adapter_files import KeptAdapter
 from minillm.adapters import read_adapter
+from minillm.bottleneck import Bottleneck
+from minillm.bottleneck_adapters import RECORD, read_bottleneck
+from minillm.bottleneck_config import BottleneckConfig
 from minillm.lora import Lora
 from minillm.lora_config import LoraConfig
 
@@ -33,6 +36,9 @@ class Adaptation(Protocol):
     def is_adapter(self, parameter: str) -> bool:
         """Whether a parameter of this name belongs to the adapter."""
 
+    def words(self, config: PreTrainedConfig) -> str:
+        """What a student's card says of its adapter; ``config`` is that of the base."""
+
     def merged(self, state: Mapping[str, Tensor], root: nn.Module) -> dict[str, Tensor]:
         """Whole weights by a root's names, the adapter merged into what it adapts, by the names of a root without one:
         in 32 bits, since what an adapter adds is often less than a step of 16."""
@@ -46,13 +52,16 @@ class Adaptation(Protocol):
 
 
 def adaptation_of(
-    settings: LoraConfig, *, seed: int = 0, base: str = "", base_weights: str = "", start: Path | None = None
-) -> Adaptation:
+    settings: LoraConfig | BottleneckConfig, *, seed: int = 0, base: str = "", base_weights: str = "",
+    start: Path | None = None,
+) -> Adaptation:  # fmt: skip
     """What settings ask for. ``base`` is the model as the adapter's record is to call it, ``base_weights`` its
     fingerprint ("" writes none), ``start`` the folder of an adapter of the same model to go on from."""
+    if isinstance(settings, BottleneckConfig):
+        return Bottleneck(settings=settings, seed=seed, base=base, base_weights=base_weights, start=start)
     return Lora(settings=settings, seed=seed, base=base, base_weights=base_weights, start=start)
 
 
 def kept_adapter(folder: Path) -> KeptAdapter:
     """The adapter of a folder: safetensors and JSON only; ``ModelError`` for anything else."""
-    return read_adapter(folder)
+    return read_bottleneck(folder) if (folder / RECORD).is_file() else read_adapter(folder)

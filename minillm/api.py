@@ -411,6 +411,7 @@ def _card_facts(
         teacher=config.teacher,
         teacher_parameters=None if teacher is None else teacher.parameters,
         parameters=student.handed_on,
+        adapter=student.adapter_words,
         data_source=split.source,
         data_rows=len(split.prompts),
         data_sha256=split.sha256,

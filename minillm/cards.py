@@ -18,6 +18,7 @@ from pydantic import Field, PlainValidator, field_validator, model_validator
 
 from minillm.errors import ConfigError, UnsupportedCombination, did_you_mean
 from minillm.figures import Figures, Training
+from minillm.model_files import adapter_record
 from minillm.settings import Count, Settings, Text, Whole, headed
 from minillm.stage_base import LONGEST_NAME
 from minillm.yaml_reader import MAX_BYTES, read_yaml
@@ -73,7 +74,8 @@ class Card(Settings):
     revision: Text | None = None
     """Commit or tag of a hub model; without it the hub's present one, which may change."""
     adapter: Text | None = None
-    """Folder of a LoRA adapter in peft's format, trained on ``model``: merged into its weights as they are loaded."""
+    """Folder of an adapter that was trained on ``model``: LoRA in peft's format, or a bottleneck of our own; merged
+    into its weights as they are loaded."""
     layers: tuple[Whole, ...] | None = None
     """Keep only these layers of ``model``, by their numbers from 0, in this order; all where not given."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
@@ -254,9 +256,9 @@ def _read_card(file: Traversable, *, source: str, stem: str) -> Card:
 
 
 def _unknown_card(name: str, *, stem: str, folder: Kind) -> str:
-    if name and (Path(name) / "adapter_config.json").is_file():
+    if name and (record := adapter_record(Path(name))):
         return (
-            f"{name!r}: holds an adapter (adapter_config.json), and no model that it is put on\n"
+            f"{name!r}: holds an adapter ({record}), and no model that it is put on\n"
             f"  name both in a card (model: BASE, adapter: {name}), or merge it: minillm merge-adapter BASE {name} "
             "--out NEW"
         )

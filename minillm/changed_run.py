@@ -36,8 +36,9 @@ EFFECTS = {
     ),
     Effect.TRAINING: ("decoding", "engine.precision", "stages", "stages.anchor.weight", "stages.anchor.rate"),
     Effect.ANOTHER_RUN: (
-        "seed", "student", "teacher", "data", "lora", "stages.kind", "stages.name", "stages.start", "stages.anchor",
-        "stages.keep", "stages.optimiser.name", "stages.teacher_cache", "stages.student_share", "stages.replay",
+        "seed", "student", "teacher", "data", "lora", "bottleneck", "stages.kind", "stages.name", "stages.start",
+        "stages.anchor", "stages.keep", "stages.optimiser.name", "stages.teacher_cache", "stages.student_share",
+        "stages.replay",
     ),
 }  # fmt: skip
 """By the path of a setting, without the numbers of stages, or of a section whose settings are all alike; the longest

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from minillm.bottleneck_config import BottleneckConfig
 from minillm.data_config import DataConfig
 from minillm.errors import ConfigError, UnsupportedCombination
 from minillm.lora_config import LoraConfig
@@ -24,6 +25,7 @@ from minillm.yaml_reader import read_yaml, read_yaml_file, write_yaml
 
 __all__ = [
     "BETTER",
+    "BottleneckConfig",
     "CheckpointsConfig",
     "DataConfig",
     "DecodingConfig",
@@ -169,6 +171,9 @@ class RunConfig(Settings):
     lora: LoraConfig | None = None
     """Trains a low-rank adapter on a frozen student (needs pip install 'minillm[lora]'); all weights where not
     given."""
+    bottleneck: BottleneckConfig | None = None
+    """Trains a small MLP beside that of each block of a frozen student, of which it becomes a part; all weights where
+    neither this nor ``lora`` is given."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """How the result is measured."""
     checkpoints: CheckpointsConfig | None = CheckpointsConfig()
@@ -178,9 +183,9 @@ class RunConfig(Settings):
     pip install 'minillm[wandb]'."""
 
     @property
-    def adapter(self) -> LoraConfig | None:
+    def adapter(self) -> LoraConfig | BottleneckConfig | None:
         """What is put on a frozen student; None where all weights learn."""
-        return self.lora
+        return self.lora or self.bottleneck
 
     @property
     def anchored(self) -> tuple[MinillmStage, ...]:
@@ -235,12 +240,15 @@ class RunConfig(Settings):
                 "add 'teacher: NAME', or leave evaluation.exposure out"
             )
         check_starts(self.stages)
+        if self.lora is not None and self.bottleneck is not None:
+            raise UnsupportedCombination("lora and bottleneck: a student learns by one adapter; leave one of them out")
         for index, stage in enumerate(self.stages):
             at = f"stages.{index} ('{stage.name}')"
-            if self.lora is not None and stage.optimiser.name == "muon":
+            if self.adapter is not None and stage.optimiser.name == "muon":
+                setting = self.adapter.SECTION
                 raise UnsupportedCombination(
-                    f"{at} has optimiser muon with lora: muon makes a step of a whole matrix orthogonal, and an "
-                    "adapter is a product of two; set optimiser.name: adamw, or leave lora out"
+                    f"{at} has optimiser muon with {setting}: muon makes a step of a whole matrix orthogonal, and an "
+                    f"adapter's matrices are parts of one; set optimiser.name: adamw, or leave {setting} out"
                 )
             if asks_teacher(stage) and self.teacher is None:
                 raise UnsupportedCombination(f"{at} distils a teacher, but the run names none; add 'teacher: NAME'")

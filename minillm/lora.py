@@ -113,6 +113,10 @@ class Lora:
         """Whether a parameter of this name belongs to the adapter."""
         return is_adapter(parameter)
 
+    def words(self, config: PreTrainedConfig) -> str:
+        """What a student's card says of its adapter; ``config`` is that of the base."""
+        return f"lora: rank {self.settings.rank}, added to the merged weights; by itself in `adapter/`"
+
     def put_on(self, model: PreTrainedModel) -> None:
         """Freezes a model's weights, whole or sharded, and puts an adapter on that trains."""
         layers = self._inject(model)

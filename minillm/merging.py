@@ -18,7 +18,7 @@ def merge_adapter(base: str, adapter: str | Path, out: Path) -> int:
     changed.
 
     In the precision that the model itself is in, as peft writes it. Raises ``ModelError`` for an adapter that is of
-    another model, or more than plain LoRA; ``DataError`` where ``out`` holds something.
+    another model, or of a kind that is not merged; ``DataError`` where ``out`` holds something.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DataError(f"{out} holds something already; nothing was touched.\n  give another --out")

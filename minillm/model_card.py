@@ -25,6 +25,8 @@ class CardFacts:
     licence_notes: str
     corpus: str = ""
     """Source, size and hash of what the language-model loss learnt from, if it has a corpus of its own."""
+    adapter: str = ""
+    """The adapter that is merged into the weights, if they learnt by one."""
 
 
 def render(facts: CardFacts, scores: Mapping[str, float], *, step: int) -> str:
@@ -54,6 +56,8 @@ def render(facts: CardFacts, scores: Mapping[str, float], *, step: int) -> str:
     ]
     if facts.corpus:
         lines.append(f"| language-model loss on | {facts.corpus} |")
+    if facts.adapter:
+        lines.append(f"| learnt by an adapter | {facts.adapter} |")
     lines.append(f"| weights of step | {step:,} |")
     if facts.unbiased:
         lines.append(f"| gradient unbiased | {facts.unbiased} |")

@@ -14,9 +14,16 @@ from minillm.manifests import parsed
 SHOWN = 3
 LONGEST_REASON = 300
 """Characters of another library's message that ours quotes."""
+LORA_RECORD, BOTTLENECK_RECORD = "adapter_config.json", "bottleneck.json"
+"""Files by which a folder is an adapter's: peft's, and our own."""
 _TEMPLATES = "additional_chat_templates"
 """The only folder in a model's from which transformers reads."""
 _AGAIN = "\n  it is damaged, or its copying was broken off; fetch or write it again"
+
+
+def adapter_record(folder: Path) -> str:
+    """The file by which a folder is an adapter's; "" where it has none."""
+    return next((name for name in (LORA_RECORD, BOTTLENECK_RECORD) if (folder / name).exists()), "")
 
 
 def require_safe_folder(folder: Path) -> None:
@@ -27,9 +34,9 @@ def require_safe_folder(folder: Path) -> None:
             "  give a folder that transformers' save_pretrained wrote, a card name, or a hub name"
         )
     require_own_files(folder)
-    if (folder / "adapter_config.json").exists():
+    if record := adapter_record(folder):
         raise ModelError(
-            f"{folder}: holds an adapter (adapter_config.json), which names a model elsewhere to be put on.\n"
+            f"{folder}: holds an adapter ({record}), which names a model elsewhere to be put on.\n"
             "  name both in a card (model: BASE, adapter: FOLDER), or merge it: minillm merge-adapter BASE FOLDER "
             "--out NEW"
         )

@@ -115,8 +115,10 @@ def run_stage(
 
 def _trained_words(config: RunConfig, stage: Stage, start: Start, student: Student) -> list[str]:
     """What learns, and what is frozen; and where a student that is sharded was whole while it was read."""
-    what = "all" if config.adapter is None else f"an adapter of {student.trained:,} weights beside"
-    frozen = "" if config.adapter is None else ", which are frozen"
+    what, frozen = "all", ""
+    if config.adapter is not None:
+        kind = config.adapter.SECTION
+        what, frozen = f"an adapter ({kind}) of {student.trained:,} weights beside", ", which are frozen"
     words = [f"stage {stage.name}: trains {what} {student.parameters:,} weights{frozen}"]
     if student.stage == 3 and start.card.build is None and not start.card.as_in_files:
         words.append(

@@ -101,6 +101,11 @@ class Student:
         """Parameters of the model that ``state`` gives the weights of."""
         return self.parameters if self._adaptation is None else count_parameters(meta_model(self.config))
 
+    @property
+    def adapter_words(self) -> str:
+        """What a card says of the adapter that is merged into what is handed on; "" of a student without one."""
+        return "" if self._adaptation is None else self._adaptation.words(self._config)
+
     def loss(self, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """(A loss with gradient, numbers per token without), ``models.CausalLM`` mode ``train``, through the engine."""
         result: tuple[Tensor, dict[str, Tensor]] = self._engine("train", **inputs)

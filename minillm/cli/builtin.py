@@ -40,10 +40,12 @@ def world(
 
 def merge_adapter(
     base: Annotated[str, typer.Argument(metavar="BASE", help="The model that the adapter was trained on.")],
-    adapter: Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder of a LoRA adapter in peft's format.")],
+    adapter: Annotated[
+        Path, typer.Argument(metavar="ADAPTER", help="Folder of an adapter: peft's LoRA, or a bottleneck.")
+    ],
     out: Annotated[Path, typer.Option("--out", help="Folder for the merged model; it must be new or empty.")],
 ) -> None:
-    """Write a model with a LoRA adapter merged into it.
+    """Write a model with an adapter merged into it.
 
     For a teacher that is to be sharded, or any program that knows no adapters. BASE is a card, a folder or a hub name.
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 OF_A_STAGE = (
     *("teacher", "student", "stage", "batch", "micro_batch", "lengths", "updates", "alpha", "lora", "precision"),
+    "bottleneck",
     *("activation_checkpointing", "gather"),
 )
 """Options that a run's file decides."""
@@ -63,7 +64,10 @@ def plan(  # noqa: PLR0917 (typer reads options from parameters)
     lengths: Annotated[str, typer.Option("--lengths", help="Tokens of prompt and response, as 256,256.")] = "256,256",
     updates: Annotated[int, typer.Option("--updates", min=1, help="Updates on each rollout.")] = 1,
     alpha: Annotated[float, typer.Option("--alpha", min=0, max=1, help="Teacher mixing (teacher_mix).")] = 0.2,
-    lora: Annotated[int, typer.Option("--lora", min=0, help="Rank of an adapter; 0: all weights learn.")] = 0,
+    lora: Annotated[int, typer.Option("--lora", min=0, help="Rank of an adapter; 0: none.")] = 0,
+    bottleneck: Annotated[
+        int, typer.Option("--bottleneck", min=0, help="Units of an adapter beside each MLP; 0: none.")
+    ] = 0,
     precision: Annotated[str, typer.Option("--precision", help="The student's: bf16 or fp32.")] = "bf16",
     activation_checkpointing: Annotated[
         bool, typer.Option("--activation-checkpointing", help="Activations are made again in the backward pass.")
@@ -153,7 +157,8 @@ def _of_options(given: Mapping[str, Any]) -> Work:
         precision=_one_of(given["precision"], ("bf16", "fp32"), option="--precision"),
         teacher_precision="bf16" if teacher.dtype == "bfloat16" else "fp32", rows=given["batch"],
         micro_batch=given["micro_batch"], prompt_tokens=prompt, new_tokens=new, inner_epochs=given["updates"],
-        teacher_mix=given["alpha"], lora=given["lora"], recompute=given["activation_checkpointing"],
+        teacher_mix=given["alpha"], lora=given["lora"], bottleneck=given["bottleneck"],
+        recompute=given["activation_checkpointing"],
         gather=_one_of(given["gather"], ("rollout", "forward"), option="--gather"),
     )  # fmt: skip
 

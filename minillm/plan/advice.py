@@ -163,7 +163,7 @@ def _placement(name: str) -> Change:
 def _smaller(work: Work, stage: str) -> Iterator[Change]:
     """What changes the run itself, or takes more hardware."""
     rank = min(16, work.student.smallest_side)
-    if not work.lora:
+    if not work.frozen:
         yield _change(f"lora: {{rank: {rank}}}", option=f"--lora {rank}", setting=f"lora.rank={rank}", lora=rank)
     prompts = work.rows // work.samples_per_prompt // 2
     while prompts and (many := prompts * work.samples_per_prompt) >= work.gpus:

@@ -72,7 +72,7 @@ def _share(number: int, work: Work) -> int:
 
 def _standing(work: Work) -> Items:
     """The student between steps."""
-    trained, frozen = work.trained, (work.student.parameters if work.lora else 0)
+    trained, frozen = work.trained, (work.student.parameters if work.frozen else 0)
     own = _share(trained, work)
     on_device = 0 if work.offloads else 1
     items = {"student weights": (trained + frozen) * work.item}
@@ -118,7 +118,7 @@ def _phases(work: Work) -> dict[str, Items]:
         whole = min(whole, (LIVE + BUCKET) * item)
     forward_states = work.forward_rows * work.new_tokens
     kept = _activations(work)
-    head = SINGLE * student.head if not work.lora else 0
+    head = SINGLE * student.head if not work.frozen else 0
     so_far = _gradients_so_far(work)
     head_only = _teacher_gathered(work, reads=False)
     return {
@@ -146,7 +146,7 @@ def _phases(work: Work) -> dict[str, Items]:
             "hidden states kept": states,
             "activations": kept + _backward_extra(work) + forward_states * 2 * student.hidden * item,
             "gradients": so_far,
-            "gradient of the head": head + (student.head * item if item < SINGLE and not work.lora else 0),
+            "gradient of the head": head + (student.head * item if item < SINGLE and not work.frozen else 0),
             "engine buffers": _buckets(work),
             "student gathered": _gathered(work),
         },

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from minillm.errors import ConfigError, PositionsExceeded
+from minillm.mlps import FORMS
 from minillm.plan.sizes import Work
 
 PADDING = 0.02
@@ -24,6 +25,11 @@ def require_possible(work: Work) -> None:
             f"LoRA of rank {work.lora}: the smallest matrix of {work.student.name} has a side of "
             f"{work.student.smallest_side}, beyond which an adapter is larger than what it adapts\n"
             f"  take a rank of at most {work.student.smallest_side}"
+        )
+    if work.bottleneck and not work.student.unit:
+        raise ConfigError(
+            f"bottleneck of size {work.bottleneck}: the MLPs of {work.student.name} are not among those that minillm "
+            f"can make wider\n  wanted one of {', '.join(FORMS)}; or give a rank of lora, which adapts any linear layer"
         )
     if work.gpus > work.gpus_per_node and work.gpus % work.gpus_per_node:
         raise ConfigError(

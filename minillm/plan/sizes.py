@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from minillm.adaptation import adaptation_of
+from minillm.bottleneck_config import BottleneckConfig
 from minillm.cards import Card
-from minillm.errors import ConfigError
+from minillm.errors import ConfigError, UnsupportedCombination
 from minillm.meta_models import count_parameters, meta_model
 from minillm.plan.activations import Kept, kept_per_token
 from minillm.shapes import config_of
@@ -38,6 +40,8 @@ class ModelSizes:
     """Inputs and outputs of all matrices inside the layers: an adapter of rank r has r times as many weights."""
     smallest_side: int
     """Of all matrices inside the layers: no adapter needs a higher rank."""
+    unit: int
+    """Weights of one more hidden unit in the MLP of every layer; 0 where a bottleneck adapter cannot be put on."""
     positions: int | None
     """Longest sequence; None where the architecture sets no limit."""
     kept: dict[int, Kept]
@@ -72,9 +76,17 @@ def sizes_of_config(config: PreTrainedConfig, *, name: str) -> ModelSizes:
         cache_width=2 * text.num_hidden_layers * kv_heads * width,
         linear_ends=sum(int(side) for weight in linears for side in weight.shape),
         smallest_side=min((int(side) for weight in linears for side in weight.shape), default=1),
+        unit=_unit(config),
         positions=getattr(config, "max_position_embeddings", None),
         kept={dtype.itemsize: kept_per_token(config, dtype) for dtype in DTYPES.values()},
     )
+
+
+def _unit(config: PreTrainedConfig) -> int:
+    try:
+        return adaptation_of(BottleneckConfig(size=1)).parameters(config)
+    except UnsupportedCombination:
+        return 0
 
 
 def _is_matrix(module: nn.Module) -> bool:
@@ -108,7 +120,9 @@ class Work:
     inner_batches: int = 1
     teacher_mix: float = 0.0
     lora: int = 0
-    """Rank of an adapter; 0 trains all weights."""
+    """Rank of an adapter; 0 has none."""
+    bottleneck: int = 0
+    """Hidden units of an adapter beside each MLP; 0 has none. Without either all weights are trained."""
     recompute: bool = False
     """Activation checkpointing."""
     gather: Literal["rollout", "forward"] = "rollout"
@@ -122,6 +136,8 @@ class Work:
             raise ConfigError("stage zero0 with precision bf16: no 32-bit weights would be kept; take zero1 or above")
         if self.gather == "forward" and self.stage < 3:
             raise ConfigError(f"gather forward with {self.engine}: only a ZeRO-3 student is gathered; take zero3")
+        if self.lora and self.bottleneck:
+            raise ConfigError(f"lora {self.lora} and bottleneck {self.bottleneck}: a student learns by one adapter")
         if self.rows < self.gpus:
             raise ConfigError(
                 f"batch {self.rows} over {self.gpus} GPU{'s' * (self.gpus > 1)}: wanted a row for each at least"
@@ -180,7 +196,13 @@ class Work:
     @property
     def trained(self) -> int:
         """Weights that the optimiser moves."""
-        return self.lora * self.student.linear_ends if self.lora else self.student.parameters
+        adapter = self.lora * self.student.linear_ends + self.bottleneck * self.student.unit
+        return adapter if self.frozen else self.student.parameters
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the student's own weights stay, and an adapter learns."""
+        return self.lora > 0 or self.bottleneck > 0
 
     @property
     def teacher_forwards(self) -> float:

@@ -99,7 +99,7 @@ def _compute(work: Work, rates: Rates) -> dict[str, float]:
     theirs = decode(teacher.parameters, work.teacher_item, teacher.cache_width, heads)
     theirs += 2 * teacher.parameters * tokens / rates.flops
     # Forward 2, backward 4 by weight and token; less 2 for frozen weights, 2 more where forwards are made again.
-    each = (4 if work.lora else 6) + 2 * work.recompute
+    each = (4 if work.frozen else 6) + 2 * work.recompute
     learn = each * student.parameters * tokens * work.inner_epochs / rates.flops
     heads_flops = 2 * (student.head + teacher.head) * rows * work.new_tokens
     return {"decoding": own, "teacher": theirs, "scoring": heads_flops / rates.flops, "updates": learn}

@@ -37,7 +37,7 @@ NO_PART_OF = {
 """Settings of a section that change no result. (``evaluation.batch`` is older: without it the models that studies made
 would count as others.)"""
 SINCE = {
-    "lora": None,
+    "lora": None, "bottleneck": None,
     "data.teacher_text": None, "data.train_limit": None, "data.train_responses": None,
     "data.preferences": None, "data.preferences_validation": None, "data.preferences_limit": None,
     "data.single_turn": False, "data.checker": None, "evaluation.exposure": None, "evaluation.calibration": False,

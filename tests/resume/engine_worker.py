@@ -21,13 +21,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minillm.adaptation import adaptation_of
+from minillm.bottleneck_config import BottleneckConfig
 from minillm.cards import Card
 from minillm.checkpoints import Checkpoints
 from minillm.config import OptimiserConfig
 from minillm.engine_state import layout_of
 from minillm.errors import NonFinite
 from minillm.loading import inspect, load
-from minillm.lora import Lora
 from minillm.lora_config import LoraConfig
 from minillm.lost import leave
 from minillm.ranks import Ranks
@@ -52,6 +53,7 @@ class Cell:
     optimiser: str = "adamw"
     dropout: bool = True
     lora: bool = False
+    bottleneck: bool = False
 
 
 CELLS = {
@@ -60,6 +62,9 @@ CELLS = {
     "zero0-lora": Cell("zero0", dropout=False, lora=True),
     "zero2-lora": Cell("zero2", lora=True),
     "zero3-lora": Cell("zero3", "bf16", lora=True),
+    "zero0-bottleneck": Cell("zero0", dropout=False, bottleneck=True),
+    "zero2-bottleneck": Cell("zero2", bottleneck=True),
+    "zero3-bottleneck": Cell("zero3", "bf16", bottleneck=True),
     "zero1": Cell("zero1"),
     "zero1-bf16": Cell("zero1", "bf16"),
     "zero2": Cell("zero2", dropout=False),
@@ -102,11 +107,12 @@ def student(folder: Path, cell: Cell, ranks: Ranks) -> Student:
     """A fresh engine."""
     card = Card(name="it", model=str(folder / FAMILIES[cell.dropout]))
     settings = str(folder / f"{cell.settings}.json") if cell.settings in OWN_SETTINGS else cell.settings
+    adapter = LoraConfig(rank=3, alpha=6) if cell.lora else BottleneckConfig(size=3) if cell.bottleneck else None
     optimiser = OptimiserConfig(name=cell.optimiser, lr=1e-2, schedule="linear", warmup_steps=2, clip_grad=1.0)
     return Student(
         lambda: load(card, inspect(card), seed=0), ranks=ranks, settings=settings, precision=cell.precision,
         optimiser=optimiser, updates=10, real_ids=VOCABULARY, dropout=cell.dropout, seed=5, name="it",
-        adaptation=Lora(settings=LoraConfig(rank=3, alpha=6), seed=5, base=str(card.model)) if cell.lora else None,
+        adaptation=None if adapter is None else adaptation_of(adapter, seed=5, base=str(card.model)),
     )  # fmt: skip
 
 

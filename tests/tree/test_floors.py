@@ -45,6 +45,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
             "lora_config",
             "config",
         ),
+        "bottleneck_config",
         *(
             "figures",
             "cards",
@@ -73,6 +74,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     4: (
         *("loading", "shapes", "models", "probes", "reading", "decode", "scored_rows", "scoring", "token_loss"),
         *("adapter_files", "adapters", "adaptation", "picked_layers", "lora", "recompute", "work"),
+        *("mlps", "bottleneck", "bottleneck_adapters"),
         "meta_models",
     ),
     5: (

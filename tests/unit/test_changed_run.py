@@ -65,7 +65,7 @@ ANOTHER = {
     *(
         path
         for path in EVERY
-        if path.startswith(("data.", "lora.")) and not path.startswith(("data.test", "data.cache"))
+        if path.startswith(("data.", "lora.", "bottleneck.")) and not path.startswith(("data.test", "data.cache"))
     ),
 }  # fmt: skip
 

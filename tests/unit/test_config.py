@@ -461,6 +461,6 @@ def test_run_fields_are_the_documented_ones() -> None:
     """A new top-level setting is a decision: change this list with it."""
     assert list(RunConfig.model_fields) == [
         "name", "out", "seed", "threads", "student", "teacher", "data", "decoding", "stages", "engine", "lora",
-        "evaluation", "checkpoints",
+        "bottleneck", "evaluation", "checkpoints",
         "trackers",
     ]  # fmt: skip

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,18 @@ import pytest
 import torch
 
 from minillm import cli
+from minillm.adaptation import adaptation_of
 from minillm.bench.plan import PlanCase, measure_plan
+from minillm.bottleneck_config import BottleneckConfig
 from minillm.cache import growing_cache
 from minillm.cards import load_card
 from minillm.errors import ConfigError
 from minillm.figures import Figures
+from minillm.meta_models import count_parameters, meta_model
 from minillm.plan.activations import kept_per_token
 from minillm.plan.advice import advise
 from minillm.plan.memory import BUCKET, FLAT, LIVE, cache_bytes, loss_tiles, memory_of
+from minillm.plan.possible import require_possible
 from minillm.plan.sizes import ENGINES, GIB, ModelSizes, Work, sizes_of, sizes_of_config
 from minillm.plan.traffic import Rates, traffic_of
 from minillm.scoring import HeadWeights, Task, TeacherView, cut_for, tensors_of_a_piece
@@ -163,6 +168,26 @@ def test_an_adapter_has_moments_of_its_own_weights_only() -> None:
     assert lora.trained == 16 * full.student.linear_ends < full.trained / 100
     assert memory_of(lora).standing["optimiser"] < memory_of(full).standing["optimiser"] / 100
     assert memory_of(lora).standing["student weights"] == 2 * (full.student.parameters + lora.trained)
+
+
+def test_units_beside_the_mlps_are_counted_as_they_would_be_made() -> None:
+    full, beside = big(), big(bottleneck=16)
+    assert beside.trained == 16 * full.student.unit < full.trained / 10
+    config = config_of(load_card("gpt2", kind="students"))
+    wide = adaptation_of(BottleneckConfig(size=16)).merged_config(config)
+    grown = count_parameters(meta_model(wide)) - count_parameters(meta_model(config))
+    assert grown == 16 * sizes_of_config(config, name="gpt2").unit > 0
+    assert memory_of(beside).standing["student weights"] == 2 * (full.student.parameters + beside.trained)
+    assert memory_of(beside).standing["optimiser"] < memory_of(full).standing["optimiser"] / 10
+    with pytest.raises(ConfigError, match="by one adapter"):
+        big(lora=2, bottleneck=2)
+
+
+def test_units_beside_unknown_mlps_are_refused() -> None:
+    unknown = replace(big().student, unit=0)
+    require_possible(big(student=unknown, lora=2))
+    with pytest.raises(ConfigError, match=r"(?s)bottleneck of size 2: the MLPs of .* gpt2, opt"):
+        require_possible(big(student=unknown, bottleneck=2))
 
 
 def test_recomputing_and_small_forwards_take_less() -> None:

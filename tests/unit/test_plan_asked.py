@@ -99,11 +99,12 @@ def settings(found: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found["settings"].items() if name not in {"at", "samples_per_prompt"}}
 
 
-def test_a_runs_file_is_planned_as_the_same_options(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("section", "setting"), [("lora", "rank"), ("bottleneck", "size")])
+def test_a_runs_file_is_planned_as_the_same_options(tmp_path: Path, section: str, setting: str) -> None:
     file = healthy(tmp_path)
     values = yaml.safe_load(file.read_text(encoding="utf-8"))
     values["engine"].update(student="zero3", precision="bf16", activation_checkpointing=True, gather="forward")
-    values["lora"] = {"rank": 2}
+    values[section] = {setting: 2}
     values["data"]["max_prompt_tokens"], values["decoding"]["max_new_tokens"] = 7, 5
     values["stages"][0].update(prompts=8, samples_per_prompt=2, micro_batch=2, inner_epochs=3, teacher_mix=0.5)
     values["stages"][0].update(baseline="none", inner_batches=1)
@@ -113,7 +114,20 @@ def test_a_runs_file_is_planned_as_the_same_options(tmp_path: Path) -> None:
     models = ("--teacher", str(tmp_path / "teacher"), "--student", str(tmp_path / "student"))
     same = (
         *("--stage", "zero3", "--precision", "bf16", "--activation-checkpointing", "--gather", "forward"),
-        *("--lora", "2", "--lengths", "7,5", "--batch", "16", "--micro-batch", "2", "--updates", "3", "--alpha", "0.5"),
+        *(
+            f"--{section}",
+            "2",
+            "--lengths",
+            "7,5",
+            "--batch",
+            "16",
+            "--micro-batch",
+            "2",
+            "--updates",
+            "3",
+            "--alpha",
+            "0.5",
+        ),
     )
     by_options = planned(tmp_path / "b.json", "plan", *models, *where, *same)
     assert settings(by_file) == settings(by_options)
@@ -150,7 +164,9 @@ def test_the_hungriest_stage_of_a_run_is_planned(tmp_path: Path) -> None:
     assert found["settings"]["at"] == 1
 
 
-@pytest.mark.parametrize("word", [("--teacher", "gpt2"), ("--stage", "zero2"), ("--lora", "0"), ("--alpha", "0.2")])
+@pytest.mark.parametrize(
+    "word", [("--teacher", "gpt2"), ("--stage", "zero2"), ("--bottleneck", "2"), ("--lora", "0"), ("--alpha", "0.2")]
+)
 def test_options_of_a_stage_are_refused_beside_a_file(
     word: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

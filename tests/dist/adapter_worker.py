@@ -1,9 +1,10 @@
-"""One rank of the test of adapters on several ranks: a run for each ZeRO stage that is named, in this process."""
+"""One rank of the tests of adapters on several ranks: a run for each cell that is named, in this process."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from minillm import distill
 from minillm.config import RunConfig
@@ -13,13 +14,19 @@ from tests import quick, tiny
 STEPS = 5
 
 
-def config(folder: Path, name: str, *, stage: str, family: str = "gpt2") -> RunConfig:
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {"run_lora": {"rank": 4, "alpha": 8}},
+    "bottleneck": {"run_bottleneck": {"size": 5}},
+}
+
+
+def config(folder: Path, name: str, *, stage: str, family: str = "gpt2", adapter: str = "lora") -> RunConfig:
     """Five MiniLLM steps of an adapter, as all runs that are compared make them."""
     return tiny.minillm_config(
         folder, teacher=folder / f"teacher-{family}", student=folder / family, prompts=folder / "prompts.jsonl",
         name=name, steps=STEPS, samples_per_prompt=2, micro_batch=3, coin_groups=2, teacher_mix=0.3, inner_epochs=2,
         optimiser={"lr": 3e-3, "schedule": "constant"}, run_engine={"student": stage},
-        run_lora={"rank": 4, "alpha": 8},
+        **ADAPTERS[adapter],
     )  # fmt: skip
 
 
@@ -36,6 +43,6 @@ if __name__ == "__main__":
     with quick.undrawn():
         quick.short_collections()
         for cell in cells:
-            family, stage = cell.split("-")
-            distill(config(Path(folder), cell, stage=stage, family=family))
+            family, stage, adapter = cell.split("-")
+            distill(config(Path(folder), cell, stage=stage, family=family, adapter=adapter))
     leave(0)  # left to the end of Python, gloo sometimes aborts
