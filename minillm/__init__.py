@@ -16,10 +16,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from minillm.api import build_report, cache_teacher, distill, evaluate, generate
     from minillm.config import RunConfig, dump_config, load_config
+    from minillm.liti_front import merge_front
+    from minillm.merge_models import merge_folders
 
 __all__ = [
     "RunConfig", "__version__", "build_report", "cache_teacher", "distill", "dump_config", "evaluate", "generate",
-    "load_config",
+    "load_config", "merge_folders", "merge_front",
 ]  # fmt: skip
 
 
@@ -33,6 +35,14 @@ def __getattr__(name: str) -> Any:
         from minillm import report
 
         return report.build_report
+    if name == "merge_folders":
+        from minillm import merge_models
+
+        return merge_models.merge_folders
+    if name == "merge_front":
+        from minillm import liti_front
+
+        return liti_front.merge_front
     if name in {"cache_teacher", "distill", "evaluate", "generate"}:
         from minillm import api
 

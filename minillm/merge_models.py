@@ -21,22 +21,23 @@ import torch
 from torch import Tensor
 
 from minillm.disk import DISK, Sink
-from minillm.errors import ConfigError, DataError, ModelError, visible
+from minillm.errors import ConfigError, DataError, ModelError
 from minillm.loading import quiet_transformers
+from minillm.manifests import parsed
+from minillm.merge_figures import BIN_DEGREES, angles_png, histogram
 from minillm.merge_sources import INDEX, WEIGHTS, lead_of, opened, pieces
 from minillm.model_card import MergeFacts, render_merge
 from minillm.publish import weights_sha256
-from minillm.store import replaced_folder, told_as_disk_error, write_text
+from minillm.store import replaced_folder, told_as_disk_error, write_bytes, write_text
 from minillm.tensor_files import Kind, write_pieces
 from minillm.weight_merging import STILL, WIDE, Method, Mix, angles, combined, gram, mix, normalised, norms
 
-RECORD = "merge.json"
+RECORD, ANGLES = "merge.json", "angles.png"
 SHARD_BYTES = 5_000_000_000
 """Longest file of weights; a longer model is written in several, with an index."""
 KEPT = 0.5
 """How much of the start must be left in a model that was trained from it, as ``Merging.kept`` measures it. Of the same
 start it is near 1 however far training went, since that goes in other directions; of another start it is near 0."""
-BIN_DEGREES = 15
 _BLOCK = re.compile(r"(?:^|.*?\.)\d+(?=\.)")
 
 
@@ -85,19 +86,14 @@ class MergeReport:
     @property
     def angles(self) -> tuple[float, ...]:
         """All of all groups and pairs, in degrees."""
-        return tuple(angle for group in self.groups for angle in group.angles if angle is not None)
-
-    @property
-    def words(self) -> str:
-        """The angles in a line: their median and range, and how many stand in each part of the half circle."""
-        return angle_words(self.angles)
+        return angles_of(self.groups)
 
     def record(self) -> dict[str, Any]:
         """What ``merge.json`` holds."""
         return {
             "start": _plain(self.start), "models": [_plain(model) for model in self.models], "method": self.method,
             "weights": list(self.weights), "eta": self.eta, "start_left_in_models": list(self.kept),
-            "angles": self.words, "weights_sha256": self.weights_sha256,
+            "angles": angle_words(self.angles), "weights_sha256": self.weights_sha256,
             "groups": [_plain(group) for group in self.groups],
         }  # fmt: skip
 
@@ -124,9 +120,10 @@ def merge_folders(
     """
     merging = Merging(start, models, method=method, weights=weights)
     for line in merging.notes:
-        say(f"note: {visible(line)}")
+        say(f"note: {line}")
     report = merging.write(into, eta=eta, card_words=card_words, shard_bytes=shard_bytes)
-    say(f"{into}: {len(models)} models merged ({method}, eta {eta:g}); {report.words}")
+    say(f"{into}: {len(models)} models merged ({method}, eta {eta:g})")
+    say(merging.words)
     return report
 
 
@@ -148,6 +145,26 @@ class Merging:
         self.sources = tuple(Source(folder=str(each), weights_sha256=weights_sha256(each)) for each in folders)
         """The start, then the models."""
 
+    @property
+    def words(self) -> str:
+        """The angles in a line: their median and range, and how many stand in each part of the half circle."""
+        return angle_words(angles_of(self._groups))
+
+    def record(self) -> dict[str, Any]:
+        """What is merged, whatever the eta: start, models, method and weights, as in ``merge.json``."""
+        whole = self._report(eta=1.0, sha256="").record()
+        return {
+            name: whole[name] for name in ("start", "models", "method", "weights", "start_left_in_models", "angles")
+        }
+
+    def stands(self, into: Path, *, eta: float) -> bool:
+        """Whether a folder holds what ``write`` would put there."""
+        try:
+            stored = parsed((into / RECORD).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return bool(stored == self._report(eta=eta, sha256=weights_sha256(into)).record())
+
     def write(
         self, into: Path, *, eta: float = 1.0, card_words: str = "", shard_bytes: int = SHARD_BYTES
     ) -> MergeReport:
@@ -164,13 +181,20 @@ class Merging:
                 facts.tokenizer.save_pretrained(staging)
                 if facts.generation is not None:
                     facts.generation.save_pretrained(staging)
-            report = MergeReport(
-                start=self.sources[0], models=self.sources[1:], method=self.method, weights=self.weights, eta=eta,
-                kept=self.kept, groups=self._groups, weights_sha256=weights_sha256(staging),
-            )  # fmt: skip
+            report = self._report(eta=eta, sha256=weights_sha256(staging))
             write_text(staging / RECORD, json.dumps(report.record(), indent=2, allow_nan=False) + "\n")
+            if report.angles:
+                write_bytes(
+                    staging / ANGLES, angles_png(report.angles, title=f"{into.name}: {len(self._models)} models")
+                )
             write_text(staging / "README.md", _card(report, into, kinds=self._kinds, words=card_words))
         return report
+
+    def _report(self, *, eta: float, sha256: str) -> MergeReport:
+        return MergeReport(
+            start=self.sources[0], models=self.sources[1:], method=self.method, weights=self.weights, eta=eta,
+            kept=self.kept, groups=self._groups, weights_sha256=sha256,
+        )  # fmt: skip
 
     def _measured(self) -> tuple[tuple[Group, ...], dict[str, Mix], tuple[float, ...]]:
         """The groups, the mix of each tensor by its name, and how much of the start each model has kept."""
@@ -293,15 +317,17 @@ def shards_of(kinds: Mapping[str, Kind], most: int) -> list[dict[str, Kind]]:
     return shards
 
 
+def angles_of(groups: Sequence[Group]) -> tuple[float, ...]:
+    """All of all groups and pairs, in degrees; of groups that stood still there are none."""
+    return tuple(angle for group in groups for angle in group.angles if angle is not None)
+
+
 def angle_words(degrees: Sequence[float]) -> str:
-    """Angles in a line: "angles of 26: median 71°, 52° to 90°; 45-60° 4, 60-75° 13, 75-90° 9"."""
+    """Angles in a line: their median and range, and how many stand in each part of the half circle."""
     if not degrees:
         return "no angles between task vectors"
-    counts: dict[int, int] = {}
-    for each in sorted(degrees):
-        begin = min(int(each // BIN_DEGREES) * BIN_DEGREES, 180 - BIN_DEGREES)
-        counts[begin] = counts.get(begin, 0) + 1
-    bins = ", ".join(f"{begin}-{begin + BIN_DEGREES}° {count}" for begin, count in counts.items())
+    counts = enumerate(histogram(degrees))
+    bins = ", ".join(f"{at * BIN_DEGREES}-{(at + 1) * BIN_DEGREES}° {count}" for at, count in counts if count)
     middle, least, most = statistics.median(degrees), min(degrees), max(degrees)
     return f"angles of task vectors: median {middle:.0f}°, {least:.0f}° to {most:.0f}°; {bins}"
 
@@ -327,7 +353,8 @@ def _card(report: MergeReport, into: Path, *, kinds: Mapping[str, Kind], words: 
         name=into.resolve().name, parameters=sum(math.prod(shape) for _, shape in kinds.values()),
         start=(report.start.folder, report.start.weights_sha256),
         models=tuple((model.folder, model.weights_sha256) for model in report.models), method=report.method,
-        weights=report.weights, eta=report.eta, angles=report.words, edges=sum(bool(g.edges) for g in report.groups),
+        weights=report.weights, eta=report.eta, angles=angle_words(report.angles),
+        edges=sum(bool(group.edges) for group in report.groups),
         groups=len(report.groups), words=words,
     )  # fmt: skip
     return render_merge(facts)

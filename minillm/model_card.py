@@ -94,8 +94,8 @@ def render_merge(facts: MergeFacts) -> str:
     """Markdown."""
     lines = ["---", "library_name: transformers", "tags: [merge, minillm]", "---", "", f"# {facts.name}", ""]
     lines.append(
-        f"A language model of {facts.parameters:,} parameters: {len(facts.models)} models that were trained from one "
-        f"start, merged with minillm. `merge.json` has norms and angles of each layer group."
+        f"A language model of {facts.parameters:,} parameters: {len(facts.models)} that were trained from one start, "
+        "merged with minillm. `merge.json` has norms and angles of each layer group, `angles.png` their histogram."
     )
     lines += ["", facts.words] if facts.words else []
     lines += ["", "| | |", "|---|---|", f"| start | `{facts.start[0]}`, weights_sha256 `{facts.start[1]}` |"]

@@ -1,7 +1,7 @@
 """The command line: thin commands over the Python API, with errors told in a few lines and no traceback.
 
-``runs``, ``kept``, ``comparisons`` and ``builtin`` hold the commands as functions, from which typer reads arguments,
-options and help; here they become one command line. ``minillm bench`` is put together in ``bench/``.
+``runs``, ``kept``, ``comparisons``, ``merging`` and ``builtin`` hold the commands as functions, from which typer reads
+arguments, options and help; here they become one command line. ``minillm bench`` is put together in ``bench/``.
 
 Exit codes stand in ``exits``.
 In help texts, ``\\b`` keeps a paragraph's lines as they are, so that an example can be copied.
@@ -27,7 +27,7 @@ from minillm.bench import (  # noqa: F401 (each adds its benchmarks)
     commands_scale,
 )
 from minillm.bench.options import app as bench_app
-from minillm.cli import builtin, checking, comparisons, kept, launching, models, planning, runs
+from minillm.cli import builtin, checking, comparisons, kept, launching, merging, models, planning, runs
 from minillm.errors import MinillmError, Stopped, visible
 from minillm.lost import as_rank_lost, leave
 from minillm.stops import SIGNALS
@@ -59,6 +59,7 @@ Examples:
   minillm judge runs/a runs/b --url http://localhost:8000/v1 --model NAME
   minillm win-rate runs/a runs/b --by teachers/gpt2-xl
   minillm runs verify runs/mine
+  minillm merge runs/sft/student runs/a/student runs/b/student --out merged
   minillm merge-adapter BASE runs/mine/student/adapter --out merged
   minillm selftest --json selftest.json
   minillm bench loss --json bench.json
@@ -88,6 +89,7 @@ COMMANDS = (
     comparisons.judge,
     comparisons.win_rate,
     kept.runs,
+    merging.merge,
     builtin.merge_adapter,
     builtin.selftest,
 )

@@ -105,7 +105,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "own_files",
         "publish",
         "merging",
-        *("merge_sources", "merge_models"),
+        *("plots", "merge_figures", "merge_sources", "merge_models"),
         "model_card",
         *("generated", "pair_manifest"),
         "generation_parts",
@@ -137,7 +137,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "terminal",
     ),
     7: (
-        *("measures", "evaluation", "generation", "teacher_caching", "results", "statistics", "plots"),
+        *("measures", "evaluation", "generation", "teacher_caching", "results", "statistics"),
         *("diagnose", "doctor", "judge", "text_measures", "self_bleu", "exposure", "calibration"),
         "plan",
         *("exposure_run", "calibration_run", "extras", "report", "report_files", "report_html"),
@@ -153,7 +153,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
             "introduction",
         ),
     ),
-    8: ("resuming", "bench", "selftest", "study", "cli", "api", "__main__", "__init__"),
+    8: ("resuming", "liti_front", "bench", "selftest", "study", "cli", "api", "__main__", "__init__"),
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 MATHEMATICS = 2

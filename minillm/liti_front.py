@@ -1,0 +1,161 @@
+"""What lies between a start and the merge of models that were trained from it: a model at each of several etas, and
+what each is worth (LITI's front: what merging gained against what the start could do before)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minillm import api
+from minillm.config import RunConfig
+from minillm.errors import ConfigError, did_you_mean
+from minillm.measures import MAIN, MEASURES, QUALITIES
+from minillm.merge_figures import Measured, front_png
+from minillm.merge_models import Merging
+from minillm.ranks import Ranks
+from minillm.report_files import sets_in
+from minillm.report_text import figure, interval
+from minillm.store import make_folder, write_bytes, write_text
+from minillm.terminal import print_table
+from minillm.weight_merging import Method
+
+RECORD, PLOT = "front.json", "front.png"
+Measures = Mapping[str, Mapping[str, Any]]
+"""By name, as in results.json; of several sets by SET:MEASURE."""
+
+
+def merge_front(
+    start: Path, models: Sequence[Path], config: RunConfig, *, into: Path, method: Method,
+    weights: Sequence[float] | None = None, etas: Sequence[float], x: str | None = None, y: str | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:  # fmt: skip
+    """Merges once, writes a model at each of ``etas`` into ``into``/eta-ETA/student, and evaluates each on the test
+    prompts of ``config`` by ``api.evaluate``; writes and gives back the front (``front.json``, ``front.png``).
+
+    ``x`` and ``y`` are the measures to draw, of several test sets SET:MEASURE. Without them the quality of the first
+    set is drawn against that of the second or, of a single set, against the reverse KL. Models and evaluations that
+    are there already are taken as they are; an interrupted front goes on.
+
+    Works for a single process and on every rank of a launcher. Errors are those of ``merge_folders`` and
+    ``api.evaluate``; a measure that no evaluation has is a ``ConfigError``.
+    """
+    _require_known(x, y)
+    ranks = Ranks(threads=config.threads)
+    wanted = sorted(set(etas))
+    sources = ranks.of_first(
+        lambda: _write(start, models, into=into, method=method, weights=weights, etas=wanted, say=say)
+    )
+    points: list[dict[str, Any]] = []
+    for eta in wanted:
+        at = into / f"eta-{eta:g}"
+        points.append(
+            {"eta": eta, "folder": at.name, "measures": _measures(api.evaluate(at / "student", config, out=at))}
+        )
+        x, y = _axes(points[0]["measures"], x, y)  # before hours go by for a measure that is not there
+    front = {**sources, "x": x, "y": y, "points": points}
+    if ranks.first:
+        write_text(into / RECORD, json.dumps(front, indent=2) + "\n")
+        write_bytes(into / PLOT, _drawn(front))
+        _tell(front)
+        say(f"written: {into / RECORD}, {into / PLOT}")
+    ranks.barrier()
+    return front
+
+
+def _write(
+    start: Path, models: Sequence[Path], *, into: Path, method: Method, weights: Sequence[float] | None,
+    etas: Sequence[float], say: Callable[[str], None],
+) -> dict[str, Any]:  # fmt: skip
+    """The models at all etas, and what they are made of."""
+    merging = Merging(start, models, method=method, weights=weights)
+    for line in merging.notes:
+        say(f"note: {line}")
+    for eta in etas:
+        make_folder(into / f"eta-{eta:g}", setting="--out")
+        student = into / f"eta-{eta:g}" / "student"
+        if not merging.stands(student, eta=eta):
+            merging.write(student, eta=eta)
+            say(f"{student}: {len(models)} models merged ({method}, eta {eta:g})")
+    say(merging.words)
+    return merging.record()
+
+
+def _measures(results: Mapping[str, Any]) -> dict[str, Any]:
+    if names := sets_in(results):
+        return {f"{name}:{key}": of for name in names for key, of in results["sets"][name]["measures"].items()}
+    return dict(results["measures"])
+
+
+def _axes(measures: Measures, x: str | None, y: str | None) -> tuple[str, str]:
+    """What to draw: the names given, if they are there, or the usual ones."""
+    there = [name for name, found in measures.items() if found.get("mean") is not None]
+    sets = list(dict.fromkeys(name.rpartition(":")[0] for name in there))
+    best = [next((name for name in _of_set(one, QUALITIES) if name in there), None) for one in sets]
+    usual_x = (
+        best[1] if len(best) > 1 else next((name for name in _of_set(sets[0], ("reverse_kl",)) if name in there), None)
+    )
+    found = []
+    for option, given, usual in (("x", x, usual_x), ("y", y, best[0])):
+        name = given or usual
+        if name is None or name not in there:
+            got = f"got {name!r}" if name else "nothing to draw by itself"
+            raise ConfigError(
+                f"--{option}: {got}, wanted a measure that the evaluations have: {', '.join(there)}"
+                f"{did_you_mean(name or '', there)}"
+            )
+        found.append(name)
+    return found[0], found[1]
+
+
+def _of_set(name: str, measures: Sequence[str]) -> list[str]:
+    return [f"{name}:{measure}" if name else measure for measure in measures]
+
+
+def _require_known(*axes: str | None) -> None:
+    for given in axes:
+        if given is not None and (name := given.rpartition(":")[2]) not in MEASURES:
+            raise ConfigError(
+                f"{given!r}: no measure{did_you_mean(name, MEASURES)}; wanted one of {', '.join(MEASURES)}, of several "
+                "test sets as SET:MEASURE"
+            )
+
+
+def _label(name: str) -> str:
+    of_set, _, measure = name.rpartition(":")
+    return f"{MEASURES[measure].label}{f', {of_set}' if of_set else ''}"
+
+
+def _drawn(front: Mapping[str, Any]) -> bytes:
+    axes: tuple[str, str] = (front["x"], front["y"])
+    points = []
+    for point in front["points"]:
+        at, up = (
+            Measured(mean=of["mean"], ci95=None if of["ci95"] is None else (of["ci95"][0], of["ci95"][1]))
+            for of in (point["measures"][name] for name in axes)
+        )
+        points.append((point["eta"], at, up))
+    title = f"{len(front['models'])} models merged ({front['method']}), by eta"
+    return front_png(points, x=_label(axes[0]), y=_label(axes[1]), title=title)
+
+
+def _tell(front: Mapping[str, Any]) -> None:
+    """A row for each eta: what is drawn with intervals, then other main measures."""
+    axes = [front["x"], front["y"]]
+    first: Measures = front["points"][0]["measures"]
+    others = [
+        name for name, found in first.items()
+        if name not in axes and name.rpartition(":")[2] in MAIN and found.get("mean") is not None
+    ]  # fmt: skip
+    columns = ["eta", *(f"{_label(name)} (95 %)" for name in axes), *map(_label, others)]
+    rows = []
+    for point in front["points"]:
+        found = point["measures"]
+        drawn = [f"{_figure(found, name)} ({interval(found[name], name.rpartition(':')[2])})" for name in axes]
+        rows.append([f"{point['eta']:g}", *drawn, *(_figure(found, name) for name in others)])
+    print_table("From the start (eta 0) to the merge (eta 1)", columns, rows, spare=list(map(_label, others))[::-1])
+
+
+def _figure(found: Measures, name: str) -> str:
+    return figure((found.get(name) or {}).get("mean"), name.rpartition(":")[2])
