@@ -13,11 +13,11 @@ from minillm.config import RunConfig
 from minillm.errors import ConfigError, did_you_mean
 from minillm.measures import MAIN, MEASURES, QUALITIES
 from minillm.merge_figures import Measured, front_png
-from minillm.merge_models import Merging
+from minillm.merge_models import merge_at
 from minillm.ranks import Ranks
 from minillm.report_files import sets_in
 from minillm.report_text import figure, interval
-from minillm.store import make_folder, write_bytes, write_text
+from minillm.store import write_bytes, write_text
 from minillm.terminal import print_table
 from minillm.weight_merging import Method
 
@@ -45,7 +45,7 @@ def merge_front(
     ranks = Ranks(threads=config.threads)
     wanted = sorted(set(etas))
     sources = ranks.of_first(
-        lambda: _write(start, models, into=into, method=method, weights=weights, etas=wanted, say=say)
+        lambda: merge_at(start, models, into=into, method=method, weights=weights, etas=wanted, say=say)
     )
     points: list[dict[str, Any]] = []
     for eta in wanted:
@@ -62,24 +62,6 @@ def merge_front(
         say(f"written: {into / RECORD}, {into / PLOT}")
     ranks.barrier()
     return front
-
-
-def _write(
-    start: Path, models: Sequence[Path], *, into: Path, method: Method, weights: Sequence[float] | None,
-    etas: Sequence[float], say: Callable[[str], None],
-) -> dict[str, Any]:  # fmt: skip
-    """The models at all etas, and what they are made of."""
-    merging = Merging(start, models, method=method, weights=weights)
-    for line in merging.notes:
-        say(f"note: {line}")
-    for eta in etas:
-        make_folder(into / f"eta-{eta:g}", setting="--out")
-        student = into / f"eta-{eta:g}" / "student"
-        if not merging.stands(student, eta=eta):
-            merging.write(student, eta=eta)
-            say(f"{student}: {len(models)} models merged ({method}, eta {eta:g})")
-    say(merging.words)
-    return merging.record()
 
 
 def _measures(results: Mapping[str, Any]) -> dict[str, Any]:

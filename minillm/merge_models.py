@@ -28,7 +28,7 @@ from minillm.merge_figures import BIN_DEGREES, angles_png, histogram
 from minillm.merge_sources import INDEX, WEIGHTS, lead_of, opened, pieces
 from minillm.model_card import MergeFacts, render_merge
 from minillm.publish import weights_sha256
-from minillm.store import replaced_folder, told_as_disk_error, write_bytes, write_text
+from minillm.store import make_folder, replaced_folder, told_as_disk_error, write_bytes, write_text
 from minillm.tensor_files import Kind, write_pieces
 from minillm.weight_merging import STILL, WIDE, Method, Mix, angles, combined, gram, mix, normalised, norms
 
@@ -118,6 +118,7 @@ def merge_folders(
     by numbers, not by what files say of themselves: where less than half (``KEPT``) of the start's matrices is left in
     a model it is of another start. Two models that were trained from one ancestor pass, since each is a way from there.
     """
+    _require_eta(eta)
     merging = Merging(start, models, method=method, weights=weights)
     for line in merging.notes:
         say(f"note: {line}")
@@ -125,6 +126,27 @@ def merge_folders(
     say(f"{into}: {len(models)} models merged ({method}, eta {eta:g})")
     say(merging.words)
     return report
+
+
+def merge_at(
+    start: Path, models: Sequence[Path], *, into: Path, method: Method, weights: Sequence[float] | None = None,
+    etas: Sequence[float], say: Callable[[str], None] = print,
+) -> dict[str, Any]:  # fmt: skip
+    """The same at several etas, each into ``into``/eta-ETA/student; what is there already is left as it is. The record
+    of what was merged, whatever the eta."""
+    for eta in etas:
+        _require_eta(eta)
+    merging = Merging(start, models, method=method, weights=weights)
+    for line in merging.notes:
+        say(f"note: {line}")
+    for eta in etas:
+        student = into / f"eta-{eta:g}" / "student"
+        make_folder(student.parent, setting="--out")
+        if not merging.stands(student, eta=eta):
+            merging.write(student, eta=eta)
+            say(f"{student}: {len(models)} models merged ({method}, eta {eta:g})")
+    say(merging.words)
+    return merging.record()
 
 
 class Merging:
@@ -169,8 +191,7 @@ class Merging:
         self, into: Path, *, eta: float = 1.0, card_words: str = "", shard_bytes: int = SHARD_BYTES
     ) -> MergeReport:
         """Merges into a folder; see ``merge_folders``."""
-        if not 0.0 <= eta <= 1.0:
-            raise ConfigError(f"eta: got {eta}, wanted 0 (the start) to 1 (what was merged)")
+        _require_eta(eta)
         _require_free(into, [Path(source.folder) for source in self.sources])
         size = _bytes(self._kinds)
         with told_as_disk_error(f"{into}: a model of {size:,} bytes"), replaced_folder(into) as staging:
@@ -339,6 +360,11 @@ def _plain(record: Any) -> dict[str, Any]:
 
 def _bytes(kinds: Mapping[str, Kind]) -> int:
     return sum(math.prod(shape) * dtype.itemsize for dtype, shape in kinds.values())
+
+
+def _require_eta(eta: float) -> None:
+    if not 0.0 <= eta <= 1.0:
+        raise ConfigError(f"eta: got {eta}, wanted 0 (the start) to 1 (what was merged)")
 
 
 def _require_free(into: Path, sources: Sequence[Path]) -> None:

@@ -60,13 +60,18 @@ def merge(  # noqa: PLR0917 (typer reads options from parameters)
             say=_say,
         )  # fmt: skip
         return
-    from minillm.merge_models import merge_folders
+    from minillm.merge_models import merge_at, merge_folders
+    from minillm.ranks import Ranks
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} holds something already; nothing was touched.\n  give another --out")
-    for each in etas:
-        into = out if len(etas) == 1 else out / f"eta-{each:g}" / "student"
-        merge_folders(start, models, into=into, method=chosen, weights=shares, eta=each, say=_say)
+    def work() -> None:
+        if len(etas) > 1:
+            merge_at(start, models, into=out, method=chosen, weights=shares, etas=etas, say=_say)
+            return
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise DataError(f"{out} holds something already; nothing was touched.\n  give another --out")
+        merge_folders(start, models, into=out, method=chosen, weights=shares, eta=etas[0], say=_say)
+
+    Ranks().of_first(work)
 
 
 def _say(line: str) -> None:
