@@ -43,6 +43,8 @@ Examples:
   minillm distill --config recipes/quickstart/minillm.yaml name=mine seed=3
   minillm evaluate runs/mine/student --out runs/mine/again \\
     --config recipes/quickstart/minillm.yaml
+  minillm prefers runs/mine/student --reference runs/sft/student \\
+    --pairs held-out.jsonl --config my-run.yaml
   minillm report a=runs/a b=runs/b --difference a,b --out runs/a-and-b
   minillm generate runs/quickstart/teacher/student --out taught.jsonl \\
     --config recipes/quickstart/minillm.yaml
@@ -76,6 +78,7 @@ COMMANDS = (
     runs.sft,
     runs.distill,
     runs.evaluate,
+    runs.prefers,
     runs.generate,
     runs.cache,
     checking.doctor,

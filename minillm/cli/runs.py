@@ -101,6 +101,38 @@ def evaluate(  # noqa: PLR0917 (typer reads options from parameters)
         print_evaluation(name, out, resamples=settings.evaluation.bootstrap, seed=settings.seed)
 
 
+def prefers(  # noqa: PLR0917 (typer reads options from parameters)
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a teacher card or a hub name.")],
+    config: options.Config,
+    overrides: options.Overrides = None,
+    pairs: Annotated[
+        str | None, typer.Option("--pairs", metavar="FILE", help="Held-out pairs; else data.preferences_validation.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option("--reference", metavar="MODEL", help="Count what MODEL adds to this model's.")
+    ] = None,
+    per_token: Annotated[bool, typer.Option("--per-token", help="Compare means over tokens, not sums.")] = False,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Read the first so many pairs only.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures into this file.")] = None,
+) -> None:
+    """Count held-out pairs on which a model prefers the chosen one.
+
+    The higher reward is the higher log-probability, less that of the reference where one is named. With intervals over
+    prompts, and whether that is more than chance.
+
+    \b
+    Example:
+      minillm prefers runs/mine/student --reference runs/sft/student \\
+        --pairs held-out.jsonl --config my-run.yaml
+    """
+    settings = _load(config, overrides)
+    from minillm.pair_accuracy_command import run
+
+    run(
+        model, settings, pairs=pairs, reference=reference, per_token=per_token, limit=limit, json_file=json_file
+    )  # fmt: skip
+
+
 def generate(  # noqa: PLR0917 (typer reads options from parameters)
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, a teacher card or a hub name.")],
     config: options.Config,

@@ -139,6 +139,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
     7: (
         *("measures", "evaluation", "generation", "teacher_caching", "results", "statistics"),
         *("diagnose", "doctor", "judge", "text_measures", "self_bleu", "exposure", "calibration"),
+        *("pair_accuracy", "pair_accuracy_command"),
         "plan",
         *("exposure_run", "calibration_run", "extras", "report", "report_files", "report_html"),
         *("report_style", "report_text", "report_words", "report_extras", "report_sets", "compare"),
