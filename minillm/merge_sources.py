@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from minillm.adapters import Adapter, holds_adapter, read_adapter, require_base, require_fit
+from minillm.adapter_files import require_base
+from minillm.adapters import Adapter, read_adapter, require_fit
 from minillm.cards import Card
 from minillm.errors import CheckpointError, ModelError
 from minillm.loading import ModelFacts, fingerprint, inspect
 from minillm.manifests import parsed
 from minillm.meta_models import meta_model
-from minillm.model_files import few
+from minillm.model_files import BOTTLENECK_RECORD, adapter_record, few
 from minillm.tensor_files import CODES, Kind, open_tensors
 from minillm.vocabulary import identity, real_ids
 from minillm.weight_merging import WIDE, task_vector
@@ -154,7 +155,12 @@ def opened(start: Path, models: list[Path]) -> tuple[WholeModel, list[Trained], 
     whole = WholeModel(start, facts, names)
     trained: list[Trained] = []
     for folder in models:
-        if holds_adapter(folder):
+        if (record := adapter_record(folder)) and not (folder / "config.json").is_file():
+            if record == BOTTLENECK_RECORD:
+                raise ModelError(
+                    f"{folder}: holds a bottleneck adapter ({record}), which makes a model wider than {start}.\n"
+                    "  widths that were trained apart do not add up; merge students that learnt in all weights, or LoRA"
+                )
             trained.append(AdapterOnly(folder, start, names))
             continue
         own = inspect(_card(folder))
