@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from minillm.api import build_report, cache_teacher, distill, evaluate, generate
+    from minillm.api import build_report, cache_teacher, distill, evaluate, generate, make_pairs
     from minillm.config import RunConfig, dump_config, load_config
     from minillm.liti_front import merge_front
     from minillm.merge_models import merge_folders
 
 __all__ = [
     "RunConfig", "__version__", "build_report", "cache_teacher", "distill", "dump_config", "evaluate", "generate",
-    "load_config", "merge_folders", "merge_front",
+    "load_config", "make_pairs", "merge_folders", "merge_front",
 ]  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def __getattr__(name: str) -> Any:
         from minillm import liti_front
 
         return liti_front.merge_front
-    if name in {"cache_teacher", "distill", "evaluate", "generate"}:
+    if name in {"cache_teacher", "distill", "evaluate", "generate", "make_pairs"}:
         from minillm import api
 
         return getattr(api, name)

@@ -24,6 +24,7 @@ from minillm.loading import fingerprint, inspect
 from minillm.lora import peft_library
 from minillm.model_card import CardFacts, render
 from minillm.moments import Progressed
+from minillm.pair_making import make_pairs
 from minillm.pairs import Pair, check_pair
 from minillm.preflight import Anchor, AnySplit, read_anchor, read_teacher_caches
 from minillm.profiling import profiled
@@ -428,4 +429,4 @@ def _say(ranks: Ranks, line: str) -> None:
         print(visible(line), flush=True)
 
 
-__all__ = ["Record", "build_report", "cache_teacher", "distill", "evaluate", "generate"]
+__all__ = ["Record", "build_report", "cache_teacher", "distill", "evaluate", "generate", "make_pairs"]

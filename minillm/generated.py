@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -132,3 +133,22 @@ def read_manifest(path: Path) -> Manifest | None:
 def differences(one: Question, other: Question) -> list[str]:
     """Names of what two questions differ in."""
     return [name for name in Question.model_fields if getattr(one, name) != getattr(other, name)]
+
+
+def may_stand(out: Path, *, what: str, fresh: bool, differs: Callable[[], list[str]]) -> bool:
+    """Whether ``what`` stands at ``out`` and answers what is asked now, as far as its manifest says.
+
+    ``DataError`` where something else stands there that may not be replaced: anything without a manifest, and without
+    ``fresh`` what ``differs`` in anything.
+    """
+    if not out.exists():
+        return False  # the manifest is written first: alone it means nothing
+    if not (out.is_file() and manifest_of(out).is_file()):
+        told = f"is there and has no manifest, so it is not {what}; nothing was touched."
+        raise DataError(f"{out} {told}\n  give another --out")
+    if fresh:
+        return False  # whatever the manifest says: it may be broken
+    if found := differs():
+        remedy = "nothing was touched.\n  give another --out, or --fresh to replace it"
+        raise DataError(f"{out} holds other {what} (it differs in: {', '.join(found)}); {remedy}")
+    return True

@@ -26,6 +26,7 @@ from minillm.generated import (
     Question,
     differences,
     manifest_of,
+    may_stand,
     read_generated,
     read_manifest,
 )
@@ -70,11 +71,12 @@ def generate(
     generated, once the new text is whole; never another file, nor one that the run reads.
     """
     out = Path(out)
-    source = _source(config, split, out=out, samples=samples)
+    source = split_source(config, split)
+    if samples < 1:
+        raise ConfigError(f"--samples {samples}: wanted at least 1")
+    require_own_file(out, sources_read(config))
     pair = check_alone(config, str(model))
-    data = config.data
-    limit = {"train": data.train_limit, "validation": data.validation_limit, "test": data.test_limit}[split]
-    prompts = read_split(config, source, pair=pair, name=split, need_response=False, limit=limit)
+    prompts = asked_prompts(config, pair, split)
     rows = {row.uid: row for row in _rows(config, source)}
     asked = question(config, pair, prompts, samples=samples)
     ranks = Ranks(threads=config.threads)
@@ -106,6 +108,12 @@ def generate(
     return read_generated(out)
 
 
+def asked_prompts(config: RunConfig, pair: Pair, split: str) -> Split:
+    """The prompts of a split as a model reads them that is to answer."""
+    source, limit = split_source(config, split), getattr(config.data, f"{split}_limit")
+    return read_split(config, source, pair=pair, name=split, need_response=False, limit=limit)
+
+
 def question(config: RunConfig, pair: Pair, split: Split, *, samples: int) -> Question:
     """What a model is asked, as the manifest says it."""
     return Question(
@@ -121,17 +129,10 @@ def question(config: RunConfig, pair: Pair, split: Split, *, samples: int) -> Qu
     )
 
 
-def _source(config: RunConfig, split: str, *, out: Path, samples: int) -> str:
-    """Where the split comes from; ``ConfigError`` or ``DataError`` for what was asked for wrongly."""
+def split_source(config: RunConfig, split: str) -> str:
+    """Where the prompts of a split come from; ``ConfigError`` or ``DataError`` where that is no one source."""
     if split not in SPLITS:
         raise ConfigError(f"--split {split!r}: wanted one of {', '.join(SPLITS)}{did_you_mean(split, SPLITS)}")
-    if samples < 1:
-        raise ConfigError(f"--samples {samples}: wanted at least 1")
-    if out.suffix != SUFFIX:
-        raise ConfigError(f"--out {str(out)!r}: wanted a file ending in {SUFFIX}, which training reads")
-    for setting, read in sources_read(config).items():
-        if out.exists() and any(map(out.samefile, files_of(read))):
-            raise DataError(f"{out}: {setting} reads it; nothing was touched.\n  give another --out")
     source: str | dict[str, str] | None = getattr(config.data, split)
     if isinstance(source, dict):
         raise ConfigError(
@@ -140,6 +141,16 @@ def _source(config: RunConfig, split: str, *, out: Path, samples: int) -> str:
     if source is None:
         raise DataError(f"data.{split} is missing; wanted the prompts to answer")
     return source
+
+
+def require_own_file(out: Path, read: Mapping[str, str]) -> None:
+    """Raise where rows cannot be written to a file: it has another ending, or the run reads it (``read``: sources by
+    their settings)."""
+    if out.suffix != SUFFIX:
+        raise ConfigError(f"--out {str(out)!r}: wanted a file ending in {SUFFIX}, which training reads")
+    for setting, source in read.items():
+        if out.exists() and any(map(out.samefile, files_of(source))):
+            raise DataError(f"{out}: {setting} reads it; nothing was touched.\n  give another --out")
 
 
 def sources_read(config: RunConfig) -> dict[str, str]:
@@ -162,20 +173,15 @@ def _rows(config: RunConfig, source: str) -> list[Row]:
 
 def _done(out: Path, asked: Question, *, keep_cut: bool, fresh: bool) -> bool:
     """Whether the answers to this question are there already; ``DataError`` where something else is that may not be
-    replaced: anything without a manifest, and without ``fresh`` other generated text."""
-    if not out.exists():
-        return False  # the manifest is written first: alone it means nothing
-    if not (out.is_file() and manifest_of(out).is_file()):
-        what = "is there and has no manifest, so it is not generated text; nothing was touched."
-        raise DataError(f"{out} {what}\n  give another --out")
-    if fresh:
-        return False  # whatever the manifest says: it may be broken
-    remedy = "nothing was touched.\n  give another --out, or --fresh to replace it"
-    found = read_manifest(out)
-    assert found is not None, "the file was there a moment ago"
-    differs = differences(found.asked, asked) + (["--keep-cut"] if found.keep_cut != keep_cut else [])
-    if differs:
-        raise DataError(f"{out} holds other generated text (it differs in: {', '.join(differs)}); {remedy}")
+    replaced."""
+
+    def differs() -> list[str]:
+        found = read_manifest(out)
+        assert found is not None, "the file was there a moment ago"
+        return differences(found.asked, asked) + (["--keep-cut"] if found.keep_cut != keep_cut else [])
+
+    if not may_stand(out, what="generated text", fresh=fresh, differs=differs):
+        return False
     read_generated(out)
     return True
 

@@ -48,6 +48,8 @@ Examples:
   minillm report a=runs/a b=runs/b --difference a,b --out runs/a-and-b
   minillm generate runs/quickstart/teacher/student --out taught.jsonl \\
     --config recipes/quickstart/minillm.yaml
+  minillm pairs --config recipes/quickstart/minillm.yaml \\
+    --teacher runs/quickstart/teacher/student --out pairs.jsonl
   minillm cache runs/quickstart/teacher/student --top-k 16 --out cached \\
     --config recipes/quickstart/minillm.yaml
   minillm compare a=runs/a b=runs/b --out runs/a-or-b
@@ -80,6 +82,7 @@ COMMANDS = (
     runs.evaluate,
     runs.prefers,
     runs.generate,
+    runs.pairs,
     runs.cache,
     checking.doctor,
     comparisons.report,

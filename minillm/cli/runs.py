@@ -161,6 +161,33 @@ def generate(  # noqa: PLR0917 (typer reads options from parameters)
     api.generate(model, settings, out=out, split=split, samples=samples, keep_cut=keep_cut, fresh=fresh)
 
 
+def pairs(  # noqa: PLR0917 (typer reads options from parameters)
+    config: options.Config,
+    out: Annotated[Path, typer.Option("--out", help="File of pairs to write, ending in .jsonl.")],
+    overrides: options.Overrides = None,
+    student: Annotated[str | None, typer.Option("--student", help="Whose answers lose; the run's student.")] = None,
+    teacher: Annotated[str | None, typer.Option("--teacher", help="Whose answers win; the run's teacher.")] = None,
+    split: Annotated[str, typer.Option("--split", help="Whose prompts: train, validation or test.")] = "train",
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only so many prompts, the first ones.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Replace pairs that are there.")] = False,
+) -> None:
+    """Make pairs to prefer: a teacher's answer and a student's.
+
+    Both answer the prompts of a configuration's split. A pair has the log-probability of both answers under both
+    models; FILE.manifest.json says who wrote them. Interrupted, the same command goes on with the answers it has.
+
+    \b
+    Example:
+      minillm pairs --config recipes/quickstart/minillm.yaml \\
+        --teacher runs/quickstart/teacher/student \\
+        --student runs/mine/student --out pairs.jsonl
+    """
+    settings = _load(config, overrides)
+    from minillm import api
+
+    api.make_pairs(settings, out=out, student=student, teacher=teacher, split=split, limit=limit, fresh=fresh)
+
+
 def cache(  # noqa: PLR0917 (typer reads options from parameters)
     teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="A model folder, a teacher card or a hub name.")],
     config: options.Config,

@@ -138,6 +138,8 @@ FLOORS: dict[int, tuple[str, ...]] = {
     ),
     7: (
         *("measures", "evaluation", "generation", "teacher_caching", "results", "statistics"),
+        "pair_making",
+        "plots",
         *("diagnose", "doctor", "judge", "text_measures", "self_bleu", "exposure", "calibration"),
         *("pair_accuracy", "pair_accuracy_command"),
         "plan",
