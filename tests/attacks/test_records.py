@@ -87,6 +87,14 @@ FILES: dict[str, tuple[str, Callable[[Place], tuple[object, ...]], str]] = {
         lambda place: ("generate", place.student, "--config", place.config, "--out", place.top / "g.jsonl"),
         "ManifestError",
     ),
+    "manifest of pairs": (
+        "g.jsonl.manifest.json",
+        lambda place: (
+            *("pairs", "--config", place.config, "--out", place.top / "g.jsonl"),
+            *("--teacher", place.student, "--student", place.student),
+        ),
+        "ManifestError",
+    ),
     "answers so far": (
         "new.jsonl.partial",
         lambda place: ("generate", place.student, "--config", place.config, "--out", place.top / "new.jsonl"),
