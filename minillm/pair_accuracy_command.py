@@ -37,7 +37,7 @@ def run(
     """Prints the figures; writes them where a file is named."""
     first = os.environ.get("RANK", "0") == "0"
     own = None
-    if json_file is not None and first:
+    if json_file is not None:
         own = own_file(json_file, what="the figures of held-out pairs", fits=lambda found: found.keys() >= FIELDS)
         own.require()
     record = pair_accuracy(
@@ -46,7 +46,7 @@ def run(
     )  # fmt: skip
     if first:
         tell(record)
-    if own is not None:
+    if first and own is not None:
         own.write((json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
     return record
 

@@ -41,7 +41,7 @@ def run(
     first = os.environ.get("RANK", "0") == "0"
     require_opponent(folders[1], against=against, single=False)
     out = default_out(*folders, against=against, what="win-rate") if out is None else out
-    if json_file is not None and first:
+    if json_file is not None:
         own_json(json_file, out=out, fields=FIELDS).require()
     record = win_rate(
         *folders, by=by, against=against, per_token=per_token, tie=tie, seed=seed, temperature=temperature,
