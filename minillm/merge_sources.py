@@ -72,6 +72,7 @@ class Weights:
         self.folder = folder
         self._places: dict[str, tuple[Path, str]] = {}
         self.kinds: dict[str, Kind] = {}
+        twice: list[tuple[str, tuple[Path, str], Kind]] = []
         for file in _files(folder):
             with _told(), open_tensors(file) as tensors:
                 for stored in sorted(tensors.names):
@@ -82,14 +83,36 @@ class Weights:
                             f"{file}: {few([stored])} is stored as {few([code])}, which is not merged; wanted "
                             f"{', '.join(sorted(_DTYPES))}.\n  store the model in one of these (dtype=torch.bfloat16)"
                         )
-                    if name not in self._places or stored == name:  # of tied ones that stand there twice, the first
-                        self._places[name] = (file, stored)
-                        self.kinds[name] = (_DTYPES[code], tensors.shape(stored))
+                    place, kind = (file, stored), (_DTYPES[code], tensors.shape(stored))
+                    if name in self._places:
+                        twice.append((name, place, kind))
+                    else:
+                        self._places[name], self.kinds[name] = place, kind
+        for name, place, kind in twice:
+            self._require_one(name, place, kind)
+
+    def _require_one(self, name: str, place: tuple[Path, str], kind: Kind) -> None:
+        """Tied weights that stand in the files by two names are one, or nobody knows which of them is meant."""
+        with self.open(name) as rows, self._at(place) as again:
+            same = kind == self.kinds[name] and all(
+                torch.equal(rows(begin, end), again(begin, end)) for begin, end in pieces(kind[1])
+            )
+        if not same:
+            raise ModelError(
+                f"{self.folder}: {few([place[1]])} and {few([self._places[name][1]])} are tied by config.json, and "
+                "differ.\n  set tie_word_embeddings to false in config.json if the model has two of its own"
+            )
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[Rows]:
         """A tensor for the time of the block: what was read of its file leaves memory with it."""
-        file, stored = self._places[name]
+        with self._at(self._places[name]) as rows:
+            yield rows
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _at(place: tuple[Path, str]) -> Iterator[Rows]:
+        file, stored = place
         with _told(), open_tensors(file) as tensors:
             yield lambda begin, end: tensors.rows(stored, begin, end)
 

@@ -187,6 +187,10 @@ def test_tied_weights_are_merged_once_in_whatever_files_they_stand(home: Path, t
     assert (tmp_path / "once" / "model.safetensors").read_bytes() == (
         tmp_path / "also" / "model.safetensors"
     ).read_bytes()
+    odd = shutil.copytree(twice[0], tmp_path / "odd")
+    rewrite(odd, {**stored(odd), "lm_head.weight": stored(odd)["lm_head.weight"] + 1})
+    with pytest.raises(ModelError, match="are tied by config"):
+        Merging(odd, models, method="slerp")
     untied = Merging(home / "llama" / "start", of(home, "llama", 2)[1], method="slerp")  # the control: two of their own
     assert {"lm_head", "model.embed_tokens"} <= {
         group["name"] for group in untied._report(eta=1, sha256="").record()["groups"]
