@@ -130,14 +130,19 @@ def _tell(front: Mapping[str, Any]) -> None:
         name for name, found in first.items()
         if name not in axes and name.rpartition(":")[2] in MAIN and found.get("mean") is not None
     ]  # fmt: skip
-    columns = ["eta", *(f"{_label(name)} (95 %)" for name in axes), *map(_label, others)]
+    columns = ["eta", *(part for name in axes for part in (_label(name), "95 %")), *map(_label, others)]
     rows = []
     for point in front["points"]:
         found = point["measures"]
-        drawn = [f"{_figure(found, name)} ({interval(found[name], name.rpartition(':')[2])})" for name in axes]
+        drawn = [part for name in axes for part in (_figure(found, name), _ends(found, name))]
         rows.append([f"{point['eta']:g}", *drawn, *(_figure(found, name) for name in others)])
     print_table("From the start (eta 0) to the merge (eta 1)", columns, rows, spare=list(map(_label, others))[::-1])
 
 
 def _figure(found: Measures, name: str) -> str:
     return figure((found.get(name) or {}).get("mean"), name.rpartition(":")[2])
+
+
+def _ends(found: Measures, name: str) -> str:
+    """An interval in one word, so that a narrow terminal does not break it."""
+    return interval(found[name], name.rpartition(":")[2]).replace(" to ", "–")
