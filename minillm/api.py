@@ -13,7 +13,7 @@ from minillm import phases
 from minillm.adapter_files import FOLDER
 from minillm.cards import may_differ
 from minillm.checkpoints import Checkpoints, Resume
-from minillm.config import RunConfig, Stage, dump_config
+from minillm.config import AnyStage, MergeStage, RunConfig, Stage, dump_config
 from minillm.doctor.at_start import words_at_start
 from minillm.errors import DataError, RunExists, Stopped, visible
 from minillm.evaluation import Record, validator
@@ -46,6 +46,7 @@ from minillm.resuming import (
 )
 from minillm.run_splits import evaluated_sets, read_splits
 from minillm.saving import Behind, Keeping, Resumed, Saver
+from minillm.stage_merging import run_merge
 from minillm.stages import Start, check_rows, load_teacher, run_stage, unbiased_words
 from minillm.stops import Stops
 from minillm.store import Clock, RunFolder, make_folder
@@ -83,7 +84,7 @@ def distill(
     anchor = read_anchor(config, pair=pair)
     caches = read_teacher_caches(config, pair=pair, splits=splits)
     ranks = Ranks(threads=config.threads)
-    for stage in config.stages:
+    for stage in config.trained:
         check_rows(stage, splits[stage.reads].prompts, ranks=ranks)
     folder = RunFolder(Path(config.out) / config.name, writes=ranks.first)
     made_from = _made_from(config, pair, splits, anchor, caches)
@@ -151,7 +152,7 @@ class _Run:
     profile: int
     """Steps of each stage that are recorded."""
 
-    def into(self, stage: Stage) -> Path:
+    def into(self, stage: AnyStage) -> Path:
         """Where a stage's student is handed on."""
         return self.folder.student if stage is self.config.stages[-1] else self.folder.student_of(stage.name)
 
@@ -211,19 +212,19 @@ def _train(run: _Run, checkpoints: Checkpoints, resumed: Resumed | None, *, fing
                 behind.add(stage.name, resumed.progressed, updates=resumed.updates)
             elif stage.name not in behind.stages:
                 own = resumed if resumed is not None and resumed.stage == stage.name else None
-                start = _start_of(run, stage, base_weights=weights)
-                done = _run_stage(run, stage, start=start, saver=saver, behind=behind, resumed=own)
+                done = _run_stage(run, stage, base_weights=weights, saver=saver, behind=behind, resumed=own)
                 if done.interrupted:
                     assert saver is not None
                     raise Stopped(
                         f"{saver.stopped}: saved at step {done.step:,} of stage {stage.name}\n"
                         "  the same command goes on from there"
                     )
-                behind.add(stage.name, done, updates=0 if saver is None else saver.updates)
+                trained = stage in config.trained
+                behind.add(stage.name, done, updates=saver.updates if saver is not None and trained else 0)
             ranks.of_first(lambda: folder.tell_status(seconds=behind.seconds, stages=behind.stages))
             left = [each for each in config.stages if each.name not in {*behind.stages, over}]
-            if stage is config.stages[-1] or any(config.source(each) is stage for each in left):
-                # Before anything else is trained: a stage much later may start from it.
+            if stage is config.stages[-1] or any(stage in config.reads_students_of(each) for each in left):
+                # Before anything else is trained: it may be a stage much later that reads it.
                 ranks.of_first(lambda stage=stage, into=into: behind.require_student(stage.name, into))  # type: ignore[misc]
         if saver is not None:
             _say(ranks, saver.cost)
@@ -244,9 +245,13 @@ def _start_of(run: _Run, stage: Stage, *, base_weights: str) -> Start:
 
 
 def _run_stage(
-    run: _Run, stage: Stage, *, start: Start, saver: Saver | None, behind: Behind, resumed: Resumed | None
+    run: _Run, stage: AnyStage, *, base_weights: str, saver: Saver | None, behind: Behind, resumed: Resumed | None
 ) -> Progressed:
     config, pair, ranks, teacher = run.config, run.pair, run.ranks, run.teacher
+    if isinstance(stage, MergeStage):
+        say = partial(_say, ranks)
+        return run_merge(config, stage, pair=pair, place=run.into, folder=run.folder, ranks=ranks, say=say)
+    start = _start_of(run, stage, base_weights=base_weights)
     split, keeping = run.splits[stage.reads], None
     if saver is not None or resumed is not None:
         keeping = Keeping(saver=saver, behind=behind, resumed=resumed, ranks=ranks, say=partial(_say, ranks))
@@ -347,7 +352,7 @@ def evaluate(model: str | Path, config: RunConfig, *, out: str | Path, fresh: bo
 
 
 def _needs_teacher(config: RunConfig, splits: Mapping[str, AnySplit]) -> bool:
-    distils = any(asks_teacher(stage) for stage in config.stages)
+    distils = any(asks_teacher(stage) for stage in config.trained)
     return config.teacher is not None and (distils or bool(evaluated_sets(splits)))
 
 

@@ -16,15 +16,17 @@ from minillm.bottleneck_config import BottleneckConfig
 from minillm.data_config import DataConfig
 from minillm.errors import ConfigError, UnsupportedCombination
 from minillm.lora_config import LoraConfig
+from minillm.merge_stage import MergeStage
 from minillm.settings import Count, Flag, NonNegative, Positive, PositiveShare, Seed, Settings, Text, Whole, headed
 from minillm.stage_base import BETTER, KeepConfig, OptimiserConfig, is_component
-from minillm.stage_config import MinillmStage, Stage
-from minillm.stage_order import check_starts, source_of
+from minillm.stage_config import AnyStage, MinillmStage, Stage
+from minillm.stage_order import check_adapted, check_starts, source_of
 from minillm.text_stages import SftStage, asks_teacher
 from minillm.yaml_reader import read_yaml, read_yaml_file, write_yaml
 
 __all__ = [
     "BETTER",
+    "AnyStage",
     "BottleneckConfig",
     "CheckpointsConfig",
     "DataConfig",
@@ -34,6 +36,7 @@ __all__ = [
     "ExposureConfig",
     "KeepConfig",
     "LoraConfig",
+    "MergeStage",
     "MinillmStage",
     "OptimiserConfig",
     "RunConfig",
@@ -163,9 +166,9 @@ class RunConfig(Settings):
     """Prompts and references."""
     decoding: DecodingConfig
     """How text is drawn, everywhere in the run."""
-    stages: tuple[Stage, ...]
-    """What is trained, in order; each stage starts from the weights that the one before hands on, or that its
-    ``start`` names."""
+    stages: tuple[AnyStage, ...]
+    """What is trained and merged, in order; each stage starts from the weights that the one before hands on, or that
+    its ``start`` names."""
     engine: EngineConfig = EngineConfig()
     """DeepSpeed settings of the student."""
     lora: LoraConfig | None = None
@@ -188,13 +191,23 @@ class RunConfig(Settings):
         return self.lora or self.bottleneck
 
     @property
+    def trained(self) -> tuple[Stage, ...]:
+        """The stages that train, and so have steps, rows and an optimiser; the others merge what these hand on."""
+        return tuple(stage for stage in self.stages if not isinstance(stage, MergeStage))
+
+    @property
     def anchored(self) -> tuple[MinillmStage, ...]:
         """The stages with a language-model loss."""
         return tuple(stage for stage in self.stages if isinstance(stage, MinillmStage) and stage.lm_coefficient > 0)
 
-    def source(self, stage: Stage) -> Stage | None:
+    def source(self, stage: AnyStage) -> AnyStage | None:
         """The stage whose student this one starts from; None where that is the run's own."""
         return source_of(stage, self.stages)
+
+    def reads_students_of(self, stage: AnyStage) -> tuple[AnyStage, ...]:
+        """The stages whose students this one reads: where it starts, and those that it merges."""
+        merged = stage.of if isinstance(stage, MergeStage) else ()
+        return tuple(each for each in self.stages if each is self.source(stage) or each.name in merged)
 
     def responses_needed(self, stage: Stage) -> Literal["none", "some", "all"]:
         """Of the rows in data.train that the stage draws from, which must have a reference response."""
@@ -221,7 +234,8 @@ class RunConfig(Settings):
     def _check(self) -> Self:
         if not self.stages:
             raise ConfigError("stages: got an empty list, wanted at least one stage")
-        readers = {stage.reads: stage.kind for stage in self.stages}
+        check_starts(self.stages)
+        readers = {stage.reads: stage.kind for stage in self.trained}
         if self.data.train is None and "train" in readers:
             raise ConfigError(f"data.train is missing; a stage of kind {readers['train']} trains on its rows")
         if self.data.teacher_text is None and "teacher_text" in readers:
@@ -239,11 +253,11 @@ class RunConfig(Settings):
                 "evaluation.exposure compares the student with its teacher, but the run names none; "
                 "add 'teacher: NAME', or leave evaluation.exposure out"
             )
-        check_starts(self.stages)
         if self.lora is not None and self.bottleneck is not None:
             raise UnsupportedCombination("lora and bottleneck: a student learns by one adapter; leave one of them out")
-        for index, stage in enumerate(self.stages):
-            at = f"stages.{index} ('{stage.name}')"
+        check_adapted(self.stages, adapter="" if self.adapter is None else self.adapter.SECTION)
+        for stage in self.trained:
+            at = f"stages.{self.stages.index(stage)} ('{stage.name}')"
             if self.adapter is not None and stage.optimiser.name == "muon":
                 setting = self.adapter.SECTION
                 raise UnsupportedCombination(
@@ -257,10 +271,11 @@ class RunConfig(Settings):
                     f"{at} validates every {stage.validate_every} steps without rows to validate on; "
                     "add data.validation, or set validate_every: 0"
                 )
-            if isinstance(stage, MinillmStage) and stage.anchor is not None and self.lora is not None:
+            if isinstance(stage, MinillmStage) and stage.anchor is not None and self.adapter is not None:
+                setting = self.adapter.SECTION
                 raise UnsupportedCombination(
-                    f"{at} has an anchor with lora: an average of adapters is not the adapter of an average, and one "
-                    "of all weights would cost what lora saves; set anchor: null, or leave lora out"
+                    f"{at} has an anchor with {setting}: an average of adapters is not the adapter of an average, and one "
+                    f"of all weights would cost what {setting} saves; set anchor: null, or leave {setting} out"
                 )
             if isinstance(stage, MinillmStage):
                 _check_repetition(stage, self.decoding, at=at)

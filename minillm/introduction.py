@@ -33,7 +33,7 @@ def introduction(
         if getattr(config.data, name) is not None and name not in splits:
             yield f"data.{name} is not read; no stage learns from it"
     yield from start_words(config.stages)
-    for stage in config.stages:
+    for stage in config.trained:
         if words := unbiased_words(config, stage):
             yield f"stage {stage.name}: gradient unbiased: {words}"
         for line in idle_words(config, stage):

@@ -209,7 +209,7 @@ def _check_base(card: Card, *, setting: str) -> None:
 def _check_sampling(config: RunConfig) -> None:
     """Raise where a stage that learns from its own samples would draw from other logits than it learns with."""
     penalty = config.decoding.repetition_penalty
-    own = [stage.name for stage in config.stages if stage.on_policy]
+    own = [stage.name for stage in config.trained if stage.on_policy]
     if penalty != 1.0 and own:
         raise UnsupportedCombination(
             f"decoding.repetition_penalty {penalty:g} with stage '{own[0]}', which learns from text that it draws: the "
@@ -238,7 +238,7 @@ def _check_engine(config: RunConfig) -> None:
             "engine.gather: forward with evaluation.calibration: that reads a different number of pieces on each rank; "
             "set evaluation.calibration: false, and measure it by 'minillm evaluate' where a rank holds the student"
         )
-    if stage > 0 and any(each.optimiser.name == "muon" for each in config.stages):
+    if stage > 0 and any(each.optimiser.name == "muon" for each in config.trained):
         raise UnsupportedCombination(
             f"engine.student {name!r} is ZeRO stage {stage}, which cuts matrices into shards, and muon needs them "
             "whole; set engine.student: zero0, or optimiser.name: adamw"

@@ -186,7 +186,7 @@ def read_teacher_caches(config: RunConfig, *, pair: Pair, splits: Mapping[str, A
     teacher, tokenizer, template or data.
     """
     caches = {}
-    for stage in config.stages:
+    for stage in config.trained:
         if isinstance(stage, KdStage) and stage.teacher_cache is not None:
             cache = read_cache(stage.teacher_cache)
             _check_cache(cache, config, pair=pair)

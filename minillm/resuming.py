@@ -24,6 +24,7 @@ from minillm.ranks import Ranks
 from minillm.results import used_by, versions
 from minillm.run_lock import run_lock, says
 from minillm.saving import Resumed, needs_its_ranks, read
+from minillm.stage_base import BaseStage
 from minillm.store import CHECKPOINTS, RunFolder, Standing, make_folder
 from minillm.yaml_reader import read_yaml
 
@@ -270,8 +271,9 @@ def _require_of_use(found: Sequence[Change], config: RunConfig, resumed: Resumed
             raise RunExists(f"{change}, but stage {stage.name} is over: it would change nothing\n  {back}")
         if resumed.checkpoint.manifest.fingerprints.get("inside"):
             raise RunExists(f"{change}, but the run was stopped between two updates of one step\n  {back}")
-        if stage is not None and stage.name == resumed.stage and stage.steps <= resumed.progressed.step:
-            raise RunExists(f"{change}, but {resumed.progressed.step:,} steps of {stage.name} are done\n  {back}")
+        ends = isinstance(stage, BaseStage) and stage.name == resumed.stage and stage.steps <= resumed.progressed.step
+        if ends:
+            raise RunExists(f"{change}, but {resumed.progressed.step:,} steps of {resumed.stage} are done\n  {back}")
 
 
 def _around(ranks: Ranks, packages: Sequence[str]) -> dict[str, Any]:

@@ -138,7 +138,7 @@ def _at(folder: Path, line: Mapping[str, Any]) -> str:
     if not line:
         return "–"
     try:
-        stages = {stage["name"]: stage["steps"] for stage in read_yaml_file(folder / "config.yaml")["stages"]}
+        stages = {stage["name"]: stage.get("steps", 0) for stage in read_yaml_file(folder / "config.yaml")["stages"]}
     except (ConfigError, OSError, TypeError, KeyError):
         stages = {}
     return f"{line.get('stage')} {line.get('step')}/{stages.get(line.get('stage'), '?')}"

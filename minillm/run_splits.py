@@ -19,7 +19,7 @@ def read_splits(config: RunConfig, pair: Pair) -> dict[str, AnySplit]:
     """Every split that some stage or the evaluation reads, by name; a test set's begins with 'test'. ``DataError``
     where one of them lacks what reads it. Of pairs are 'preferences' and 'preferences_validation'."""
     data = config.data
-    readers = {stage.reads for stage in config.stages}
+    readers = {stage.reads for stage in config.trained}
     splits: dict[str, AnySplit] = {}
     if "train" in readers:
         splits["train"] = _read_train(config, pair)
@@ -27,7 +27,7 @@ def read_splits(config: RunConfig, pair: Pair) -> dict[str, AnySplit]:
         splits["teacher_text"] = read_teacher_text(config, pair=pair)
     if "preferences" in readers:
         splits |= _read_pairs(config, pair)
-    if data.validation is not None and any(stage.validate_every for stage in config.stages):
+    if data.validation is not None and any(stage.validate_every for stage in config.trained):
         validation = read_split(
             config, data.validation, pair=pair, name="validation", need_response=False, limit=data.validation_limit
         )
@@ -63,7 +63,7 @@ def _read_pairs(config: RunConfig, pair: Pair) -> dict[str, PairSplit]:
 def _read_train(config: RunConfig, pair: Pair) -> Split:
     data = config.data
     assert data.train is not None, "the configuration refuses a run without training rows"
-    needed = {stage.name: config.responses_needed(stage) for stage in config.stages if stage.reads == "train"}
+    needed = {stage.name: config.responses_needed(stage) for stage in config.trained if stage.reads == "train"}
     learners = [name for name, which in needed.items() if which != "none"]
     always = all(which == "all" for which in needed.values())
     train = read_split(config, data.train, pair=pair, name="train", need_response=always, limit=data.train_limit)
@@ -82,7 +82,7 @@ def _read_train(config: RunConfig, pair: Pair) -> Split:
 
 def _require_references(config: RunConfig, validation: Split) -> None:
     """Raise ``DataError`` where a stage keeps by a measure that needs references and no validation row has one."""
-    for stage in config.stages:
+    for stage in config.trained:
         found = any(p.response_ids if stage.keep.metric == "loss" else p.responses for p in validation.prompts)
         follows = isinstance(stage, DistilStage) and stage.plan.student_share is None
         if follows and not any(p.response_ids for p in validation.prompts):

@@ -91,11 +91,8 @@ class KeepConfig(Settings):
         return self
 
 
-class BaseStage(Settings, ABC):
-    """What every kind of stage has; all but ``start`` of the first five are narrowed or explained by each kind.
-
-    A new kind is a class in ``stage_config``, in its ``Stage``, and its objective in ``stages``.
-    """
+class NamedStage(Settings, ABC):
+    """What every stage has, also one that trains nothing; narrowed or explained by each kind."""
 
     kind: str
     """Says which kind of stage this is."""
@@ -104,6 +101,20 @@ class BaseStage(Settings, ABC):
     start: Text | None = None
     """Name of the earlier stage whose student this one starts from, or 'student' for the run's own; the stage before
     where null."""
+
+    @model_validator(mode="after")
+    def _check_name(self) -> Self:
+        if not is_component(self.name):
+            raise ConfigError(f"name: got {self.name!r}, wanted letters, digits, '.', '_' and '-' only")
+        return self
+
+
+class BaseStage(NamedStage):
+    """What every kind of stage has that trains; ``steps`` and ``keep`` are narrowed or explained by each kind.
+
+    A new kind is a class in ``stage_config``, in its ``Stage``, and its objective in ``stages``.
+    """
+
     steps: Count
     """Optimiser steps, or rollouts."""
     keep: KeepConfig
@@ -169,8 +180,6 @@ class BaseStage(Settings, ABC):
 
     @model_validator(mode="after")
     def _check_common(self) -> Self:
-        if not is_component(self.name):
-            raise ConfigError(f"name: got {self.name!r}, wanted letters, digits, '.', '_' and '-' only")
         if self.keep.metric not in self.measures:
             raise ConfigError(
                 f"keep.metric: validation of a stage of kind {self.kind} does not measure '{self.keep.metric}'; "

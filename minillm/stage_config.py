@@ -9,6 +9,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
+from minillm.merge_stage import MergeStage
 from minillm.minillm_settings import AnchorConfig, MinillmSettings
 from minillm.published import OFFICIAL, PublishedConfig
 from minillm.stage_checks import CHAINED, check_minillm, idle_settings
@@ -92,8 +93,7 @@ def _anchored(anchor: AnchorConfig) -> str:
     return f"anchor: another objective, with {anchor.weight:g} KL(student || moving average of the student) added"
 
 
-Stage = Annotated[
-    SftStage | SeqkdStage | KdStage | ImitkdStage | GkdStage | RklStage | SkewFklStage | SkewRklStage | MinillmStage,
-    Field(discriminator="kind"),
-]
+Stage = SftStage | SeqkdStage | KdStage | ImitkdStage | GkdStage | RklStage | SkewFklStage | SkewRklStage | MinillmStage
+"""Any kind of stage that trains."""
+AnyStage = Annotated[Stage | MergeStage, Field(discriminator="kind")]
 """Any kind of stage, as the run's file names it by ``kind``."""

@@ -40,7 +40,7 @@ def require_startable(
     corpus = config.data.corpus
     if corpus is not None and config.anchored and not corpus.startswith(FAR):
         locate(corpus, CORPUS)
-    for stage in config.stages:
+    for stage in config.trained:
         cache = stage.teacher_cache if isinstance(stage, KdStage) else None
         if cache is not None and not Path(cache).is_dir():
             raise DataError(f"{cache}: no such folder; wanted one that 'minillm cache' wrote")

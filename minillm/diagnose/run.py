@@ -139,7 +139,7 @@ def _whole(drawn: Drawn, estimators: Sequence[Estimator], *, budget: Budget, see
 
 
 def _first_minillm(config: RunConfig) -> MinillmStage:
-    for stage in config.stages:
+    for stage in config.trained:
         if isinstance(stage, MinillmStage):
             return stage
     raise ConfigError("the configuration has no stage of kind minillm, whose gradient would be measured")

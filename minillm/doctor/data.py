@@ -87,7 +87,7 @@ def responses(patient: Patient) -> Iterator[Finding]:
     """Responses that are missing, too long, or hold the end-of-text token, where a stage learns from them."""
     split = patient.splits.get("train")
     needed = {
-        stage.name: patient.config.responses_needed(stage) for stage in patient.config.stages if stage.reads == "train"
+        stage.name: patient.config.responses_needed(stage) for stage in patient.config.trained if stage.reads == "train"
     }
     learners = [name for name, which in needed.items() if which != "none"]
     if split is None or not learners:
@@ -141,7 +141,7 @@ def responses(patient: Patient) -> Iterator[Finding]:
 
 def rows_per_step(patient: Patient) -> Iterator[Finding]:
     """Whether each rank has a row in each step."""
-    for stage in patient.config.stages:
+    for stage in patient.config.trained:
         rows, ranks = stage.rows_per_step, patient.ranks
         if rows < ranks:
             yield error(

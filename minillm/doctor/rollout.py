@@ -94,7 +94,7 @@ def looked_over(patient: Patient, given: Sequence[Answer]) -> Iterator[Finding]:
     """What five answers show. A student that is going to be taught from references first is only told of."""
     for role in dict.fromkeys(answer.model for answer in given):
         own = [answer for answer in given if answer.model == role]
-        raw = role == "student" and isinstance(patient.config.stages[0], ReferenceStage)
+        raw = role == "student" and isinstance(patient.config.trained[0], ReferenceStage)
         cut = sum(not answer.ended for answer in own) / len(own)
         empty = sum(not answer.text for answer in own) / len(own)
         circles = sum(answer.repeated for answer in own) / len(own)
@@ -120,7 +120,7 @@ def looked_over(patient: Patient, given: Sequence[Answer]) -> Iterator[Finding]:
             yield ok("rollout", words)
         for found, why, mend in wrong:
             if found and raw:
-                yield note("rollout", words, why=f"{why}; stage {patient.config.stages[0].name} trains it first")
+                yield note("rollout", words, why=f"{why}; stage {patient.config.trained[0].name} trains it first")
             elif found:
                 yield warning("rollout", words, why=f"{why}: a MiniLLM stage learns from such text", mend=mend)
 

@@ -174,7 +174,7 @@ def turn_end(patient: Patient) -> Iterator[Finding]:
             "eos_token",
         )
     elif closing != ends[0] and any(
-        patient.config.responses_needed(stage) != "none" for stage in patient.config.stages
+        patient.config.responses_needed(stage) != "none" for stage in patient.config.trained
     ):
         yield warning(
             "turn-end",

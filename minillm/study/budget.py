@@ -28,7 +28,8 @@ def pilot(study: StudyConfig, arm: str, budget: BudgetConfig, *, ranks: Ranks) -
     Raises ``ConfigError`` where the pilot fails, or a step costs more than there is.
     """
     plain = study.arm_config(arm, study.tuning_seed, name=study.run_name("tuning", arm, "pilot"), changes={})
-    at, stage = f"stages.{len(plain.stages) - 1}", plain.stages[-1]
+    stage = plain.trained[-1]
+    at = f"stages.{plain.stages.index(stage)}"
     short = {f"{at}.steps": budget.pilot, f"{at}.optimiser.warmup_steps": 0}
     if stage.validate_every > 0:  # once, at the end: a stage may need that it validates
         short[f"{at}.validate_every"] = budget.pilot
@@ -54,7 +55,8 @@ def refined(
     """
     name = study.run_name("tuning", arm, "whole")
     run = study.arm_config(arm, study.tuning_seed, name=name, changes=settings)
-    at, stage = f"stages.{len(run.stages) - 1}", run.stages[-1]
+    stage = run.trained[-1]
+    at = f"stages.{run.stages.index(stage)}"
     if study.search is not None:
         taken = settings[study.search.setting]
         cost = next(each["cost"] for each in tries if each["value"] == taken)
@@ -87,7 +89,7 @@ def cost_a_step(course: Sequence[Mapping[str, Any]], stage: BaseStage, budget: B
 def course_of(run: RunConfig) -> list[dict[str, Any]]:
     """What the log of a run says of its last stage: train lines and validations, in the order of steps."""
     rows = read_course(Path(run.out) / run.name / "metrics.jsonl").rows
-    return [line for line in rows if line["stage"] == run.stages[-1].name]
+    return [line for line in rows if line["stage"] == run.trained[-1].name]
 
 
 def _trained(

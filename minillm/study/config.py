@@ -292,7 +292,9 @@ def load_study(path: Path, overrides: Sequence[str] = (), *, quick: bool = False
         except ConfigError as error:
             raise type(error)(f"{path}: arm {arm}: {error}") from None
         if study.budget is not None:
-            require_heard(overrides, decided={f"stages.{len(config.stages) - 1}.steps": "budget"}, quick=None)
+            require_heard(
+                overrides, decided={f"stages.{config.stages.index(config.trained[-1])}.steps": "budget"}, quick=None
+            )
         if config.data.test is None:
             raise ConfigError(f"{path}: {study.recipe} has no data.test; a study needs prompts to evaluate on")
         if isinstance(config.data.test, dict):

@@ -90,7 +90,7 @@ def make(config: RunConfig, *, ranks: Ranks, evaluated: bool = True) -> dict[str
 def _course(config: RunConfig, metrics: Path) -> dict[str, Any]:
     """What a cell's log says of its training: how much, the validations, which alarms first rang when."""
     rows = read_course(metrics).rows if metrics.is_file() else ()  # none where the first step failed
-    by_stage = [[line for line in rows if line["stage"] == stage.name] for stage in config.stages]
+    by_stage = [[line for line in rows if line["stage"] == stage.name] for stage in config.trained]
     kinds: dict[str, list[dict[str, Any]]] = {"train": [], "validation": [], "alarm": []}
     took, tokens = [], 0.0
     for lines in by_stage:

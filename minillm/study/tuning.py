@@ -150,7 +150,7 @@ def _tries(
                 raise ConfigError(f"search.metric {search.metric!r}: arm {arm} has no such measure")
         tried = {"value": value, search.metric: measured, "reason": made["reason"]}
         if study.budget is not None and study.budget.refined and measured is not None:
-            tried["cost"] = cost_a_step(course_of(run), run.stages[-1], study.budget)
+            tried["cost"] = cost_a_step(course_of(run), run.trained[-1], study.budget)
         found.append(tried)
     return found
 

@@ -38,6 +38,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         *(
             "minillm_settings",
             "stage_checks",
+            "merge_stage",
             "stage_config",
             "stage_order",
             "yaml_reader",
@@ -133,6 +134,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "stages",
         "prepared",
         *("pairs", "preflight", "preference_reading"),
+        "stage_merging",
         "progress",
         "terminal",
     ),

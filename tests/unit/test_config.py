@@ -90,12 +90,12 @@ def stage(**changes: Any) -> MinillmStage:
         ("stages=[3]", "stages.0: got 3, wanted a mapping of names to values"),
         (
             "stages=[{}]",
-            "stages.0: 'kind' is missing; wanted one of sft, seqkd, kd, imitkd, gkd, rkl, skew_fkl, skew_rkl, minillm",
+            "stages.0: 'kind' is missing; wanted one of sft, seqkd, kd, imitkd, gkd, rkl, skew_fkl, skew_rkl, minillm, merge",
         ),
         (
             "stages.0.kind=minilm",
             "stages.0.kind: got 'minilm', wanted 'sft', 'seqkd', 'kd', 'imitkd', 'gkd', 'rkl', 'skew_fkl', 'skew_rkl', "
-            "'minillm'; did you mean 'minillm'?",
+            "'minillm', 'merge'; did you mean 'minillm'?",
         ),
         ("stages.0.importance=coins", "'per_decision' or 'truncated'; did you mean 'coin'?"),
         ("evaluation.seeds=[]", "evaluation.seeds: got an empty list"),
