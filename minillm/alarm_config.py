@@ -26,7 +26,31 @@ SHARES = ("repetition", "cut_share", "teacher_mass", "importance_ess", "clipped_
 """Alarms on a share, whose limit is one."""
 
 
-class AlarmsConfig(Settings):
+class _Alarms(Settings):
+    """Alarms by their names."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        fields = {name: cls.model_fields[name].default for name in values if name in cls.model_fields}
+        return {
+            name: {**fields[name].model_dump(), **given} if isinstance(given, dict) and name in fields else given
+            for name, given in values.items()
+        }
+
+
+class PreferenceAlarmsConfig(_Alarms):
+    """When a stage that learns from pairs is told to be going wrong; null turns an alarm off. What a setting leaves out
+    (limit or action) is the alarm's own."""
+
+    chosen_floor: AlarmConfig | None = AlarmConfig(limit=10.0)
+    """Mean log-ratio of the chosen responses to the reference below minus this many nats: both responses become
+    unlikely."""
+
+
+class AlarmsConfig(_Alarms):
     """When a stage that samples is told to be going wrong; null turns one off. What a setting leaves out (limit or
     action) is the alarm's own."""
 
@@ -53,17 +77,6 @@ class AlarmsConfig(Settings):
     """Share of tokens whose log-ratio is held above this."""
     padding_leak: AlarmConfig | None = AlarmConfig(limit=0.0, action="stop")
     """Places without a token that carry credit: more than this."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _own(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        fields = {name: cls.model_fields[name].default for name in values if name in cls.model_fields}
-        return {
-            name: {**fields[name].model_dump(), **given} if isinstance(given, dict) and name in fields else given
-            for name, given in values.items()
-        }
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -14,24 +14,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from minillm.alarm_config import Action, AlarmsConfig
+from minillm.alarm_config import Action, AlarmsConfig, PreferenceAlarmsConfig
 from minillm.state import State
 
 WINDOW = 5
-"""Rollouts in a mean; fewer are no trend."""
+"""Steps (rollouts of a stage that samples) in a mean; fewer are no trend."""
 
-Kind = Literal["above", "below", "above_start", "below_start", "above_teacher_by"]
+Kind = Literal["above", "below", "below_minus", "above_start", "below_start", "above_teacher_by"]
 
 
 class Watch(NamedTuple):
-    """What an alarm looks at. ``limit`` of its settings is a value, a multiple of the start's, or how far above it."""
+    """What an alarm looks at. ``limit`` of its settings is a value, what a value is below minus, a multiple of the
+    start's, or how far above it."""
 
     figure: str
     kind: Kind
     means: str
     """Likely cause and knob, for the terminal."""
     window: int = WINDOW
-    """Rollouts in the mean."""
+    """Steps in the mean."""
 
 
 WATCHES: dict[str, Watch] = {
@@ -83,7 +84,15 @@ WATCHES: dict[str, Watch] = {
         window=1,
     ),
 }  # fmt: skip
-"""Every alarm by its setting's name."""
+"""Every alarm of a stage that samples, by its setting's name."""
+OF_PAIRS: dict[str, Watch] = {
+    "chosen_floor": Watch(
+        "chosen_log_ratio", "below_minus",
+        "preferred responses become unlikely as well, since only their distance from the others is trained; add "
+        "sft_weight, lower optimiser.lr, or raise beta",
+    ),
+}  # fmt: skip
+"""Those of a stage that learns from pairs."""
 
 
 class Raised(NamedTuple):
@@ -98,10 +107,15 @@ class Raised(NamedTuple):
 class Alarms:
     """What has been heard of a stage so far; it must hear the same figures on every rank."""
 
-    settings: AlarmsConfig
+    settings: AlarmsConfig | PreferenceAlarmsConfig
     first: dict[str, float] = field(default_factory=dict)
     last: dict[str, list[float]] = field(default_factory=dict)
     ringing: set[str] = field(default_factory=set)
+
+    @property
+    def watches(self) -> dict[str, Watch]:
+        """Those of the stage."""
+        return OF_PAIRS if isinstance(self.settings, PreferenceAlarmsConfig) else WATCHES
 
     def hear(self, figures: Mapping[str, float]) -> list[Raised]:
         """The alarms that ring from now on; one that goes on ringing is not told again until it has been silent."""
@@ -109,13 +123,15 @@ class Alarms:
         for figure, value in figures.items():
             if figure.startswith("teacher_"):
                 self.first.setdefault(figure, value)
-        watched = dict.fromkeys(watch.figure for watch in WATCHES.values())  # a set has another order in each process
+        watched = dict.fromkeys(
+            watch.figure for watch in self.watches.values()
+        )  # a set has another order in each process
         for figure in (figure for figure in watched if figure in figures):
             last = self.last.setdefault(figure, [])
             last.append(figures[figure])
             self.first.setdefault(figure, figures[figure])
             del last[:-WINDOW]
-        for name, watch in WATCHES.items():
+        for name, watch in self.watches.items():
             setting = getattr(self.settings, name)
             over = None if setting is None else self._over(watch, setting.limit)
             if over is None:
@@ -142,7 +158,7 @@ class Alarms:
             return None
         now = statistics.fmean(last)
         began = self.first[watch.figure]
-        against, of_start = limit, ""
+        against, of_start = -limit if watch.kind == "below_minus" else limit, ""
         if watch.kind.endswith("start"):
             against, of_start = limit * began, f" ({limit:g} times the {began:.4g} it began with)"
         elif watch.kind == "above_teacher_by":
@@ -152,4 +168,4 @@ class Alarms:
         if math.isfinite(now) and not (now > against if above else now < against):
             return None
         side = "above" if above else "below"
-        return f"{watch.figure} is {now:.4g} over {len(last)} rollouts, {side} {against:.4g}{of_start}"
+        return f"{watch.figure} is {now:.4g} over {len(last)} steps, {side} {against:.4g}{of_start}"

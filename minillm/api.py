@@ -13,10 +13,10 @@ from minillm import phases
 from minillm.adapter_files import FOLDER
 from minillm.cards import may_differ
 from minillm.checkpoints import Checkpoints, Resume
-from minillm.config import AnyStage, MergeStage, RunConfig, Stage, dump_config
+from minillm.config import AnyStage, MergeStage, PreferenceStage, RunConfig, Stage, dump_config
 from minillm.doctor.at_start import words_at_start
 from minillm.errors import DataError, RunExists, Stopped, visible
-from minillm.evaluation import Record, validator
+from minillm.evaluation import PairJudge, Record, validator
 from minillm.evaluation_sets import evaluate_sets, forget_unfinished, read_sets, shared_words, stored_index, unanswered
 from minillm.generation import generate
 from minillm.introduction import introduction
@@ -26,7 +26,9 @@ from minillm.model_card import CardFacts, render
 from minillm.moments import Progressed
 from minillm.pair_making import make_pairs
 from minillm.pairs import Pair, check_pair
-from minillm.preflight import Anchor, AnySplit, read_anchor, read_teacher_caches
+from minillm.preference_reading import pairs_in
+from minillm.preference_reference import Prepared, pairs_of
+from minillm.preflight import Anchor, AnySplit, limits_record, read_anchor, read_teacher_caches
 from minillm.profiling import profiled
 from minillm.ranks import Ranks
 from minillm.report import build_report, combine, write_reports
@@ -47,7 +49,7 @@ from minillm.resuming import (
 from minillm.run_splits import evaluated_sets, read_splits
 from minillm.saving import Behind, Keeping, Resumed, Saver
 from minillm.stage_merging import run_merge
-from minillm.stages import Start, check_rows, load_teacher, run_stage, unbiased_words
+from minillm.stages import Start, check_rows, known_of, load_teacher, run_stage, unbiased_words
 from minillm.stops import Stops
 from minillm.store import Clock, RunFolder, make_folder
 from minillm.student_engine import Student
@@ -86,6 +88,8 @@ def distill(
     ranks = Ranks(threads=config.threads)
     for stage in config.trained:
         check_rows(stage, splits[stage.reads].prompts, ranks=ranks)
+        if isinstance(stage, PreferenceStage):
+            pairs_of(stage, pairs_in(splits["preferences"]))
     folder = RunFolder(Path(config.out) / config.name, writes=ranks.first)
     made_from = _made_from(config, pair, splits, anchor, caches)
     sources = sources_of(
@@ -252,11 +256,19 @@ def _run_stage(
         say = partial(_say, ranks)
         return run_merge(config, stage, pair=pair, place=run.into, folder=run.folder, ranks=ranks, say=say)
     start = _start_of(run, stage, base_weights=base_weights)
-    split, keeping = run.splits[stage.reads], None
+    split, keeping, known = run.splits[stage.reads], None, None
     if saver is not None or resumed is not None:
         keeping = Keeping(saver=saver, behind=behind, resumed=resumed, ranks=ranks, say=partial(_say, ranks))
     validation = run.splits.get("validation")
-    with profiled(run.folder.path, stage.name, run.profile, ranks=ranks, say=partial(_say, ranks)):
+    with contextlib.ExitStack() as stack:
+        if isinstance(stage, PreferenceStage):
+            known = stack.enter_context(
+                known_of(
+                    config, stage, start=start, pair=pair, splits=run.splits, teacher=teacher, ranks=ranks,
+                    folder=run.folder, goes_on=resumed is not None, say=partial(_say, ranks),
+                )
+            )  # fmt: skip
+        stack.enter_context(profiled(run.folder.path, stage.name, run.profile, ranks=ranks, say=partial(_say, ranks)))
         return run_stage(
             config,
             stage,
@@ -264,7 +276,7 @@ def _run_stage(
             pair=pair,
             prompts=split.prompts,
             teacher=teacher,
-            validate=_validator(config, stage, pair=pair, split=validation, teacher=teacher, ranks=ranks),
+            validate=_validator(config, stage, pair=pair, split=validation, teacher=teacher, ranks=ranks, known=known),
             ranks=ranks,
             folder=run.folder,
             into=run.into(stage),
@@ -277,6 +289,7 @@ def _run_stage(
             ),
             corpus=None if run.anchor is None else run.anchor.rows,
             cache=run.caches.get(stage.name),
+            known=known,
             keeping=keeping,
         )
 
@@ -364,13 +377,20 @@ def _validator(
     split: AnySplit | None,
     teacher: Teacher | None,
     ranks: Ranks,
+    known: Prepared | None,
 ) -> Any:
-    if split is None or not stage.validate_every:
+    if not stage.validate_every:
         return None
-    # Where nothing is kept by the teacher's word, validation does not ask it, though it may be there for the test set.
-    judge = judge_of(config, pair, split, teacher=teacher if stage.on_policy else None, purpose=Purpose.VALIDATION)
-    has_references = any(prompt.response_ids for prompt in split.prompts)
-    return validator(judge, ranks=ranks, generate=stage.samples_to_validate, loss=has_references)
+    pairs = judge = None
+    if isinstance(stage, PreferenceStage) and known is not None and known.validation is not None:
+        pairs = PairJudge(stage=stage, known=known, ids=pair.ids, limits=limits_record(config.evaluation))
+    if split is not None:
+        # Where nothing is kept by the teacher's word, validation does not ask it, though it may be there for the test
+        # set.
+        own = teacher if stage.on_policy else None
+        judge = judge_of(config, pair, split, teacher=own, purpose=Purpose.VALIDATION)
+    has_references = split is not None and any(prompt.response_ids for prompt in split.prompts)
+    return validator(judge, ranks=ranks, generate=stage.samples_to_validate, loss=has_references, pairs=pairs)
 
 
 def _write_run_report(config: RunConfig, folder: RunFolder, seconds: Mapping[str, float]) -> None:

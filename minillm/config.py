@@ -17,8 +17,9 @@ from minillm.data_config import DataConfig
 from minillm.errors import ConfigError, UnsupportedCombination
 from minillm.lora_config import LoraConfig
 from minillm.merge_stage import MergeStage
+from minillm.preference_stage import PreferenceStage
 from minillm.settings import Count, Flag, NonNegative, Positive, PositiveShare, Seed, Settings, Text, Whole, headed
-from minillm.stage_base import BETTER, KeepConfig, OptimiserConfig, is_component
+from minillm.stage_base import BETTER, OF_PAIRS, KeepConfig, OptimiserConfig, is_component
 from minillm.stage_config import AnyStage, MinillmStage, Stage
 from minillm.stage_order import check_adapted, check_starts, source_of
 from minillm.text_stages import SftStage, asks_teacher
@@ -39,6 +40,7 @@ __all__ = [
     "MergeStage",
     "MinillmStage",
     "OptimiserConfig",
+    "PreferenceStage",
     "RunConfig",
     "SftStage",
     "Stage",
@@ -266,10 +268,11 @@ class RunConfig(Settings):
                 )
             if asks_teacher(stage) and self.teacher is None:
                 raise UnsupportedCombination(f"{at} distils a teacher, but the run names none; add 'teacher: NAME'")
-            if stage.validate_every > 0 and self.data.validation is None:
+            needed = "preferences_validation" if stage.keep.metric in OF_PAIRS else "validation"
+            if stage.validate_every > 0 and getattr(self.data, needed) is None:
                 raise UnsupportedCombination(
                     f"{at} validates every {stage.validate_every} steps without rows to validate on; "
-                    "add data.validation, or set validate_every: 0"
+                    f"add data.{needed}, or set validate_every: 0"
                 )
             if isinstance(stage, MinillmStage) and stage.anchor is not None and self.adapter is not None:
                 setting = self.adapter.SECTION

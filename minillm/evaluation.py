@@ -21,6 +21,9 @@ from minillm.gold import Gold, read_gold, reference_loss
 from minillm.measures import MEASURES, ratios_of
 from minillm.micro_batches import Limits, alike
 from minillm.models import ModelReader
+from minillm.preference_reference import Prepared
+from minillm.preference_stage import PreferenceStage
+from minillm.preferences import pair_measures
 from minillm.ranks import Ranks
 from minillm.scoring import score
 from minillm.statistics import mean_over_seeds
@@ -102,13 +105,32 @@ def batches_of_rank(judge: Judge, *, numbers: Sequence[int], ranks: Ranks) -> li
     return [[cells[index] for index in rows] for rows in cuts[ranks.rank]]
 
 
-def validator(judge: Judge, *, ranks: Ranks, generate: bool, loss: bool) -> Callable[[Student], dict[str, float]]:
-    """Measures of a student in training: those of one sample a prompt (``generate``), and the loss on references
-    (``loss``)."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairJudge:
+    """What an evaluation of a student on held-out pairs needs beside it."""
+
+    stage: PreferenceStage
+    known: Prepared
+    ids: Ids
+    limits: Limits
+    """Most pairs read at once on a rank, and most tokens of them."""
+
+
+def validator(
+    judge: Judge | None, *, ranks: Ranks, generate: bool, loss: bool, pairs: PairJudge | None = None
+) -> Callable[[Student], dict[str, float]]:
+    """Measures of a student in training: those of one sample a prompt (``generate``), the loss on references
+    (``loss``), and those of ``pairs``. Without a ``judge`` there are no prompts to measure it on."""
 
     def measure(student: Student) -> dict[str, float]:
         figures: dict[str, float] = {}
         with student.whole() as reader:
+            if pairs is not None:
+                figures.update(
+                    pair_measures(reader, pairs.stage, pairs.known, ids=pairs.ids, limits=pairs.limits, ranks=ranks)
+                )
+            if judge is None:
+                return figures
             if loss:
                 figures["loss"] = reference_loss(
                     reader, judge.prompts, pad_id=judge.ids.pad, limits=judge.limits, ranks=ranks

@@ -75,6 +75,26 @@ def cut(lengths: Sequence[int], *, limits: Limits, reads: Reads | None) -> list[
     return min(dealt, _in_runs(order, lengths, limits, reads=reads), key=cost)
 
 
+def cut_pairs(lengths: Sequence[tuple[int, int]], *, limits: Limits, reads: Reads | None) -> list[list[int]]:
+    """Every pair of rows, by its index, in one of the micro-batches; one that is empty where there are no pairs.
+
+    ``limits.rows`` counts pairs. All are within both limits, but for a pair of more than ``limits.places``, which is a
+    micro-batch of its own. Those with the longest rows come first.
+    """
+    order = sorted(range(len(lengths)), key=lambda pair: (-max(lengths[pair]), pair))
+    cuts: list[list[int]] = []
+    for pair in order:
+        grown = [*cuts[-1], pair] if cuts else []
+        full = 0 < limits.rows < len(grown)
+        if not full and grown and limits.places:
+            rows = [length for one in grown for length in lengths[one]]
+            full = places(rows, reads=reads) > limits.places
+        if full or not grown:
+            cuts.append([])
+        cuts[-1].append(pair)
+    return cuts or [[]]
+
+
 def _in_runs(order: Sequence[int], lengths: Sequence[int], limits: Limits, *, reads: Reads | None) -> list[list[int]]:
     """Longest first, the next rows for as long as they fit."""
     cuts: list[list[int]] = []

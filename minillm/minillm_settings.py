@@ -10,7 +10,7 @@ from typing import Literal
 from minillm.alarm_config import AlarmsConfig
 from minillm.published import PublishedConfig
 from minillm.settings import Count, Flag, NonNegative, Positive, Settings, Share, Text, Whole
-from minillm.stage_base import BETTER, BaseStage, KeepConfig
+from minillm.stage_base import OF_PROMPTS, BaseStage, KeepConfig
 
 
 class AnchorConfig(Settings):
@@ -109,9 +109,10 @@ class MinillmSettings(BaseStage):
     alarms: AlarmsConfig = AlarmsConfig()
     """What is watched while it trains, and what happens then."""
 
-    measures = tuple(BETTER)
+    measures = OF_PROMPTS
     headline = ("reverse_kl", "mean_length", "loss")
     on_policy = True
+    drops_out = False
     wants_teacher = True
 
     @property

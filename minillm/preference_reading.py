@@ -15,7 +15,7 @@ from minillm.pair_manifest import AGAIN, PairManifest, read_pair_manifest
 from minillm.pair_prompts import PreparingPairs
 from minillm.pair_records import PairRow
 from minillm.pairs import Pair
-from minillm.preflight import held_out_sources, same_source
+from minillm.preflight import AnySplit, held_out_sources, same_source
 from minillm.prompts import ENCODE_ROWS, RowLimits
 from minillm.records import shown
 from minillm.row_sources import PAIRS, files_of, locate
@@ -47,6 +47,12 @@ class PairSplit:
     def prompts(self) -> Sequence[Prompt]:
         """A prompt for each pair."""
         return tuple(pair.prompt for pair in self.pairs)
+
+
+def pairs_in(split: AnySplit) -> Sequence[PreferencePair]:
+    """Those of a split that was read as pairs."""
+    assert isinstance(split, PairSplit), f"{split.source} was read as prompts"
+    return split.pairs
 
 
 def read_preferences(

@@ -25,10 +25,19 @@ BETTER: dict[str, Literal["min", "max"] | None] = {
     "distinct_4": "max",
     "repetition_3": "min",
     "mean_length": None,
+    "preference_loss": "min",
+    "preference_accuracy": "max",
+    "preference_margin": None,
 }
 """Every validation measure and which way is better; ``None`` where neither is."""
-WITHOUT_TEACHER = tuple(name for name in BETTER if not name.startswith("reverse_kl"))
-"""Those that need no teacher."""
+OF_PAIRS = tuple(name for name in BETTER if name.startswith("preference_"))
+"""Those of pairs of responses beside a reference, which only a stage that learns from such has."""
+OF_PROMPTS = tuple(name for name in BETTER if name not in OF_PAIRS)
+"""Those of validation prompts."""
+WITHOUT_TEACHER = tuple(name for name in OF_PROMPTS if not name.startswith("reverse_kl"))
+"""Of these, those that need no teacher."""
+READ = ("loss", *OF_PAIRS)
+"""Those of given responses, for which nothing is drawn."""
 OWN_START = "student"
 """What a stage's ``start`` calls the student that the run begins with."""
 LONGEST_NAME = 200
@@ -136,8 +145,10 @@ class BaseStage(NamedStage):
     headline: ClassVar[tuple[str, ...]]
     """Training figures beside the progress bar."""
     on_policy: ClassVar[bool]
-    """Whether the student learns on its own text: then validation samples too, and nothing is dropped out, since the
-    weights that drew a token must be those that learn from it."""
+    """Whether the student learns on its own text: then validation samples too."""
+    drops_out: ClassVar[bool]
+    """Whether the model's dropout is on in training. Not where the weights that drew a token must be those that learn
+    from it, nor where what a student says is compared with what a reference said."""
     wants_teacher: ClassVar[bool]
     """Whether the stage asks a teacher while it trains."""
     reads: ClassVar[Literal["train", "teacher_text", "preferences"]] = "train"
@@ -176,7 +187,7 @@ class BaseStage(NamedStage):
     @property
     def samples_to_validate(self) -> bool:
         """Whether validation draws a response to each prompt, and not only reads the references."""
-        return self.on_policy or self.keep.metric != "loss"
+        return self.on_policy or self.keep.metric not in READ
 
     @model_validator(mode="after")
     def _check_common(self) -> Self:

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from minillm.merge_stage import MergeStage
 from minillm.minillm_settings import AnchorConfig, MinillmSettings
+from minillm.preference_stage import PreferenceStage
 from minillm.published import OFFICIAL, PublishedConfig
 from minillm.stage_checks import CHAINED, check_minillm, idle_settings
 from minillm.text_stages import (
@@ -93,7 +94,18 @@ def _anchored(anchor: AnchorConfig) -> str:
     return f"anchor: another objective, with {anchor.weight:g} KL(student || moving average of the student) added"
 
 
-Stage = SftStage | SeqkdStage | KdStage | ImitkdStage | GkdStage | RklStage | SkewFklStage | SkewRklStage | MinillmStage
+Stage = (
+    SftStage
+    | SeqkdStage
+    | KdStage
+    | ImitkdStage
+    | GkdStage
+    | RklStage
+    | SkewFklStage
+    | SkewRklStage
+    | MinillmStage
+    | PreferenceStage
+)
 """Any kind of stage that trains."""
 AnyStage = Annotated[Stage | MergeStage, Field(discriminator="kind")]
 """Any kind of stage, as the run's file names it by ``kind``."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,14 +13,17 @@ import torch
 from minillm.adaptation import Adaptation, adaptation_of
 from minillm.alarms import Alarms
 from minillm.cards import Card
-from minillm.config import MinillmStage, RunConfig, Stage
+from minillm.config import MinillmStage, PreferenceStage, RunConfig, Stage
 from minillm.distillation import Distil
-from minillm.loading import ModelFacts, load
+from minillm.loading import ModelFacts, fingerprint, inspect, load
 from minillm.loop import Keep, Validate, run_steps
 from minillm.moments import Boundary, Progressed, never
 from minillm.objectives import Minillm
 from minillm.pairs import Pair
-from minillm.preflight import decoding_record, require_rows
+from minillm.preference_reading import pairs_in
+from minillm.preference_reference import Frozen, Prepared, as_it_is, pairs_of, prepared
+from minillm.preferences import Preferences
+from minillm.preflight import AnySplit, decoding_record, limits_record, require_rows
 from minillm.prompt_table import answered
 from minillm.publish import publish_student
 from minillm.ranks import Ranks
@@ -61,11 +66,13 @@ def run_stage(
     model_card: Callable[[Student, Mapping[str, float]], str],
     corpus: Examples | None = None,
     cache: TeacherCache | None = None,
+    known: Prepared | None = None,
     keeping: Keeping | None = None,
 ) -> Progressed:
     """Trains one stage and publishes its student at ``into``; ``model_card`` writes that folder's README. ``corpus`` is
     what a language-model loss learns from, if not from the prompts' responses; ``cache`` what a kd stage has in
-    place of the teacher; ``keeping`` how it is saved, and where it goes on."""
+    place of the teacher; ``known`` what a preference stage has besides; ``keeping`` how it is saved, and
+    where it goes on."""
     check_rows(stage, prompts, ranks=ranks)
     student = _student(config, stage, start=start, pair=pair, ranks=ranks)
     if ranks.first:
@@ -78,8 +85,9 @@ def run_stage(
             begin = keeping.restore(student, into=into)
             boundary = keeping.boundary(stage.name, student, into=into)
         objective = _objective(
-            config, stage, pair=pair, prompts=prompts, teacher=teacher, ranks=ranks, corpus=corpus, cache=cache
-        )
+            config, stage, pair=pair, prompts=prompts, teacher=teacher, ranks=ranks, corpus=corpus, cache=cache,
+            known=known,
+        )  # fmt: skip
         done = run_steps(
             objective,
             student,
@@ -100,7 +108,7 @@ def run_stage(
                 ranks=ranks,
                 card=lambda: model_card(student, scores),
             ),
-            alarms=Alarms(stage.alarms) if isinstance(stage, MinillmStage) else None,
+            alarms=Alarms(stage.alarms) if isinstance(stage, MinillmStage | PreferenceStage) else None,
             begin=begin,
             boundary=boundary,
             traffic=dict if teacher is None else teacher.traffic,
@@ -149,6 +157,42 @@ def load_teacher(pair: Pair, *, ranks: Ranks, say: Callable[[str], None]) -> Tea
     return teacher
 
 
+def known_of(
+    config: RunConfig, stage: PreferenceStage, *, start: Start, pair: Pair, splits: Mapping[str, AnySplit],
+    teacher: Teacher | None, ranks: Ranks, folder: RunFolder, goes_on: bool, say: Callable[[str], None],
+) -> contextlib.AbstractContextManager[Prepared]:  # fmt: skip
+    """What a preference stage knows of its pairs when it begins; its reference, which is the weights of ``start``,
+    lives for the block."""
+    card = start.card if start.adapter is None else start.card.of_folder(start.adapter.parent)
+    held_out = splits.get("preferences_validation") if stage.validate_every else None
+    return prepared(
+        config, stage, card=card, facts=inspect(card), pair=pair,
+        learnt=pairs_of(stage, pairs_in(splits["preferences"])),
+        validation=None if held_out is None else pairs_in(held_out),
+        teacher=_frozen_teacher(pair, teacher, ranks=ranks, say=say), ranks=ranks,
+        folder=folder.notes_of(stage.name), goes_on=goes_on, limits=limits_record(config.evaluation), say=say,
+    )  # fmt: skip
+
+
+def _frozen_teacher(pair: Pair, loaded: Teacher | None, *, ranks: Ranks, say: Callable[[str], None]) -> Frozen | None:
+    """The pair's teacher as one that pairs are asked about, loaded for that where it is not already; None where there
+    is none."""
+    card = pair.teacher_card
+    if card is None:
+        return None
+
+    @contextlib.contextmanager
+    def opened() -> Iterator[Teacher]:
+        teacher = load_teacher(pair, ranks=ranks, say=say)
+        try:
+            yield teacher
+        finally:
+            teacher.close()
+
+    how = opened if loaded is None else partial(as_it_is, loaded)
+    return Frozen(what="teacher", weights=ranks.of_first(lambda: fingerprint(card)), dtype=card.dtype, open=how)
+
+
 def usable(stage: Stage, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
     """The prompts that a stage's steps draw from: where it needs responses, those that have one."""
     return answered(prompts) if stage.responses_needed == "all" else prompts
@@ -186,7 +230,7 @@ def _student(config: RunConfig, stage: Stage, *, start: Start, pair: Pair, ranks
         updates=stage.steps * stage.updates_per_step,
         real_ids=pair.real_ids,
         from_files=start.card.as_in_files,
-        dropout=not stage.on_policy,
+        dropout=stage.drops_out,
         seed=config.seed,
         name=stage.name,
         adaptation=_adaptation(config, start),
@@ -234,8 +278,12 @@ def _objective(
     ranks: Ranks,
     corpus: Examples | None,
     cache: TeacherCache | None,
+    known: Prepared | None,
 ) -> Objective:
     """The one place that knows which objective a kind of stage has."""
+    if isinstance(stage, PreferenceStage):
+        assert known is not None, "nobody asked the reference about the stage's pairs"
+        return Preferences(stage, known=known, ids=pair.ids, ranks=ranks, seed=config.seed)
     rows = usable(stage, prompts)
     if isinstance(stage, ReferenceStage):
         return References(

@@ -57,6 +57,10 @@ class RunFolder:
         """Where the student of a stage before the last stands: what the next one starts from."""
         return self.path / "stages" / stage / "student"
 
+    def notes_of(self, stage: str) -> Path:
+        """Where a stage keeps what it found out before it trained."""
+        return self.path / "stages" / stage
+
     def standing(self, config_text: str) -> Standing:
         """What the folder holds for this configuration; nothing is changed.
 

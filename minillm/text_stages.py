@@ -16,7 +16,7 @@ from pydantic import model_validator
 
 from minillm.errors import ConfigError, UnsupportedCombination
 from minillm.settings import Count, Positive, Share, ShareBelowOne, Text, Whole
-from minillm.stage_base import BETTER, WITHOUT_TEACHER, BaseStage, KeepConfig, told_idle
+from minillm.stage_base import OF_PROMPTS, WITHOUT_TEACHER, BaseStage, KeepConfig, told_idle
 
 
 class ReferenceStage(BaseStage):
@@ -35,6 +35,7 @@ class ReferenceStage(BaseStage):
     measures = WITHOUT_TEACHER
     headline = ("loss", "grad_norm")
     on_policy = False
+    drops_out = True
 
     @property
     def rows_per_step(self) -> int:
@@ -144,9 +145,10 @@ class DistilStage(BaseStage):
     keep: KeepConfig = KeepConfig(metric="reverse_kl")
     """Which weights the stage hands on; lowest validation reverse KL per response."""
 
-    measures = tuple(BETTER)
+    measures = OF_PROMPTS
     headline = ("loss", "mean_length", "grad_norm")
     on_policy = True
+    drops_out = False
     wants_teacher = True
 
     @property

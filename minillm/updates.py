@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from minillm.micro_batches import Limits, cut
+from minillm.micro_batches import Limits, cut, cut_pairs
+from minillm.packing import Reads
 from minillm.ranks import Ranks
 from minillm.stage_base import BaseStage
 from minillm.state import State, States
@@ -109,7 +110,21 @@ def shown_text(rows: Sequence[Example]) -> State:
 def in_step(lengths: Sequence[int], *, limits: Limits, student: Student, ranks: Ranks) -> list[list[int]]:
     """This rank's rows, by index, in micro-batches: as many on every rank as the one with the most needs, since each
     forward and backward pass of a sharded model is made by all of them together; the last ones may be empty."""
-    cuts = cut(lengths, limits=limits, reads=None if student.root.packs == "no" else student.root.reads)
+    return _as_many(cut(lengths, limits=limits, reads=_reads(student)), ranks=ranks)
+
+
+def pairs_in_step(
+    lengths: Sequence[tuple[int, int]], *, limits: Limits, student: Student, ranks: Ranks
+) -> list[list[int]]:
+    """The same of pairs of rows, which stay together."""
+    return _as_many(cut_pairs(lengths, limits=limits, reads=_reads(student)), ranks=ranks)
+
+
+def _reads(student: Student) -> Reads | None:
+    return None if student.root.packs == "no" else student.root.reads
+
+
+def _as_many(cuts: list[list[int]], *, ranks: Ranks) -> list[list[int]]:
     return cuts + [[] for _ in range(ranks.most(len(cuts)) - len(cuts))]
 
 

@@ -227,7 +227,7 @@ class Toy:
         self._runs += 1
         ran, folder = Ran(), RunFolder(self.folder / f"run-{self._runs}", writes=self.ranks.first)
         folder.begin("")
-        student = self.student(dropout=not stage.on_policy)
+        student = self.student(dropout=stage.drops_out)
         if begin is not None:
             put_back(student, begin.engine)
             if self.ranks.first:

@@ -90,12 +90,13 @@ def stage(**changes: Any) -> MinillmStage:
         ("stages=[3]", "stages.0: got 3, wanted a mapping of names to values"),
         (
             "stages=[{}]",
-            "stages.0: 'kind' is missing; wanted one of sft, seqkd, kd, imitkd, gkd, rkl, skew_fkl, skew_rkl, minillm, merge",
+            "stages.0: 'kind' is missing; wanted one of sft, seqkd, kd, imitkd, gkd, rkl, skew_fkl, skew_rkl, minillm, "
+            "preference, merge",
         ),
         (
             "stages.0.kind=minilm",
             "stages.0.kind: got 'minilm', wanted 'sft', 'seqkd', 'kd', 'imitkd', 'gkd', 'rkl', 'skew_fkl', 'skew_rkl', "
-            "'minillm', 'merge'; did you mean 'minillm'?",
+            "'minillm', 'preference', 'merge'; did you mean 'minillm'?",
         ),
         ("stages.0.importance=coins", "'per_decision' or 'truncated'; did you mean 'coin'?"),
         ("evaluation.seeds=[]", "evaluation.seeds: got an empty list"),
@@ -454,6 +455,7 @@ def test_measures_are_the_ones_that_validation_reports() -> None:
     assert set(config.BETTER) == {
         "loss", "reverse_kl", "reverse_kl_per_token", "rouge_l",
         "validity", "coverage", "distinct_4", "repetition_3", "mean_length",
+        "preference_loss", "preference_accuracy", "preference_margin",
     }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minillm import micro_batches
-from minillm.micro_batches import Limits, alike, cut, places
+from minillm.micro_batches import Limits, alike, cut, cut_pairs, places
 from minillm.packing import Reads, pack
 
 WORLD = [12, 14, 18, 20, 22, 24, 26, 48, 50]
@@ -184,3 +184,23 @@ def test_control_batches_that_forget_what_is_to_be_written_are_found() -> None:
     assert "too much" in loose(lengths, limits, alike(lengths, limits=limits)[0], more=15)
     assert "too little" in loose(lengths, limits, [[row] for row in range(12)], more=15)
     assert "order" in loose([1, 2, 3], Limits(rows=1), [[0], [1], [2]], more=15)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_every_pair_is_whole_in_one_micro_batch_and_all_are_within_the_limits(packed: bool) -> None:
+    reads, wrong = READS if packed else None, 0
+    for lengths, limits in cases():
+        both = [*zip(lengths, lengths[::-1], strict=True)]
+        for asked in (limits, Limits()):  # the second is the control
+            cuts = cut_pairs(both, limits=asked, reads=reads)
+            assert sorted(pair for pairs in cuts for pair in pairs) == [*range(len(both))]
+            rows = [[length for pair in pairs for length in both[pair]] for pairs in cuts]
+            over = [
+                (limits.rows and len(sizes) > 2 * limits.rows)
+                or (limits.places and len(sizes) > 2 and computed(sizes, packed=packed) > limits.places)
+                for sizes in rows
+            ]
+            assert asked == Limits() or not any(over)
+            wrong += any(over)
+    assert wrong > 50
+    assert cut_pairs([], limits=Limits(), reads=reads) == [[]]

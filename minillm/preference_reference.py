@@ -1,0 +1,309 @@
+"""What is known of a stage's pairs before it trains: how likely the reference holds each response, and the teacher.
+
+The reference is frozen: the weights that the stage starts from. Where only its sequence log-probabilities are wanted,
+they are asked for once, kept in the run's folder under the name of exactly these weights and responses, and the model
+is closed. A run that goes on takes them from there; those of another reference are refused, and so is a stage that was
+saved beside another one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from minillm.cards import Card
+from minillm.config import RunConfig
+from minillm.engine_settings import read_engine_settings, zero_stage
+from minillm.errors import CacheError, DataError, UnsupportedCombination, did_you_mean
+from minillm.loading import ModelFacts, fingerprint, load
+from minillm.manifests import read_record
+from minillm.micro_batches import Limits
+from minillm.pairs import Pair
+from minillm.pairwise_loss import soft_target
+from minillm.preference_stage import PreferenceStage
+from minillm.ranks import Ranks
+from minillm.sequence_logps import sequence_logps
+from minillm.settings import Count, Settings, Text
+from minillm.store import make_folder, write_text
+from minillm.teacher_engine import Teacher
+from minillm.types import Ids, PreferencePair
+from minillm.vocabulary import identity
+
+Say = Callable[[str], None]
+Logps = tuple[float, float]
+"""Of a pair's chosen and rejected response, in nats, summed over their tokens, EOS included."""
+
+
+class Version(Settings):
+    """Whose numbers they are, and of what: log-probabilities with equal versions are equal."""
+
+    weights: Text
+    """Fingerprint of the model's weights (``loading.fingerprint``)."""
+    tokenizer: Text
+    """Of what its tokenizer reads (``vocabulary.identity``)."""
+    real_ids: Count
+    """Ids that the distributions are over."""
+    dtype: Text
+    """What the model computes in."""
+    pairs: Text
+    """SHA-256 over the ids of all prompts and responses, in order."""
+
+
+class Kept(Settings):
+    """Log-probabilities of the responses of pairs, as they stand in the run's folder."""
+
+    format: Literal["minillm pair log-probs 1"] = "minillm pair log-probs 1"
+    """Which form of record this is."""
+    version: Version
+    """What they were made with."""
+    chosen: tuple[float, ...]
+    """In the pairs' order."""
+    rejected: tuple[float, ...]
+    """In the pairs' order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frozen:
+    """A model that is asked about responses and never trained, and how it is opened."""
+
+    what: str
+    """"reference" or "teacher": names its file."""
+    weights: str
+    dtype: str
+    open: Callable[[], contextlib.AbstractContextManager[Teacher]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """Pairs with what frozen models say of them."""
+
+    pairs: Sequence[PreferencePair]
+    reference: Sequence[Logps] | None
+    """None where the reference is asked in every step instead."""
+    soft_targets: Sequence[float] | None
+    """The chance of preferring the chosen response that the teacher has; None where labels are taken as they are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """All that a stage has of its pairs when it begins."""
+
+    target: Literal["hard", "smoothed", "soft"]
+    """What the stage's ``target`` came to."""
+    learnt: Known
+    validation: Known | None
+    live: Teacher | None
+    """The reference, where it is asked in every step."""
+    version: str
+    """Names the reference's weights, and what they compute in; a stage that goes on must find the same."""
+
+
+def pairs_of(stage: PreferenceStage, pairs: Sequence[PreferencePair]) -> Sequence[PreferencePair]:
+    """The pairs that a stage learns from, in their order: all, or those of its sources."""
+    if stage.sources is None:
+        return pairs
+    there = dict.fromkeys(pair.source for pair in pairs)
+    for name in stage.sources:
+        if name not in there:
+            named = ", ".join(filter(None, there)) or "there are none"
+            raise DataError(
+                f"stage {stage.name}: no pair is of source {name!r}{did_you_mean(name, there)}\n"
+                f"  wanted names of data.preferences: {named}"
+            )
+    return [pair for pair in pairs if pair.source in stage.sources]
+
+
+@contextlib.contextmanager
+def prepared(
+    config: RunConfig,
+    stage: PreferenceStage,
+    *,
+    card: Card,
+    facts: ModelFacts,
+    pair: Pair,
+    learnt: Sequence[PreferencePair],
+    validation: Sequence[PreferencePair] | None,
+    teacher: Frozen | None,
+    ranks: Ranks,
+    folder: Path,
+    goes_on: bool,
+    limits: Limits,
+    say: Say,
+) -> Iterator[Prepared]:
+    """What a stage that starts from the weights of ``card`` knows of its pairs; its reference lives for the block.
+
+    ``goes_on`` says that the stage was begun before: what it kept in ``folder`` then is taken, and must be of the same
+    weights and responses, or ``CacheError`` is raised. A stage that begins makes it anew where it is not.
+    ``teacher`` gives soft targets to pairs that do not bring them. Raises ``UnsupportedCombination`` where they are
+    asked for and there is none. To be called on all ranks.
+    """
+    reference = reference_of(config, card, facts, pair=pair, ranks=ranks)
+    target = stage.target or default_target(stage, learnt)
+    once = stage.value == "dpo" and not stage.keeps_reference
+    with contextlib.ExitStack() as stack:
+        live = stack.enter_context(reference.open()) if stage.keeps_reference else None
+        ask = _Asking(
+            stage=stage, pair=pair, ranks=ranks, folder=folder, goes_on=goes_on, limits=limits, say=say,
+            reference=reference if live is None else dataclasses.replace(reference, open=partial(as_it_is, live)),
+            teacher=teacher, soft=target == "soft", keeps=once,
+        )  # fmt: skip
+        found = {"": learnt, "-validation": validation or ()}
+        known = {name: ask.known(pairs, name) for name, pairs in found.items() if pairs}
+        words = f"{stage.value}, link {stage.link}, target {target}" + ("" if stage.target else " (by default)")
+        say(f"stage {stage.name}: {len(learnt):,} pairs; {words}")
+        yield Prepared(
+            target=target, learnt=known[""], validation=known.get("-validation"), live=live,
+            version=f"{reference.weights}/{reference.dtype}",
+        )  # fmt: skip
+
+
+def default_target(stage: PreferenceStage, pairs: Sequence[PreferencePair]) -> Literal["hard", "soft"]:
+    """``soft`` where every pair brings what its teacher says and the link can be compared with it, else ``hard``."""
+    taught = all(one.teacher_logps is not None for one in pairs)
+    return "soft" if taught and stage.link == "sigmoid" else "hard"
+
+
+def reference_of(config: RunConfig, card: Card, facts: ModelFacts, *, pair: Pair, ranks: Ranks) -> Frozen:
+    """The frozen model of a card as the student computes: sharded where the student is."""
+    bf16 = config.engine.precision == "bf16"
+    sharded = zero_stage(read_engine_settings(config.engine.student)) == 3 and card.as_in_files
+    dtype = torch.bfloat16 if bf16 else torch.float32
+
+    @contextlib.contextmanager
+    def opened() -> Iterator[Teacher]:
+        model = Teacher(
+            lambda: load(card, facts, seed=config.seed, dtype=dtype),
+            ranks=ranks,
+            placement="zero3" if sharded else "replicated",
+            precision=config.engine.precision,
+            real_ids=pair.real_ids,
+        )
+        try:
+            yield model
+        finally:
+            model.close()
+
+    weights = ranks.of_first(lambda: fingerprint(card, seed=config.seed))
+    return Frozen(what="reference", weights=weights, dtype=str(dtype).removeprefix("torch."), open=opened)
+
+
+@contextlib.contextmanager
+def as_it_is(model: Teacher) -> Iterator[Teacher]:
+    """A model that somebody else opened, and closes."""
+    yield model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asking:
+    """How frozen models are asked about pairs, and where their answers are kept."""
+
+    stage: PreferenceStage
+    pair: Pair
+    ranks: Ranks
+    folder: Path
+    goes_on: bool
+    limits: Limits
+    say: Say
+    reference: Frozen
+    teacher: Frozen | None
+    soft: bool
+    keeps: bool
+    """Whether the reference's answers are wanted in training, and not only for soft targets."""
+
+    def known(self, pairs: Sequence[PreferencePair], name: str) -> Known:
+        """What is known of some pairs; ``name`` ends the names of their files."""
+        logps = self._logps(self.reference, pairs, name) if self.keeps or self.soft else None
+        soft_targets = None
+        if self.soft:
+            assert logps is not None
+            teacher_B2, ref_B2 = (torch.tensor(of, dtype=torch.float64) for of in (self._taught(pairs, name), logps))
+            soft_targets = soft_target(
+                teacher_w_B=teacher_B2[:, 0], teacher_l_B=teacher_B2[:, 1], ref_w_B=ref_B2[:, 0], ref_l_B=ref_B2[:, 1],
+                beta=self.stage.beta,
+            ).tolist()  # fmt: skip
+        return Known(pairs=pairs, reference=logps if self.keeps else None, soft_targets=soft_targets)
+
+    def _taught(self, pairs: Sequence[PreferencePair], name: str) -> Sequence[Logps]:
+        brought = [one.teacher_logps for one in pairs]
+        there = [logps for logps in brought if logps is not None]
+        if len(there) == len(brought):
+            return there
+        if self.teacher is None:
+            raise UnsupportedCombination(
+                f"stage {self.stage.name}: target 'soft', but {len(brought) - len(there):,} of {len(brought):,} pairs "
+                "come without their teacher's log-probabilities, and the run names no teacher; make pairs with "
+                "'minillm pairs', add 'teacher: NAME', or set target: hard"
+            )
+        return self._logps(self.teacher, pairs, name)
+
+    def _logps(self, model: Frozen, pairs: Sequence[PreferencePair], name: str) -> Sequence[Logps]:
+        """From the file, or from the model."""
+        file = self.folder / f"{model.what}{name}.json"
+        version = Version(
+            weights=model.weights, tokenizer=identity(self.pair.tokenizer), real_ids=self.pair.real_ids,
+            dtype=model.dtype, pairs=pairs_sha256(pairs),
+        )  # fmt: skip
+        kept = self.ranks.of_first(lambda: read_logps(file, version, goes_on=self.goes_on))
+        if kept is None:
+            kept = self._asked(model, pairs, version)
+            self.ranks.of_first(lambda: write_logps(file, kept))
+        else:
+            self.say(f"stage {self.stage.name}: log-probs of the {model.what} from {file}")
+        return list(zip(kept.chosen, kept.rejected, strict=True))
+
+    def _asked(self, model: Frozen, pairs: Sequence[PreferencePair], version: Version) -> Kept:
+        rows = [(one.prompt.ids, side) for one in pairs for side in (one.chosen_ids, one.rejected_ids)]
+        ids: Ids = self.pair.ids
+        with model.open() as opened:
+            logps = sequence_logps(rows, model=opened, ids=ids, ranks=self.ranks, limits=self.limits)
+        again = " again: the file is gone" if self.goes_on else ""
+        self.say(f"stage {self.stage.name}: asked the {model.what} about {len(rows):,} responses, once each{again}")
+        return Kept(version=version, chosen=tuple(logps[0::2]), rejected=tuple(logps[1::2]))
+
+
+def read_logps(file: Path, version: Version, *, goes_on: bool) -> Kept | None:
+    """What stands in ``file``; None where there is none, or one that a stage which begins may write over.
+
+    ``CacheError`` where a stage that goes on finds numbers of other weights or responses, or none that can be read.
+    """
+    again = "put back the file as the run left it, or start over with --fresh"
+    try:
+        kept = read_record(file, Kept, fault=CacheError, again=again)
+        if kept is not None:
+            _require(kept, version, file=file, again=again)
+    except CacheError:
+        if goes_on:
+            raise
+        return None
+    return kept
+
+
+def _require(kept: Kept, version: Version, *, file: Path, again: str) -> None:
+    before, now = kept.version.model_dump(), version.model_dump()
+    other = [f"{name} {before[name]}, wanted {now[name]}" for name in now if before[name] != now[name]]
+    if other:
+        raise CacheError(f"{file}: log-probabilities of another model or of other pairs: {'; '.join(other)}\n  {again}")
+    if not len(kept.chosen) == len(kept.rejected):
+        raise CacheError(f"{file}: {len(kept.chosen)} chosen and {len(kept.rejected)} rejected responses\n  {again}")
+
+
+def write_logps(file: Path, kept: Kept) -> None:
+    """Writes them whole or not at all."""
+    make_folder(file.parent, setting="out or name")
+    write_text(file, kept.model_dump_json() + "\n")
+
+
+def pairs_sha256(pairs: Sequence[PreferencePair]) -> str:
+    """SHA-256 over the ids of all prompts and responses, in order."""
+    digest = hashlib.sha256()
+    for one in pairs:
+        digest.update(repr((one.prompt.uid, one.prompt.ids, one.chosen_ids, one.rejected_ids)).encode())
+    return digest.hexdigest()
