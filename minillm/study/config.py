@@ -14,7 +14,7 @@ from minillm.errors import ConfigError, DataError, UnsupportedCombination, did_y
 from minillm.manifests import parsed
 from minillm.measures import MEASURES
 from minillm.settings import Count, Flag, Positive, Seed, Settings, Text, headed
-from minillm.stage_base import BETTER, is_component
+from minillm.stage_base import BETTER, READ, is_component
 from minillm.study.overrides import require_heard, with_overrides
 from minillm.yaml_reader import read_yaml_file
 
@@ -66,8 +66,8 @@ class SearchConfig(Settings):
     def _check(self) -> Self:
         if len(self.values) < 2 or len(set(self.values)) < len(self.values):
             raise ConfigError(f"values: got {list(self.values)}, wanted at least two, each once")
-        if BETTER.get(self.metric) is None or self.metric == "loss":
-            known = ", ".join(name for name, better in BETTER.items() if better and name != "loss")
+        if BETTER.get(self.metric) is None or self.metric in READ:
+            known = ", ".join(name for name, better in BETTER.items() if better and name not in READ)
             raise ConfigError(f"metric {self.metric!r}: wanted a measure of text with a better side: {known}")
         return self
 

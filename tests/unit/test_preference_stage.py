@@ -11,6 +11,7 @@ from minillm.alarms import OF_PAIRS, WINDOW, Alarms
 from minillm.errors import ConfigError, UnsupportedCombination
 from minillm.preference_stage import PreferenceStage
 from minillm.stage_base import BETTER, KeepConfig
+from minillm.study.config import SearchConfig
 from minillm.text_stages import SftStage
 
 OPTIMISER = {"lr": 1e-3}
@@ -122,3 +123,10 @@ def test_the_alarm_rings_below_its_floor_and_only_there() -> None:
     assert not [one for _ in range(WINDOW) for one in off.hear({"chosen_log_ratio": -99.0})]
     other = Alarms(AlarmsConfig())  # a stage that samples has no such alarm
     assert not [one for _ in range(WINDOW) for one in other.hear({"chosen_log_ratio": -99.0})]
+
+
+@pytest.mark.parametrize("metric", ["preference_loss", "preference_accuracy", "loss"])
+def test_a_study_does_not_tune_by_a_measure_that_no_text_has(metric: str) -> None:
+    with pytest.raises(ConfigError, match="wanted a measure of text with a better side: reverse_kl"):
+        SearchConfig(values=(0.1, 0.2), metric=metric)
+    assert SearchConfig(values=(0.1, 0.2), metric="rouge_l").metric == "rouge_l"  # the control
