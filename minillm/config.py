@@ -259,33 +259,37 @@ class RunConfig(Settings):
             raise UnsupportedCombination("lora and bottleneck: a student learns by one adapter; leave one of them out")
         check_adapted(self.stages, adapter="" if self.adapter is None else self.adapter.SECTION)
         for stage in self.trained:
-            at = f"stages.{self.stages.index(stage)} ('{stage.name}')"
-            if self.adapter is not None and stage.optimiser.name == "muon":
-                setting = self.adapter.SECTION
-                raise UnsupportedCombination(
-                    f"{at} has optimiser muon with {setting}: muon makes a step of a whole matrix orthogonal, and an "
-                    f"adapter's matrices are parts of one; set optimiser.name: adamw, or leave {setting} out"
-                )
-            if asks_teacher(stage) and self.teacher is None:
-                raise UnsupportedCombination(f"{at} distils a teacher, but the run names none; add 'teacher: NAME'")
-            needed = "preferences_validation" if stage.keep.metric in OF_PAIRS else "validation"
-            if stage.validate_every > 0 and getattr(self.data, needed) is None:
-                raise UnsupportedCombination(
-                    f"{at} validates every {stage.validate_every} steps without rows to validate on; "
-                    f"add data.{needed}, or set validate_every: 0"
-                )
-            if isinstance(stage, MinillmStage) and stage.anchor is not None and self.adapter is not None:
-                setting = self.adapter.SECTION
-                raise UnsupportedCombination(
-                    f"{at} has an anchor with {setting}: an average of adapters is not the adapter of an average, and one "
-                    f"of all weights would cost what {setting} saves; set anchor: null, or leave {setting} out"
-                )
-            if isinstance(stage, MinillmStage):
-                _check_repetition(stage, self.decoding, at=at)
-            if reason := self.data.unjudged(stage.keep.metric):
-                anyones = " or ".join(name for name in ("rouge_l", "reverse_kl") if name in stage.measures)
-                raise UnsupportedCombination(f"{at} keeps by {reason}, or keep.metric: {anyones}")
+            self._check_stage(stage)
         return self
+
+    def _check_stage(self, stage: Stage) -> None:
+        """What the rest of the run does not let a stage be."""
+        at = f"stages.{self.stages.index(stage)} ('{stage.name}')"
+        if self.adapter is not None and stage.optimiser.name == "muon":
+            setting = self.adapter.SECTION
+            raise UnsupportedCombination(
+                f"{at} has optimiser muon with {setting}: muon makes a step of a whole matrix orthogonal, and an "
+                f"adapter's matrices are parts of one; set optimiser.name: adamw, or leave {setting} out"
+            )
+        if asks_teacher(stage) and self.teacher is None:
+            raise UnsupportedCombination(f"{at} distils a teacher, but the run names none; add 'teacher: NAME'")
+        needed = "preferences_validation" if stage.keep.metric in OF_PAIRS else "validation"
+        if stage.validate_every > 0 and getattr(self.data, needed) is None:
+            raise UnsupportedCombination(
+                f"{at} validates every {stage.validate_every} steps without rows to validate on; "
+                f"add data.{needed}, or set validate_every: 0"
+            )
+        if isinstance(stage, MinillmStage) and stage.anchor is not None and self.adapter is not None:
+            setting = self.adapter.SECTION
+            raise UnsupportedCombination(
+                f"{at} has an anchor with {setting}: an average of adapters is not the adapter of an average, and "
+                f"one of all weights would cost what {setting} saves; set anchor: null, or leave {setting} out"
+            )
+        if isinstance(stage, MinillmStage):
+            _check_repetition(stage, self.decoding, at=at)
+        if reason := self.data.unjudged(stage.keep.metric):
+            anyones = " or ".join(name for name in ("rouge_l", "reverse_kl") if name in stage.measures)
+            raise UnsupportedCombination(f"{at} keeps by {reason}, or keep.metric: {anyones}")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -41,7 +41,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
             "merge_stage",
             "stage_config",
             "stage_order",
-        "preference_stage",
+            "preference_stage",
             "yaml_reader",
             "data_config",
             "lora_config",
