@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minillm import api
+from minillm import run_training
 from minillm.api import distill
 from minillm.config import RunConfig, Stage
 from minillm.errors import CheckpointError
@@ -127,13 +127,13 @@ def test_branches_go_on_to_the_same_bits(
 
 def test_a_start_that_is_not_followed_is_noticed(place: Path, unbroken: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A control of the test before: every stage from the one before it."""
-    real = api._start_of
+    real = run_training.start_of
 
     def start_of(run: Any, each: Stage, **more: Any) -> Start:
         at = run.config.stages.index(each)
         return real(run, each if not at else each.model_copy(update={"start": None}), **more)
 
-    monkeypatch.setattr(api, "_start_of", start_of)
+    monkeypatch.setattr(run_training, "start_of", start_of)
     monkeypatch.setattr(
         RunConfig, "source", lambda self, each: next((b for b, e in zip(self.stages, self.stages[1:], strict=False)
                                                       if e.name == each.name), None)
@@ -154,7 +154,7 @@ def test_only_students_that_are_still_needed_must_stand_as_they_were(
     folder = stopped(config(place, "missed", *BRANCHES[:3], stage("late", start="base")), monkeypatch, after=5)
     (folder / "stages/base/student/model.safetensors").unlink()
     trained: list[str] = []
-    monkeypatch.setattr(api, "run_stage", lambda *args, **kwargs: trained.append("one"))
+    monkeypatch.setattr(run_training, "run_stage", lambda *args, **kwargs: trained.append("one"))
     with pytest.raises(CheckpointError, match="not the student that stage base handed on"):
         distill(config(place, "missed", *BRANCHES[:3], stage("late", start="base")))
     assert not trained, "found out before anything is trained"

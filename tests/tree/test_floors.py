@@ -143,7 +143,6 @@ FLOORS: dict[int, tuple[str, ...]] = {
     7: (
         *("measures", "evaluation", "generation", "teacher_caching", "results", "statistics"),
         "pair_making",
-        "plots",
         *("diagnose", "doctor", "judge", "text_measures", "self_bleu", "exposure", "calibration"),
         *("pair_accuracy", "pair_accuracy_command"),
         "plan",
@@ -160,7 +159,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
             "introduction",
         ),
     ),
-    8: ("resuming", "liti_front", "bench", "selftest", "study", "cli", "api", "__main__", "__init__"),
+    8: ("resuming", "run_training", "liti_front", "bench", "selftest", "study", "cli", "api", "__main__", "__init__"),
 }
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 MATHEMATICS = 2
