@@ -68,7 +68,7 @@ NO_RESULT = (
     *("doctor/", "plan/", "hosts.py", "hostfile.py", "leash.py", "speed.py", "profiling.py", "introduction.py"),
     *("report.py", "report_html.py", "report_lengths.py", "report_parts.py", "report_style.py", "report_text.py"),
     *("report_extras.py", "report_samples.py", "report_sets.py", "report_words.py", "own_files.py", "plots.py"),
-    *("compare/", "judge/"),
+    *("compare/", "judge/", "pair_accuracy.py", "pair_accuracy_command.py", "merge_figures.py", "liti_front.py"),
     *("progress.py", "terminal.py", "model_card.py", "trackers.py"),
     *("generated.py", "generation.py", "generation_parts.py"),
 )
@@ -106,8 +106,8 @@ def asked(study: StudyConfig, arm: str, seed: int) -> Asked:
     student = study.student_config(seed) if study.makes(arm, "student") else None
     return Asked(
         arm=arm, seed=seed, file=study.cell_file(arm, seed), run=run, teacher=teacher, student=student,
-        texts=(texts := texts_of(study, arm)),
-        made_from=made_from(run, student=student, teacher=teacher, texts=text_digests(study, texts)),
+        texts=(texts := texts_of(study, arm, seed)),
+        made_from=made_from(run, student=student, teacher=teacher, texts=text_digests(study, texts, student=student)),
     )  # fmt: skip
 
 
@@ -214,18 +214,24 @@ def made_from(
     return found
 
 
-def text_digests(study: StudyConfig, texts: Sequence[StudyText]) -> dict[str, str]:
-    """Names each text by the setting that reads it, known before it is written."""
-    return {text.reads: _text_digest(study, text) for text in texts}
+def text_digests(
+    study: StudyConfig, texts: Sequence[StudyText], *, student: RunConfig | None
+) -> dict[str, str]:  # fmt: skip
+    """Names each text by the setting that reads it, known before it is written; ``student`` makes the model that pairs
+    are of, where the study does."""
+    return {text.reads: _text_digest(study, text, student=student) for text in texts}
 
 
-def _text_digest(study: StudyConfig, text: StudyText) -> str:
+def _text_digest(study: StudyConfig, text: StudyText, *, student: RunConfig | None) -> str:
     run, teacher = text.run, study.teacher_config()
     assert run.data.train is not None and run.teacher is not None, "a recipe that distils has both"
     writer = _model_digest(run.teacher, "teachers") if teacher is None else _recipe_digest(teacher)
     wanted = {"rows": run.data.train_limit, "samples": text.samples}
     asked = [wanted, run.decoding.model_dump(), run.data.template, run.data.max_prompt_tokens]
-    return _digest([writer, _source_digest(run.data.train), run.seed, asked])
+    other = []
+    if text.reads == "preferences":
+        other.append(_model_digest(run.student, "students") if student is None else _recipe_digest(student))
+    return _digest([writer, *other, _source_digest(run.data.train), run.seed, asked])
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

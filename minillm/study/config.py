@@ -81,6 +81,13 @@ class TaughtConfig(Settings):
     """Answers to each."""
 
 
+class PairedConfig(Settings):
+    """Pairs of answers that teacher and student write once for each student, for arms that learn from preferences."""
+
+    rows: Count
+    """Both answer the first so many rows of the recipe's training data."""
+
+
 class StudyConfig(Settings):
     """What is compared with what, and where its cells are kept."""
 
@@ -101,6 +108,9 @@ class StudyConfig(Settings):
     taught: TaughtConfig | None = None
     """What the teacher answers, once, into runs/studies/NAME/taught.jsonl, for arms whose data.teacher_text names
     that file."""
+    paired: PairedConfig | None = None
+    """What teacher and student answer, once for each student, for arms whose data.preferences is
+    runs/studies/NAME/pairs.jsonl: each cell reads the pairs of the student that it starts from."""
     seeds: tuple[Seed, ...]
     """Training seeds: of rollouts, order and, with 'student', of the student's own start."""
     settings: dict[str, Any] = Field(default_factory=dict)
@@ -212,6 +222,30 @@ class StudyConfig(Settings):
         reads = {**self.settings, **self.arms[arm]}.get("data.teacher_text")
         return self.taught is not None and reads == self.taught_file
 
+    @property
+    def paired_name(self) -> str:
+        """What arms call the pairs of whichever student they start from."""
+        return f"runs/{self.run_name('pairs.jsonl')}"
+
+    def paired_file(self, seed: int) -> str:
+        """Where the pairs of the student are from which a training seed starts."""
+        if self.student is None:
+            return self.paired_name
+        made_with = seed if self.student_seed is None else self.student_seed
+        return f"runs/{self.run_name('pairs', f'{made_with}.jsonl')}"
+
+    def paired_config(self, seed: int) -> RunConfig:
+        """The run whose models answer its training prompts, for the student from which a training seed starts."""
+        assert self.paired is not None
+        made_with = seed if self.student_seed is None else self.student_seed
+        run = self._config({"data.train_limit": self.paired.rows}, made_with, name=self.run_name("pairs", made_with))
+        return run.model_copy(update={"seed": made_with})
+
+    def learns_from_paired(self, arm: str) -> bool:
+        """Whether an arm's cells need the pairs that the study makes."""
+        reads = {**self.settings, **self.arms[arm]}.get("data.preferences")
+        return self.paired is not None and reads == self.paired_name
+
     def student_config(self, seed: int) -> RunConfig | None:
         """The run that makes the student from which a training seed starts; None where the study makes none."""
         if self.student is None:
@@ -243,6 +277,8 @@ class StudyConfig(Settings):
             role: f"{run.out}/{run.name}/student" for role, run in made.items() if run is not None
         }
         replaced |= {**self.settings, **changes, "name": name, "seed": seed}
+        if replaced.get("data.preferences") == self.paired_name:
+            replaced["data.preferences"] = self.paired_file(seed)
         return load_config(self.recipe, _overrides(replaced))
 
     @property
@@ -324,7 +360,8 @@ def _short_form(study: StudyConfig) -> StudyConfig:
     short = StudyConfig(**{**whole, **study.quick, **added, **own})
 
     def moved(replaced: Mapping[str, Any]) -> dict[str, Any]:
-        return {path: short.taught_file if value == study.taught_file else value for path, value in replaced.items()}
+        own = {study.taught_file: short.taught_file, study.paired_name: short.paired_name}
+        return {path: own.get(value, value) if isinstance(value, str) else value for path, value in replaced.items()}
 
     arms = {arm: moved(replaced) for arm, replaced in short.arms.items()}
     return short.model_copy(update={"arms": arms, "settings": moved(short.settings)})

@@ -67,7 +67,7 @@ def _all(
     texts = {text.file: text for wanted in needed for text in wanted.texts}
     written = [pool.submit(_make_text, text) for text in texts.values()]
     # An arm that learns from text waits for it: such arms come last, and the text is begun first.
-    ordered = sorted(open_arms, key=lambda arm: bool(texts_of(study, arm)))
+    ordered = sorted(open_arms, key=lambda arm: bool(texts_of(study, arm, study.tuning_seed)))
     tuned = [pool.submit(_tune, study, arm, again) for arm in ordered]
     for future in as_completed([*written, *tuned]):
         for line in future.result():

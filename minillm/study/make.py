@@ -15,6 +15,7 @@ from minillm.config import RunConfig
 from minillm.errors import Alarmed, DataError, NonFinite, RunExists
 from minillm.generation import generate
 from minillm.measures import LENGTH_BUCKETS, ratios_of, reference_bucket, temperature_key
+from minillm.pair_making import make_pairs
 from minillm.ranks import Ranks
 from minillm.report_files import read_course, read_samples
 from minillm.results import versions
@@ -58,6 +59,9 @@ def make_text(text: StudyText, *, ranks: Ranks) -> None:
 
 def _write(text: StudyText, *, fresh: bool) -> None:
     assert text.run.teacher is not None, "a recipe that distils names a teacher"
+    if text.reads == "preferences":
+        make_pairs(text.run, out=text.file, fresh=fresh)
+        return
     generate(text.run.teacher, text.run, out=text.file, samples=text.samples, fresh=fresh)
 
 

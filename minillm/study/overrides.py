@@ -11,7 +11,7 @@ from minillm.yaml_reader import read_yaml
 
 _MODELS = ("student", "teacher")
 """In the file these are runs that make the models; on the command line they are the models themselves, as for a run."""
-_INSIDE = ("budget", "search", "taught")
+_INSIDE = ("budget", "search", "taught", "paired")
 """Entries of which one part may be replaced, as ``budget.amount``."""
 
 

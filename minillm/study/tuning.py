@@ -109,8 +109,8 @@ def _asked(study: StudyConfig, arm: str) -> Asked:
     student = study.student_config(seed) if study.makes(arm, "student") else None
     return Asked(
         arm=arm, seed=seed, file=study.tuning_file(arm), run=run, teacher=teacher, student=student,
-        texts=(texts := texts_of(study, arm)),
-        made_from=made_from(run, student=student, teacher=teacher, texts=text_digests(study, texts)),
+        texts=(texts := texts_of(study, arm, seed)),
+        made_from=made_from(run, student=student, teacher=teacher, texts=text_digests(study, texts, student=student)),
     )  # fmt: skip
 
 

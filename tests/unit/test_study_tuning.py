@@ -12,6 +12,7 @@ import pytest
 
 from minillm.errors import ConfigError, DataError
 from minillm.generated import read_generated
+from minillm.pair_manifest import read_pair_manifest
 from minillm.ranks import Ranks
 from minillm.study import budget, tuning
 from minillm.study.config import StudyConfig, load_study
@@ -306,3 +307,39 @@ def test_text_of_the_teacher_may_be_a_setting_of_all_arms(place: Path) -> None:
     assert chosen.learns_from_taught("plain")
     other = chosen.model_copy(update={"settings": {"data.teacher_text": "another.jsonl"}})
     assert not other.learns_from_taught("plain"), "the control: a file of somebody else's"
+
+
+PAIRS = {"kind": "preference", "steps": 2, "batch": 2, "optimiser": {"lr": 1e-2}}
+
+
+def test_an_arm_may_learn_from_pairs_of_the_student_that_it_starts_from(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    name = "runs/studies/pairs/pairs.jsonl"
+    arms: dict[str, dict[str, Any]] = {"plain": {}, "dpo": {"data.preferences": name, "stages": [PAIRS]}}
+    settings = {"decoding.max_new_tokens": 30}
+    chosen = study(
+        place,
+        "pairs",
+        arms=arms,
+        paired={"rows": 20},
+        settings=settings,
+        seeds=[1, 2],
+        student=str(place / "tune.yaml"),
+    )
+    make(chosen)
+    cells, notes = read_cells(chosen)
+    assert not notes and cells["dpo"][1]["state"] == "done"
+    made_from = [cells["dpo"][seed]["made_from"] for seed in (1, 2)]
+    assert "preferences data" not in cells["plain"][1]["made_from"]
+    assert made_from[0]["preferences data"] != made_from[1]["preferences data"], "each student has pairs of its own"
+    files = [read_pair_manifest(Path(f"runs/studies/pairs/pairs/{seed}.jsonl")) for seed in (1, 2)]
+    assert files[0] is not None and files[1] is not None and files[0].rejected.weights != files[1].rejected.weights
+    assert chosen.cell_config("dpo", 2).data.preferences == "runs/studies/pairs/pairs/2.jsonl"
+    more = chosen.model_copy(update={"paired": chosen.paired.model_copy(update={"rows": 21})})  # type: ignore[union-attr]
+    assert any("differs in preferences data" in note for note in read_cells(more)[1])
+    one = chosen.model_copy(update={"student_seed": 5})
+    assert {one.paired_file(seed) for seed in (1, 2)} == {"runs/studies/pairs/pairs/5.jsonl"}
+    foreign = chosen.model_copy(update={"arms": {"dpo": {"data.preferences": "mine.jsonl"}}})
+    assert not foreign.learns_from_paired("dpo"), "the control: a file of somebody else's"
