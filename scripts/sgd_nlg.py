@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minillm.byte_pieces import write_byte_pieces
 from minillm.errors import DataError, MinillmError
 from minillm.rows import counted, read_rows
 from minillm.slots import acts_in
@@ -39,7 +40,6 @@ MOST_REPLIES = 4
 """Replies to one prompt that are kept of the public training folders: 'anything else?' is said thousands of times."""
 PIECES = 1024
 """Ids of the tokenizer, the end of text among them."""
-END = "<|endoftext|>"
 SPLITS = {"train": "train", "dev": "train", "test": "test"}
 FILES = "dialogues_*.json"
 
@@ -192,26 +192,6 @@ def write(found: Found, out: Path, *, validation: int) -> dict[str, list[dict[st
     return files
 
 
-def write_tokenizer(rows: Iterable[dict[str, Any]], out: Path) -> int:
-    """Byte pairs learnt from training rows; how many ids there are. No text is outside them, and nothing is added to a
-    text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=PIECES, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )  # fmt: skip
-    tokenizer.train_from_iterator((text for row in rows for text in (row["prompt"], row["response"])), trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, clean_up_tokenization_spaces=False
-    ).save_pretrained(out)  # fmt: skip
-    return int(tokenizer.get_vocab_size())
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command; its exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -224,7 +204,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         found = prepared(*asked.from_jsonl) if asked.from_jsonl else public(Path(asked.source))
         files = write(found, asked.out, validation=VALIDATION)
-        ids = write_tokenizer(files["train"], asked.out / "tokenizer")
+        texts = (text for row in files["train"] for text in (row["prompt"], row["response"]))
+        ids = write_byte_pieces(texts, asked.out / "tokenizer", pieces=PIECES)
     except MinillmError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code

@@ -34,7 +34,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "weight_merging",
     ),
     3: (
-        *("settings", "alarm_config", "published", "stage_base", "text_stages", "text_mix"),
+        *("settings", "byte_pieces", "alarm_config", "published", "stage_base", "text_stages", "text_mix"),
         *(
             "minillm_settings",
             "stage_checks",
