@@ -44,7 +44,7 @@ Examples:
   minillm evaluate runs/mine/student --out runs/mine/again \\
     --config recipes/quickstart/minillm.yaml
   minillm prefers runs/mine/student --reference runs/sft/student \\
-    --pairs held-out.jsonl --config my-run.yaml
+    --pairs held-out.jsonl --config recipes/preference/dpo.yaml
   minillm report a=runs/a b=runs/b --difference a,b --out runs/a-and-b
   minillm generate runs/quickstart/teacher/student --out taught.jsonl \\
     --config recipes/quickstart/minillm.yaml

@@ -123,7 +123,7 @@ def prefers(  # noqa: PLR0917 (typer reads options from parameters)
     \b
     Example:
       minillm prefers runs/mine/student --reference runs/sft/student \\
-        --pairs held-out.jsonl --config my-run.yaml
+        --pairs held-out.jsonl --config recipes/preference/dpo.yaml
     """
     settings = _load(config, overrides)
     from minillm.pair_accuracy_command import run

@@ -105,7 +105,7 @@ def test_control_a_row_without_a_token_would_be_answered_and_measured(
     models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Let through, it is a row of padding alone, whose figures say nothing and count like any other's."""
-    monkeypatch.setattr(prompts, "_prompt_fate", lambda item, limits: None)
+    monkeypatch.setattr(prompts, "fate_of_prompt", lambda item, limits: None)
     file = lines(tmp_path / "rows.jsonl", {"id": "a", "prompt": "a"}, {"id": "hole", "prompt": ""})
     evaluate(models / "student", settings(models, file), out=tmp_path / "out")
     assert responses(tmp_path / "out").keys() == {"a", "hole"}

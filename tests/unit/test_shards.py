@@ -19,7 +19,7 @@ import pytest
 from minillm import row_names, row_sources
 from minillm.config import load_config
 from minillm.errors import ConfigError, DataError
-from minillm.preflight import _same_source
+from minillm.preflight import same_source
 from minillm.row_names import RowNames
 from minillm.row_sources import files_of
 from minillm.rows import read_corpus, read_rows
@@ -176,8 +176,8 @@ def test_what_is_held_out_is_known_by_any_file_that_it_shares(tmp_path: Path) ->
         shard(tmp_path, name, {"prompt": name})
     every, train = f"{tmp_path}/*.jsonl", f"{tmp_path}/train-*.jsonl"
     assert [file.name for file in files_of(train)] == ["train-0.jsonl", "train-1.jsonl"]
-    assert _same_source(every, f"{tmp_path}/test.jsonl") and _same_source(str(tmp_path), train)
-    assert not _same_source(train, f"{tmp_path}/test.jsonl") and not _same_source("world:train", "world:test")
+    assert same_source(every, f"{tmp_path}/test.jsonl") and same_source(str(tmp_path), train)
+    assert not same_source(train, f"{tmp_path}/test.jsonl") and not same_source("world:train", "world:test")
 
 
 def test_a_study_knows_what_all_files_of_a_source_hold(tmp_path: Path) -> None:
