@@ -22,8 +22,6 @@ from minillm.loading import fingerprint, inspect
 from minillm.lora import peft_library
 from minillm.pair_making import make_pairs
 from minillm.pairs import Pair, check_pair
-from minillm.preference_reading import pairs_in
-from minillm.preference_reference import pairs_of
 from minillm.preflight import Anchor, AnySplit, read_anchor, read_teacher_caches
 from minillm.ranks import Ranks
 from minillm.report import build_report, combine, write_reports
@@ -44,7 +42,7 @@ from minillm.resuming import (
 from minillm.run_splits import evaluated_sets, read_splits
 from minillm.run_training import Run, train
 from minillm.saving import Behind
-from minillm.stages import Start, check_rows, load_teacher
+from minillm.stages import Start, check_pairs, check_rows, load_teacher
 from minillm.store import Clock, RunFolder, make_folder
 from minillm.teacher_cache import TeacherCache
 from minillm.teacher_caching import cache_teacher
@@ -80,7 +78,7 @@ def distill(
     for stage in config.trained:
         check_rows(stage, splits[stage.reads].prompts, ranks=ranks)
         if isinstance(stage, PreferenceStage):
-            pairs_of(stage, pairs_in(splits["preferences"]))
+            check_pairs(stage, splits, pair=pair)
     folder = RunFolder(Path(config.out) / config.name, writes=ranks.first)
     made_from = _made_from(config, pair, splits, anchor, caches)
     sources = sources_of(

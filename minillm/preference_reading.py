@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from minillm.config import RunConfig
@@ -40,8 +40,9 @@ class PairSplit:
     """Counted sentences for the terminal: what was read, dropped, cut or left out."""
     sources: tuple[str, ...]
     """Names of its sources that have pairs, in their order; a single one has the name ''."""
-    teacher_weights: str = ""
-    """Fingerprint of the teacher whose log-probabilities all pairs carry; "" where that is not known."""
+    teachers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """By source: the teachers whose log-probabilities its pairs carry, as far as a manifest says so; each by the
+    fingerprint of its weights, and how it was called."""
 
     @property
     def prompts(self) -> Sequence[Prompt]:
@@ -67,16 +68,13 @@ def read_preferences(
     named = {"": source} if isinstance(source, str) else dict(source)
     reads = [_Read(config, each, pair=pair, of=key, name=f"{name} {key}".strip()) for key, each in named.items()]
     pairs = [found for read in reads for found in read.pairs(limit)]
-    teachers = {manifest.teacher_weights for read in reads for manifest in read.manifests.values()}
-    told = all(read.vouched for read in reads) and bool(teachers)
     return PairSplit(
         source=", ".join(f"{key}={each}" if key else each for key, each in named.items()),
         pairs=pairs,
         sha256=_hash(pairs),
         words=tuple(word for read in reads for word in read.words),
         sources=tuple(dict.fromkeys(found.source for found in pairs)),
-        # Of several teachers: a name that no teacher has, since no one of them is the teacher of all pairs.
-        teacher_weights=" and ".join(sorted(teachers)) if told else "",
+        teachers={source: of for read in reads for source, of in read.teachers.items()},
     )
 
 
@@ -88,8 +86,8 @@ class _Read:
         self._config, self._pair, self._of, self._name = config, pair, of, name
         self._origin = locate(source, PAIRS)
         self.words: list[str] = []
-        self.vouched = True
-        """Whether every pair has log-probabilities that a manifest vouches for."""
+        self.teachers: dict[str, dict[str, str]] = {}
+        """See ``PairSplit``."""
         self.manifests = {
             file: found for file in files_of(source) if (found := read_pair_manifest(file)) is not None
         }  # fmt: skip
@@ -118,10 +116,11 @@ class _Read:
         for source, file, rows in _some(reading, self._of, limit=limit, met=met):
             manifest = None if file is None else self.manifests.get(file)
             for pair in self._preparing.take(rows, source=source):
-                self.vouched &= manifest is not None and pair.teacher_logps is not None
                 unvouched += manifest is None and pair.teacher_logps is not None
                 if manifest is not None:
                     _require_same_ids(pair, str(file))
+                if manifest is not None and pair.teacher_logps is not None:
+                    self.teachers.setdefault(source, {})[manifest.teacher_weights] = manifest.teacher
                 yield pair
         self._say(reading, limit, met, unvouched)
 

@@ -22,12 +22,13 @@ import torch
 from minillm.cards import Card
 from minillm.config import RunConfig
 from minillm.engine_settings import read_engine_settings, zero_stage
-from minillm.errors import CacheError, DataError, UnsupportedCombination, did_you_mean
+from minillm.errors import CacheError, DataError, ManifestError, UnsupportedCombination, did_you_mean
 from minillm.loading import ModelFacts, fingerprint, load
 from minillm.manifests import read_record
 from minillm.micro_batches import Limits
 from minillm.pairs import Pair
 from minillm.pairwise_loss import soft_target
+from minillm.preference_reading import PairSplit
 from minillm.preference_stage import PreferenceStage
 from minillm.ranks import Ranks
 from minillm.sequence_logps import sequence_logps
@@ -119,6 +120,28 @@ def pairs_of(stage: PreferenceStage, pairs: Sequence[PreferencePair]) -> Sequenc
                 f"  wanted names of data.preferences: {named}"
             )
     return [pair for pair in pairs if pair.source in stage.sources]
+
+
+def require_same_teacher(
+    stage: PreferenceStage, learnt: Sequence[PreferencePair], split: PairSplit, held_out: PairSplit | None, *,
+    pair: Pair,
+) -> None:  # fmt: skip
+    """Raise ``ManifestError`` where the stage's soft targets would be another teacher's than the run names: its pairs,
+    of ``split``, bring log-probabilities, and a manifest says whose. The same of those ``held_out``."""
+    if pair.teacher_card is None or (stage.target or default_target(stage, learnt)) != "soft":
+        return
+    own = fingerprint(pair.teacher_card)
+    for read, pairs in [(split, learnt), *([] if held_out is None else [(held_out, held_out.pairs)])]:
+        if any(one.teacher_logps is None for one in pairs):
+            continue  # the run's teacher is asked about all of them
+        named = {weights: name for one in pairs for weights, name in read.teachers.get(one.source, {}).items()}
+        for weights, name in named.items():
+            if weights != own:
+                raise ManifestError(
+                    f"stage {stage.name}: target 'soft' of the log-probabilities in {read.source}, which are of "
+                    f"{name} with weights {weights}, and the run's teacher {pair.teacher_card.name} has {own}\n"
+                    "  name that teacher, make the pairs again with this one (minillm pairs), or set target: hard"
+                )
 
 
 @contextlib.contextmanager

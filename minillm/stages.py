@@ -20,8 +20,8 @@ from minillm.loop import Keep, Validate, run_steps
 from minillm.moments import Boundary, Progressed, never
 from minillm.objectives import Minillm
 from minillm.pairs import Pair
-from minillm.preference_reading import pairs_in
-from minillm.preference_reference import Frozen, Prepared, as_it_is, pairs_of, prepared
+from minillm.preference_reading import PairSplit, pairs_in
+from minillm.preference_reference import Frozen, Prepared, as_it_is, pairs_of, prepared, require_same_teacher
 from minillm.preferences import Preferences
 from minillm.preflight import AnySplit, decoding_record, limits_record, require_rows
 from minillm.prompt_table import answered
@@ -172,6 +172,14 @@ def known_of(
         teacher=_frozen_teacher(pair, teacher, ranks=ranks, say=say), ranks=ranks,
         folder=folder.notes_of(stage.name), goes_on=goes_on, limits=limits_record(config.evaluation), say=say,
     )  # fmt: skip
+
+
+def check_pairs(stage: PreferenceStage, splits: Mapping[str, AnySplit], *, pair: Pair) -> None:
+    """Raise ``DataError`` where the pairs that were read are none for this stage, or of another teacher than the
+    run's."""
+    split, held_out = splits["preferences"], splits.get("preferences_validation") if stage.validate_every else None
+    assert isinstance(split, PairSplit) and (held_out is None or isinstance(held_out, PairSplit))
+    require_same_teacher(stage, pairs_of(stage, split.pairs), split, held_out, pair=pair)
 
 
 def _frozen_teacher(pair: Pair, loaded: Teacher | None, *, ranks: Ranks, say: Callable[[str], None]) -> Frozen | None:

@@ -22,8 +22,11 @@ from minillm.errors import ConfigError, DataError, ManifestError, MinillmError
 from minillm.generated import manifest_of
 from minillm.loading import fingerprint
 from minillm.pair_manifest import PairManifest, read_pair_manifest
-from minillm.pairs import check_alone
+from minillm.pairs import check_alone, check_pair
 from minillm.preference_reading import PairSplit, read_preferences
+from minillm.preference_stage import PreferenceStage
+from minillm.run_splits import read_splits
+from minillm.stages import check_pairs
 from minillm.vocabulary import identity
 from tests import tiny
 
@@ -164,7 +167,8 @@ def test_the_manifest_says_who_wrote_it_and_a_run_reads_it(place: Path) -> None:
     assert (found.chosen.seed, found.rejected.seed) == (config.seed, config.seed + 1)
     assert found.chosen.decoding == config.decoding and found.chosen.data == found.rejected.data
     split = read(place, place / "pairs.jsonl")
-    assert split.teacher_weights == found.teacher_weights and all(pair.teacher_logps for pair in split.pairs)
+    assert split.teachers == {"": {found.teacher_weights: str(place / "teacher")}}
+    assert all(pair.teacher_logps for pair in split.pairs)
     assert split.words[0].startswith(f"preferences: {found.counts.written:,} pairs of {place}/teacher (chosen) and")
 
 
@@ -188,24 +192,59 @@ def test_a_changed_file_another_template_tokenizer_or_prompt_is_refused(place: P
             run_of(place), str(file), pair=check_alone(run_of(place), str(tmp_path / "other")), name="preferences",
             limit=None,
         )  # fmt: skip
-    assert read(place, file).teacher_weights  # the control
+    assert read(place, file).teachers  # the control
     text = file.read_text(encoding="utf-8")
     file.write_text(text.replace("-1", "-2", 1), encoding="utf-8")
     with pytest.raises(ManifestError, match=r"is not the file that its manifest was written with.*\n.*make the pairs"):
         read(place, file)
     manifest_of(file).unlink()
     found = read(place, file)
-    assert found.teacher_weights == "" and "no manifest" in found.words[-1]
+    assert found.teachers == {} and "no manifest" in found.words[-1]
 
 
-def test_pairs_of_two_teachers_are_of_no_one_teacher(place: Path, tmp_path: Path) -> None:
+def test_pairs_of_two_teachers_say_which_are_whose(place: Path, tmp_path: Path) -> None:
     one, two = copied(place, tmp_path), tmp_path / "b.jsonl"
     make_pairs(run_of(place), out=two, teacher=place / "student", student=place / "teacher", limit=12)
     both = read(place, {"a": str(one), "b": str(two)})
-    assert both.sources == ("a", "b") and both.teacher_weights not in {"", read(place, one).teacher_weights}
+    weights = {name: fingerprint(check_alone(run_of(place), str(place / name)).student_card) for name in
+               ("teacher", "student")}  # fmt: skip
+    assert both.sources == ("a", "b")
+    assert {source: set(of) for source, of in both.teachers.items()} == {
+        "a": {weights["teacher"]}, "b": {weights["student"]},
+    }  # fmt: skip
     bare = tmp_path / "c.jsonl"
     bare.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n", encoding="utf-8")
-    assert read(place, {"a": str(one), "c": str(bare)}).teacher_weights == ""
+    assert set(read(place, {"a": str(one), "c": str(bare)}).teachers) == {"a"}
+
+
+def test_soft_targets_of_another_teacher_than_the_runs_are_refused(place: Path, tmp_path: Path) -> None:
+    taught = tiny.save_model(tmp_path / "taught", "gpt2", seed=4, spread=0.1)
+    other = tiny.save_model(tmp_path / "other", "gpt2", seed=3, spread=0.1)
+    pairs = tmp_path / "pairs.jsonl"
+    make_pairs(run_of(place), out=pairs, teacher=taught, limit=12)
+
+    def check(teacher: Path | None, named: str | dict[str, str] = str(pairs), **changes: Any) -> None:
+        settings = {"kind": "preference", "steps": 1, "batch": 2, "optimiser": {"lr": 1e-3}, **changes}
+        config = run_of(
+            place, teacher=None if teacher is None else str(teacher), stages=(settings,), data={"preferences": named}
+        )
+        pair = check_pair(config)
+        (stage,) = config.trained
+        assert isinstance(stage, PreferenceStage)
+        check_pairs(stage, read_splits(config, pair), pair=pair)
+
+    for target in ("soft", None):  # which is soft by default, as all pairs bring their teacher's numbers
+        with pytest.raises(ManifestError, match=r"which are of .*/taught with weights .* the run's teacher other has"):
+            check(other, target=target)
+        check(taught, target=target)
+        check(None, target=target)
+    check(other, target="hard")
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n", encoding="utf-8")
+    both = {"a": str(pairs), "b": str(bare)}
+    check(other, both, target="soft")  # the run's teacher is asked about all of them
+    with pytest.raises(ManifestError, match="which are of"):
+        check(other, both, target="soft", sources=("a",))
 
 
 def test_answers_to_held_out_prompts_are_no_training_rows(place: Path, tmp_path: Path) -> None:

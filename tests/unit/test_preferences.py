@@ -293,7 +293,7 @@ def test_several_turns_are_dropped_on_request(place: Path, pair: Pair, tmp_path:
 def test_log_probabilities_without_a_manifest_are_taken_and_told(place: Path, pair: Pair, tmp_path: Path) -> None:
     file = save(tmp_path / "p.jsonl", row(1, teacher_logps=[-1, -2.5]), row(2))
     found = read(place, pair, file)
-    assert [each.teacher_logps for each in found.pairs] == [(-1.0, -2.5), None] and found.teacher_weights == ""
+    assert [each.teacher_logps for each in found.pairs] == [(-1.0, -2.5), None] and found.teachers == {}
     assert found.words[-1].endswith("1 pair with log-probabilities of a teacher and no manifest: nothing says which "
                                     "teacher they are of")  # fmt: skip
 
