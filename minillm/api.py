@@ -78,7 +78,7 @@ def distill(
     for stage in config.trained:
         check_rows(stage, splits[stage.reads].prompts, ranks=ranks)
         if isinstance(stage, PreferenceStage):
-            check_pairs(stage, splits, pair=pair)
+            check_pairs(config, stage, splits, pair=pair)
     folder = RunFolder(Path(config.out) / config.name, writes=ranks.first)
     made_from = _made_from(config, pair, splits, anchor, caches)
     sources = sources_of(

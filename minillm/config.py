@@ -273,6 +273,11 @@ class RunConfig(Settings):
             )
         if asks_teacher(stage) and self.teacher is None:
             raise UnsupportedCombination(f"{at} distils a teacher, but the run names none; add 'teacher: NAME'")
+        if isinstance(stage, PreferenceStage) and stage.chunk is not None and self.data.chunks is None:
+            raise UnsupportedCombination(
+                f"{at} has chunk {stage.chunk} without data.chunks, so nothing says what a chunk is; set "
+                "data.chunks: {by: source}, or leave chunk out"
+            )
         needed = "preferences_validation" if stage.keep.metric in OF_PAIRS else "validation"
         if stage.validate_every > 0 and getattr(self.data, needed) is None:
             raise UnsupportedCombination(

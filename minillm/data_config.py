@@ -20,6 +20,17 @@ NOT_SETS = ("student", "stages", "tensorboard", "checkpoints", "bad-batches", "p
 """Folders of a run that no set may be called."""
 
 
+class ChunksConfig(Settings):
+    """How the pairs of ``data.preferences`` are cut into chunks, and which of them are the easy ones."""
+
+    by: Text = "source"
+    """'source' makes each source of data.preferences a chunk; any other word names a text field of the rows, and makes
+    one of each of its values."""
+    score: Literal["sum", "mean"] = "sum"
+    """A chunk is the easier the more often the run's own student holds the chosen response for the likelier one: by the
+    log-probability of whole responses, or of their mean token. The paper does not say which."""
+
+
 class DataConfig(Settings):
     """Where rows come from and how they are read.
 
@@ -43,6 +54,8 @@ class DataConfig(Settings):
     several by their names; of a folder or pattern each file is one, by its name. 'minillm pairs' makes such a file."""
     preferences_validation: Text | None = None
     """Pairs that are held out, for measuring such stages: one source."""
+    chunks: ChunksConfig | None = None
+    """Cuts the preferences into chunks from easy to hard, for stages with a ``chunk``; one whole where not given."""
     single_turn: Flag = False
     """Keep only pairs whose prompt is a single turn of the user; all others are counted as dropped."""
     corpus: Text | None = None
@@ -160,6 +173,8 @@ class DataConfig(Settings):
             raise UnsupportedCombination(
                 "single_turn without preferences: no pair is read; add preferences, or leave it out"
             )
+        if self.chunks is not None and self.preferences is None:
+            raise UnsupportedCombination("chunks without preferences: nothing is cut; add preferences, or leave it out")
         if self.corpus_length is not None and self.corpus is None:
             raise UnsupportedCombination(
                 f"corpus_length {self.corpus_length} without a corpus: nothing is cut; add corpus, or leave it out"

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from minillm.config import RunConfig
 from minillm.evaluation_sets import shared_words
 from minillm.pairs import Pair
+from minillm.preference_chunks import chunk_words
+from minillm.preference_reading import pairs_in
 from minillm.preflight import Anchor, AnySplit
 from minillm.ranks import Ranks
 from minillm.run_splits import evaluated_sets
@@ -32,6 +34,8 @@ def introduction(
     for name in ("train", "teacher_text", "preferences", "preferences_validation"):
         if getattr(config.data, name) is not None and name not in splits:
             yield f"data.{name} is not read; no stage learns from it"
+    if "preferences" in splits:
+        yield from chunk_words(config, pairs_in(splits["preferences"]))
     yield from start_words(config.stages)
     for stage in config.trained:
         if words := unbiased_words(config, stage):

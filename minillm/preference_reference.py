@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from minillm.types import Ids, PreferencePair
 from minillm.vocabulary import identity
 
 Say = Callable[[str], None]
+AGAIN = "put back the file as the run left it, or start over with --fresh"
 Logps = tuple[float, float]
 """Of a pair's chosen and rejected response, in nats, summed over their tokens, EOS included."""
 
@@ -107,8 +108,19 @@ class Prepared:
     """Names the reference's weights, and what they compute in; a stage that goes on must find the same."""
 
 
-def pairs_of(stage: PreferenceStage, pairs: Sequence[PreferencePair]) -> Sequence[PreferencePair]:
-    """The pairs that a stage learns from, in their order: all, or those of its sources."""
+def pairs_of(
+    stage: PreferenceStage, pairs: Sequence[PreferencePair], *, chunks: Mapping[str, Sequence[PreferencePair]]
+) -> Sequence[PreferencePair]:
+    """The pairs that a stage learns from, in their order: all, those of its sources, or those of its chunk; ``chunks``
+    are by name, the easiest first, and not looked at where the stage has none. ``DataError`` where there is no such
+    source or chunk."""
+    if stage.chunk is not None:
+        if stage.chunk > len(chunks):
+            raise DataError(
+                f"stage {stage.name}: chunk {stage.chunk}, and there are {len(chunks):,} of them: "
+                f"{', '.join(map(repr, chunks))}\n  name another chunk, or set data.chunks.by"
+            )
+        return list(chunks.values())[stage.chunk - 1]
     if stage.sources is None:
         return pairs
     there = dict.fromkeys(pair.source for pair in pairs)
@@ -270,10 +282,7 @@ class _Asking:
     def _logps(self, model: Frozen, pairs: Sequence[PreferencePair], name: str) -> Sequence[Logps]:
         """From the file, or from the model."""
         file = self.folder / f"{model.what}{name}.json"
-        version = Version(
-            weights=model.weights, tokenizer=identity(self.pair.tokenizer), real_ids=self.pair.real_ids,
-            dtype=model.dtype, pairs=pairs_sha256(pairs),
-        )  # fmt: skip
+        version = version_of(model, pairs, pair=self.pair)
         kept = self.ranks.of_first(lambda: read_logps(file, version, goes_on=self.goes_on))
         if kept is None:
             kept = self._asked(model, pairs, version)
@@ -297,11 +306,10 @@ def read_logps(file: Path, version: Version, *, goes_on: bool) -> Kept | None:
 
     ``CacheError`` where a stage that goes on finds numbers of other weights or responses, or none that can be read.
     """
-    again = "put back the file as the run left it, or start over with --fresh"
     try:
-        kept = read_record(file, Kept, fault=CacheError, again=again)
+        kept = read_record(file, Kept, fault=CacheError, again=AGAIN)
         if kept is not None:
-            _require(kept, version, file=file, again=again)
+            _require(kept, version, file=file, again=AGAIN)
     except CacheError:
         if goes_on:
             raise
@@ -309,11 +317,24 @@ def read_logps(file: Path, version: Version, *, goes_on: bool) -> Kept | None:
     return kept
 
 
-def _require(kept: Kept, version: Version, *, file: Path, again: str) -> None:
-    before, now = kept.version.model_dump(), version.model_dump()
+def version_of(model: Frozen, pairs: Sequence[PreferencePair], *, pair: Pair) -> Version:
+    """Names what a model says of these pairs."""
+    return Version(
+        weights=model.weights, tokenizer=identity(pair.tokenizer), real_ids=pair.real_ids, dtype=model.dtype,
+        pairs=pairs_sha256(pairs),
+    )  # fmt: skip
+
+
+def require_version(found: Version, wanted: Version, *, file: Path, what: str, again: str) -> None:
+    """Raise ``CacheError`` where what stands in a file is of another version; the message names all that differs."""
+    before, now = found.model_dump(), wanted.model_dump()
     other = [f"{name} {before[name]}, wanted {now[name]}" for name in now if before[name] != now[name]]
     if other:
-        raise CacheError(f"{file}: log-probabilities of another model or of other pairs: {'; '.join(other)}\n  {again}")
+        raise CacheError(f"{file}: {what} of another model or of other pairs: {'; '.join(other)}\n  {again}")
+
+
+def _require(kept: Kept, version: Version, *, file: Path, again: str) -> None:
+    require_version(kept.version, version, file=file, what="log-probabilities", again=again)
     if not len(kept.chosen) == len(kept.rejected):
         raise CacheError(f"{file}: {len(kept.chosen)} chosen and {len(kept.rejected)} rejected responses\n  {again}")
 

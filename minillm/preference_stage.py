@@ -52,6 +52,8 @@ class PreferenceStage(BaseStage):
     """Weight of the cross-entropy of the chosen responses, per token, beside the pairs' loss, from 0."""
     sources: tuple[Text, ...] | None = None
     """Names of data.preferences whose pairs are learnt from; all where not given."""
+    chunk: Count | None = None
+    """Which chunk of data.chunks is learnt from, counted from 1, the easiest; all pairs where not given."""
     sequential_kl: Flag = False
     """Measures both sides' sequential KL from the reference in a stage with 'value: dpo', which then keeps the
     reference loaded; the others do so anyway."""
@@ -123,6 +125,11 @@ class PreferenceStage(BaseStage):
             )
         if self.label_noise >= TOSS_UP:
             raise ConfigError(f"label_noise {self.label_noise:g}: wanted below {TOSS_UP}; such labels say nothing")
+        if self.chunk is not None and self.sources is not None:
+            raise UnsupportedCombination(
+                f"chunk {self.chunk} with sources {list(self.sources)}: both say which pairs are learnt from; "
+                "leave one out"
+            )
         if self.sources is not None and len(set(self.sources)) < max(1, len(self.sources)):
             raise ConfigError(f"sources: got {list(self.sources)}, wanted at least one name, and each once")
         return self

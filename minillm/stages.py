@@ -20,6 +20,7 @@ from minillm.loop import Keep, Validate, run_steps
 from minillm.moments import Boundary, Progressed, never
 from minillm.objectives import Minillm
 from minillm.pairs import Pair
+from minillm.preference_chunks import Chunks, chunks_of, ordered_chunks
 from minillm.preference_reading import PairSplit, pairs_in
 from minillm.preference_reference import Frozen, Prepared, as_it_is, pairs_of, prepared, require_same_teacher
 from minillm.preferences import Preferences
@@ -164,22 +165,50 @@ def known_of(
     """What a preference stage knows of its pairs when it begins; its reference, which is the weights of ``start``,
     lives for the block."""
     card = start.card if start.adapter is None else start.card.of_folder(start.adapter.parent)
+    chunks = _chunks(config, stage, pair=pair, splits=splits, ranks=ranks, folder=folder, goes_on=goes_on, say=say)
     held_out = splits.get("preferences_validation") if stage.validate_every else None
     return prepared(
         config, stage, card=card, facts=inspect(card), pair=pair,
-        learnt=pairs_of(stage, pairs_in(splits["preferences"])),
+        learnt=pairs_of(stage, pairs_in(splits["preferences"]), chunks=chunks),
         validation=None if held_out is None else pairs_in(held_out),
         teacher=_frozen_teacher(pair, teacher, ranks=ranks, say=say), ranks=ranks,
         folder=folder.notes_of(stage.name), goes_on=goes_on, limits=limits_record(config.evaluation), say=say,
     )  # fmt: skip
 
 
-def check_pairs(stage: PreferenceStage, splits: Mapping[str, AnySplit], *, pair: Pair) -> None:
+def _chunks(
+    config: RunConfig, stage: PreferenceStage, *, pair: Pair, splits: Mapping[str, AnySplit], ranks: Ranks,
+    folder: RunFolder, goes_on: bool, say: Callable[[str], None],
+) -> Chunks:  # fmt: skip
+    """The run's chunks from easy to hard, where the stage learns from one; logged where it is the first that does."""
+    if stage.chunk is None:
+        return {}
+    order, chunks = ordered_chunks(
+        config, pairs_in(splits["preferences"]), pair=pair, ranks=ranks, file=folder.chunks,
+        limits=limits_record(config.evaluation), say=say,
+    )  # fmt: skip
+    first = next(each for each in config.trained if isinstance(each, PreferenceStage) and each.chunk is not None)
+    if stage is first and not goes_on:  # a stage that goes on has the line: it was logged before its first step
+        asked, measured = order.version, [each.model_dump(mode="json") for each in order.chunks]
+        folder.log(
+            {
+                "kind": "chunks", "stage": stage.name, "step": 0, "update": 0, "by": asked.by, "score": asked.score,
+                "weights": asked.weights, "chunks": measured,
+            }
+        )  # fmt: skip
+    return chunks
+
+
+def check_pairs(config: RunConfig, stage: PreferenceStage, splits: Mapping[str, AnySplit], *, pair: Pair) -> None:
     """Raise ``DataError`` where the pairs that were read are none for this stage, or of another teacher than the
     run's."""
     split, held_out = splits["preferences"], splits.get("preferences_validation") if stage.validate_every else None
     assert isinstance(split, PairSplit) and (held_out is None or isinstance(held_out, PairSplit))
-    require_same_teacher(stage, pairs_of(stage, split.pairs), split, held_out, pair=pair)
+    chunks = chunks_of(split.pairs, config.data.chunks.by) if config.data.chunks is not None else {}
+    own = pairs_of(stage, split.pairs, chunks=chunks)
+    # Which chunk is the stage's is known once they are measured: it may be any of them.
+    for learnt in [own] if stage.chunk is None else chunks.values():
+        require_same_teacher(stage, learnt, split, held_out, pair=pair)
 
 
 def _frozen_teacher(pair: Pair, loaded: Teacher | None, *, ranks: Ranks, say: Callable[[str], None]) -> Frozen | None:

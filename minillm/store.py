@@ -31,9 +31,11 @@ BAD_BATCHES = "bad-batches"
 """The folder of batches in which a number was not finite."""
 PROFILE = "profile"
 """The folder of traces of the profiler."""
+CHUNKS = "chunks.json"
+"""Which chunks a run's pairs were cut into, from easy to hard."""
 UNFINISHED = "samples.partial.jsonl"
 """What an evaluation has before it is done: of samples.jsonl, and of what exposure and calibration read."""
-RESULTS = ("run.json", "metrics.jsonl", "samples.jsonl", UNFINISHED, "results.json", "report.html")
+RESULTS = ("run.json", "metrics.jsonl", CHUNKS, "samples.jsonl", UNFINISHED, "results.json", "report.html")
 """Files that a run makes beside config.yaml and student/."""
 
 
@@ -60,6 +62,11 @@ class RunFolder:
     def notes_of(self, stage: str) -> Path:
         """Where a stage keeps what it found out before it trained."""
         return self.path / "stages" / stage
+
+    @property
+    def chunks(self) -> Path:
+        """Where the order of a run's chunks stands, if its pairs are cut into such."""
+        return self.path / CHUNKS
 
     def standing(self, config_text: str) -> Standing:
         """What the folder holds for this configuration; nothing is changed.

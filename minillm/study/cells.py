@@ -40,8 +40,10 @@ SINCE = {
     "lora": None, "bottleneck": None,
     "data.teacher_text": None, "data.train_limit": None, "data.train_responses": None,
     "data.preferences": None, "data.preferences_validation": None, "data.preferences_limit": None,
-    "data.single_turn": False, "data.checker": None, "evaluation.exposure": None, "evaluation.calibration": False,
+    "data.single_turn": False, "data.chunks": None, "data.checker": None,
+    "evaluation.exposure": None, "evaluation.calibration": False,
     "stages.non_finite": "stop", "stages.max_dropped_rows": 8, "stages.start": None, "stages.anchor": None,
+    "stages.chunk": None,
 }  # fmt: skip
 """Settings that came after the first cells were committed, and the values at which they change nothing. At these they
 have no part in the digest of a recipe, or every model that a study made before them would count as another."""

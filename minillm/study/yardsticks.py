@@ -39,6 +39,7 @@ NO_PART = {
 }  # fmt: skip
 NO_PART_BELOW = (
     "stages.", "data.corpus", "data.validation", "data.teacher_text", "data.preferences", "data.single_turn",
+    "data.chunks",
 )  # fmt: skip
 """Settings and sources that training reads, and no yardstick."""
 OF_TRAINING_ROWS = ("data.train", "train data")

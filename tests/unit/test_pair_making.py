@@ -231,7 +231,7 @@ def test_soft_targets_of_another_teacher_than_the_runs_are_refused(place: Path, 
         pair = check_pair(config)
         (stage,) = config.trained
         assert isinstance(stage, PreferenceStage)
-        check_pairs(stage, read_splits(config, pair), pair=pair)
+        check_pairs(config, stage, read_splits(config, pair), pair=pair)
 
     for target in ("soft", None):  # which is soft by default, as all pairs bring their teacher's numbers
         with pytest.raises(ManifestError, match=r"which are of .*/taught with weights .* the run's teacher other has"):
