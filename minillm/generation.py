@@ -3,7 +3,7 @@
 For distillation on whole sequences: the teacher answers, and the student is trained on the answers. What is drawn
 depends on the question (``generated.Question``) and on nothing else: not on batches, ranks or interruptions.
 
-Legend: B rows of a batch, T response positions. A *cell* is (place of a prompt in its split, which of its samples).
+A *cell* is (place of a prompt in its split, which of its samples).
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from minillm.batches import prompt_batch
 from minillm.config import RunConfig
-from minillm.decode import roll_out
+from minillm.drawing import Drawing, Drawn
 from minillm.errors import ConfigError, DataError, did_you_mean, visible
 from minillm.generated import (
     SUFFIX,
@@ -32,8 +31,6 @@ from minillm.generated import (
 )
 from minillm.generation_parts import Answer, Cell, Parts
 from minillm.loading import fingerprint
-from minillm.micro_batches import alike
-from minillm.models import ModelReader
 from minillm.pairs import Pair, check_alone
 from minillm.preflight import Split, decoding_record, limits_record, read_split
 from minillm.progress import Progress
@@ -45,7 +42,7 @@ from minillm.row_sources import files_of
 from minillm.rows import counted, read_rows
 from minillm.stages import load_teacher
 from minillm.store import make_folder, require_writable, write_text
-from minillm.types import DrawKey, Prompt, Purpose, Stop
+from minillm.types import Prompt, Stop
 from minillm.vocabulary import identity
 
 SPLITS = ("train", "validation", "test")
@@ -218,18 +215,18 @@ def _answer(
 ) -> dict[Cell, Answer]:
     """Answers to all of these cells, on every rank; each batch of all ranks is kept on disk as soon as it is there."""
     model = load_teacher(pair, ranks=ranks, say=lambda line: _say(ranks, line))
-    batches = alike(
-        [len(prompts[place].ids) for place, _ in cells], limits=limits_record(config.evaluation), ranks=ranks.size,
-        more=config.decoding.max_new_tokens,
-    )[ranks.rank]  # fmt: skip
+    drawing = Drawing(
+        pair=pair, decoding=decoding_record(config.decoding), limits=limits_record(config.evaluation), ranks=ranks,
+        seed=config.seed,
+    )  # fmt: skip
+    batches = drawing.batches(cells, prompts)
     bar = Progress(f"generate {pair.student_card.name}", total=len(batches), unit="batches", shown=ranks.first)
     answers: dict[Cell, Answer] = {}
     tokens = cut = 0
     try:
         for piece, batch in enumerate(batches):
-            new: list[Answer] = ranks.gather_objects(
-                _draw([cells[index] for index in batch], config, pair, prompts, reader=model.reader, ranks=ranks)
-            )
+            drawn = drawing.draw(batch, prompts, reader=model.reader)
+            new: list[Answer] = ranks.gather_objects(_read_back(drawn, pair, prompts))
             ranks.of_first(lambda new=new: parts.append(new))  # type: ignore[misc]
             answers |= {answer.cell: answer for answer in new}
             tokens += sum(answer.tokens for answer in new)
@@ -241,40 +238,16 @@ def _answer(
     return answers
 
 
-def _draw(
-    cells: Sequence[Cell], config: RunConfig, pair: Pair, prompts: Sequence[Prompt], *, reader: ModelReader,
-    ranks: Ranks,
-) -> list[Answer]:  # fmt: skip
-    """This rank's answers to one batch; with no cells it still keeps step with the other ranks."""
-    batch = prompt_batch(
-        [prompts[place] for place, _ in cells], [sample for _, sample in cells], pad_id=pair.ids.pad,
-        device=reader.device,
-    )  # fmt: skip
-    rollout = ranks.together(
-        lambda: roll_out(
-            batch,
-            student=reader,
-            decoding=decoding_record(config.decoding),
-            key=DrawKey(seed=config.seed, stage="", purpose=Purpose.GENERATION, rollout=0),
-            eos_ids=pair.ids.eos,
-            pad_id=pair.ids.pad,
-            anyone=ranks.anyone if reader.lockstep else bool,
-        )
-    )
-    kept = [int(length) - (stop != Stop.LENGTH) for length, stop in zip(rollout.length_B, rollout.stop_B, strict=True)]
-    ids: list[list[int]] = [rollout.response_BT[row, :length].tolist() for row, length in enumerate(kept)]
-    texts = [_text(each, pair) for each in ids]
-    read = encode(texts, pair.tokenizer, uids=batch.uid_B)
+def _read_back(drawn: Sequence[Drawn], pair: Pair, prompts: Sequence[Prompt]) -> list[Answer]:
+    """The answers as they are written: text, and whether it says the ids that were drawn."""
+    uids = [prompts[each.cell[0]].uid for each in drawn]
+    read = encode([each.text for each in drawn], pair.tokenizer, uids=uids)
     return [
-        Answer(cell=cell, text=text, stop=str(stop), tokens=len(drawn), respelt=list(again) != drawn)
-        for cell, text, stop, drawn, again in zip(cells, texts, rollout.stop_B, ids, read, strict=True)
+        Answer(
+            cell=each.cell, text=each.text, stop=str(each.stop), tokens=len(each.ids), respelt=tuple(again) != each.ids
+        )
+        for each, again in zip(drawn, read, strict=True)
     ]
-
-
-def _text(ids: list[int], pair: Pair) -> str:
-    """What the ids say, spaces at its ends too: what is in the text is what is learnt."""
-    text = str(pair.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-    return text.replace("\x00", "")  # a byte that a model may draw and no prompt file may hold
 
 
 def _fields(row: Row) -> dict[str, Any]:

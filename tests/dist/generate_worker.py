@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from minillm import generate, generation
+from minillm import drawing, generate
 from minillm.lost import leave
 from minillm.ranks import Ranks
 from minillm.types import DrawKey
@@ -45,6 +45,6 @@ if __name__ == "__main__":
     for each in CELLS:
         write(top, each, f"{each}-two", batch=4)
     rank = Ranks().rank
-    generation.DrawKey = lambda **key: dataclasses.replace(DrawKey(**key), seed=rank)  # type: ignore[misc,assignment]
+    drawing.DrawKey = lambda **key: dataclasses.replace(DrawKey(**key), seed=rank)  # type: ignore[misc,assignment]
     write(top, CELLS[0], STREAMED, batch=4)
     leave(0)  # left to the end of Python, gloo sometimes aborts

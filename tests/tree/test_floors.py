@@ -127,7 +127,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "bad_batches",
         *("gold", "sequence_logps"),
         "references",
-        *("preference_reference", "preference_chunks", "preferred_rows", "preferences"),
+        *("preference_reference", "preference_chunks", "drawing", "preferred_rows", "preferences"),
         "distillation",
         "objectives",
         "moments",

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from minillm import cli, generate, generation
+from minillm import cli, drawing, generate, generation
 from minillm.config import RunConfig, dump_config
 from minillm.errors import (
     ConfigError,
@@ -158,7 +158,7 @@ def test_another_seed_or_purpose_changes_the_text(place: Path, tmp_path: Path, m
     """Negative control of the test above: equal bytes are no matter of course."""
     made(place, tmp_path / "a.jsonl")
     made(place, tmp_path / "b.jsonl", config=run_of(place, seed=11))
-    monkeypatch.setattr(generation, "Purpose", SimpleNamespace(GENERATION=Purpose.EVALUATION))
+    monkeypatch.setattr(drawing, "Purpose", SimpleNamespace(GENERATION=Purpose.EVALUATION))
     made(place, tmp_path / "c.jsonl")
     assert len({(tmp_path / f"{name}.jsonl").read_bytes() for name in "abc"}) == 3
 
@@ -209,13 +209,13 @@ def test_an_interrupted_call_goes_on_where_it_stopped(
         interrupt_after(1, patch)
         made(place, out, batch=5)
     drawn: list[int] = []
-    plain = generation._draw
+    plain = drawing.Drawing.draw
 
-    def draw(cells: Any, *more: Any, **options: Any) -> Any:
+    def draw(self: drawing.Drawing, cells: Any, *more: Any, **options: Any) -> Any:
         drawn.append(len(cells))
-        return plain(cells, *more, **options)
+        return plain(self, cells, *more, **options)
 
-    monkeypatch.setattr(generation, "_draw", draw)
+    monkeypatch.setattr(drawing.Drawing, "draw", draw)
     made(place, out, batch=5)
     done = len(ROWS) - sum(drawn)
     assert 10 < done < len(ROWS) and f"left {done} answers; going on from there" in capsys.readouterr().out
