@@ -38,7 +38,7 @@ EFFECTS = {
     Effect.ANOTHER_RUN: (
         "seed", "student", "teacher", "data", "lora", "bottleneck", "stages.kind", "stages.name", "stages.start",
         "stages.anchor", "stages.keep", "stages.optimiser.name", "stages.teacher_cache", "stages.student_share",
-        "stages.replay", "stages.sources", "stages.chunk",
+        "stages.replay", "stages.sources", "stages.chunk", "stages.refresh_rejected",
     ),
 }  # fmt: skip
 """By the path of a setting, without the numbers of stages, or of a section whose settings are all alike; the longest

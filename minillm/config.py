@@ -273,11 +273,8 @@ class RunConfig(Settings):
             )
         if asks_teacher(stage) and self.teacher is None:
             raise UnsupportedCombination(f"{at} distils a teacher, but the run names none; add 'teacher: NAME'")
-        if isinstance(stage, PreferenceStage) and stage.chunk is not None and self.data.chunks is None:
-            raise UnsupportedCombination(
-                f"{at} has chunk {stage.chunk} without data.chunks, so nothing says what a chunk is; set "
-                "data.chunks: {by: source}, or leave chunk out"
-            )
+        if isinstance(stage, PreferenceStage):
+            self._check_pairs(stage, at=at)
         needed = "preferences_validation" if stage.keep.metric in OF_PAIRS else "validation"
         if stage.validate_every > 0 and getattr(self.data, needed) is None:
             raise UnsupportedCombination(
@@ -295,6 +292,20 @@ class RunConfig(Settings):
         if reason := self.data.unjudged(stage.keep.metric):
             anyones = " or ".join(name for name in ("rouge_l", "reverse_kl") if name in stage.measures)
             raise UnsupportedCombination(f"{at} keeps by {reason}, or keep.metric: {anyones}")
+
+    def _check_pairs(self, stage: PreferenceStage, *, at: str) -> None:
+        """Raise where nothing says what a stage's chunk is, or how likely its teacher holds a response."""
+        if stage.chunk is not None and self.data.chunks is None:
+            raise UnsupportedCombination(
+                f"{at} has chunk {stage.chunk} without data.chunks, so nothing says what a chunk is; set "
+                "data.chunks: {by: source}, or leave chunk out"
+            )
+        may_be_soft = stage.link == "sigmoid" and stage.target in {None, "soft"}
+        if stage.refresh_rejected and may_be_soft and self.teacher is None:
+            raise UnsupportedCombination(
+                f"{at} has refresh_rejected with target '{stage.target or 'null'}' and the run names no teacher: "
+                "nothing would say how likely the fresh responses are; add 'teacher: NAME', or set target: hard"
+            )
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -14,10 +14,7 @@ from typing import Literal
 
 from minillm.config import PreferenceStage, RunConfig
 from minillm.errors import CacheError, DataError, did_you_mean
-from minillm.manifests import read_record
-from minillm.micro_batches import Limits
-from minillm.pairs import Pair
-from minillm.preference_reference import (
+from minillm.frozen_models import (
     AGAIN,
     Frozen,
     Logps,
@@ -27,6 +24,9 @@ from minillm.preference_reference import (
     require_version,
     version_of,
 )
+from minillm.manifests import read_record
+from minillm.micro_batches import Limits
+from minillm.pairs import Pair
 from minillm.ranks import Ranks
 from minillm.rows import counted
 from minillm.sequence_logps import sequence_logps

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,42 +20,32 @@ import torch
 
 from minillm.cards import Card
 from minillm.config import RunConfig
-from minillm.engine_settings import read_engine_settings, zero_stage
 from minillm.errors import CacheError, DataError, ManifestError, UnsupportedCombination, did_you_mean
-from minillm.loading import ModelFacts, fingerprint, load
+from minillm.frozen_models import (
+    AGAIN,
+    Frozen,
+    Logps,
+    Say,
+    Version,
+    as_it_is,
+    reference_of,
+    require_version,
+    version_of,
+)
+from minillm.loading import ModelFacts, fingerprint
 from minillm.manifests import read_record
 from minillm.micro_batches import Limits
 from minillm.pairs import Pair
 from minillm.pairwise_loss import soft_target
 from minillm.preference_reading import PairSplit
+from minillm.preference_refresh import refreshed
 from minillm.preference_stage import PreferenceStage
 from minillm.ranks import Ranks
 from minillm.sequence_logps import sequence_logps
-from minillm.settings import Count, Settings, Text
+from minillm.settings import Settings
 from minillm.store import make_folder, write_text
 from minillm.teacher_engine import Teacher
 from minillm.types import Ids, PreferencePair
-from minillm.vocabulary import identity
-
-Say = Callable[[str], None]
-AGAIN = "put back the file as the run left it, or start over with --fresh"
-Logps = tuple[float, float]
-"""Of a pair's chosen and rejected response, in nats, summed over their tokens, EOS included."""
-
-
-class Version(Settings):
-    """Whose numbers they are, and of what: log-probabilities with equal versions are equal."""
-
-    weights: Text
-    """Fingerprint of the model's weights (``loading.fingerprint``)."""
-    tokenizer: Text
-    """Of what its tokenizer reads (``vocabulary.identity``)."""
-    real_ids: Count
-    """Ids that the distributions are over."""
-    dtype: Text
-    """What the model computes in."""
-    pairs: Text
-    """SHA-256 over the ids of all prompts and responses, in order."""
 
 
 class Kept(Settings):
@@ -70,17 +59,6 @@ class Kept(Settings):
     """In the pairs' order."""
     rejected: tuple[float, ...]
     """In the pairs' order."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Frozen:
-    """A model that is asked about responses and never trained, and how it is opened."""
-
-    what: str
-    """"reference" or "teacher": names its file."""
-    weights: str
-    dtype: str
-    open: Callable[[], contextlib.AbstractContextManager[Teacher]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +121,9 @@ def require_same_teacher(
     if pair.teacher_card is None or (stage.target or default_target(stage, learnt)) != "soft":
         return
     own = fingerprint(pair.teacher_card)
-    for read, pairs in [(split, learnt), *([] if held_out is None else [(held_out, held_out.pairs)])]:
+    # Of pairs that are drawn anew the run's teacher is asked in every case.
+    asked = [] if stage.refresh_rejected else [(split, learnt)]
+    for read, pairs in [*asked, *([] if held_out is None else [(held_out, held_out.pairs)])]:
         if any(one.teacher_logps is None for one in pairs):
             continue  # the run's teacher is asked about all of them
         named = {weights: name for one in pairs for weights, name in read.teachers.get(one.source, {}).items()}
@@ -181,14 +161,19 @@ def prepared(
     asked for and there is none. To be called on all ranks.
     """
     reference = reference_of(config, card, facts, pair=pair, ranks=ranks)
-    target = stage.target or default_target(stage, learnt)
+    target = stage.target or default_target(stage, learnt)  # of the pairs as the data has them
     once = stage.value == "dpo" and not stage.keeps_reference
     with contextlib.ExitStack() as stack:
         live = stack.enter_context(reference.open()) if stage.keeps_reference else None
+        asked = reference if live is None else dataclasses.replace(reference, open=partial(as_it_is, live))
+        if stage.refresh_rejected:
+            learnt = refreshed(
+                config, stage.name, learnt, model=asked, pair=pair, ranks=ranks, folder=folder, goes_on=goes_on,
+                limits=limits, say=say,
+            )  # fmt: skip
         ask = _Asking(
             stage=stage, pair=pair, ranks=ranks, folder=folder, goes_on=goes_on, limits=limits, say=say,
-            reference=reference if live is None else dataclasses.replace(reference, open=partial(as_it_is, live)),
-            teacher=teacher, soft=target == "soft", keeps=once,
+            reference=asked, teacher=teacher, soft=target == "soft", keeps=once,
         )  # fmt: skip
         found = {"": learnt, "-validation": validation or ()}
         known = {name: ask.known(pairs, name) for name, pairs in found.items() if pairs}
@@ -204,36 +189,6 @@ def default_target(stage: PreferenceStage, pairs: Sequence[PreferencePair]) -> L
     """``soft`` where every pair brings what its teacher says and the link can be compared with it, else ``hard``."""
     taught = all(one.teacher_logps is not None for one in pairs)
     return "soft" if taught and stage.link == "sigmoid" else "hard"
-
-
-def reference_of(config: RunConfig, card: Card, facts: ModelFacts, *, pair: Pair, ranks: Ranks) -> Frozen:
-    """The frozen model of a card as the student computes: sharded where the student is."""
-    bf16 = config.engine.precision == "bf16"
-    sharded = zero_stage(read_engine_settings(config.engine.student)) == 3 and card.as_in_files
-    dtype = torch.bfloat16 if bf16 else torch.float32
-
-    @contextlib.contextmanager
-    def opened() -> Iterator[Teacher]:
-        model = Teacher(
-            lambda: load(card, facts, seed=config.seed, dtype=dtype),
-            ranks=ranks,
-            placement="zero3" if sharded else "replicated",
-            precision=config.engine.precision,
-            real_ids=pair.real_ids,
-        )
-        try:
-            yield model
-        finally:
-            model.close()
-
-    weights = ranks.of_first(lambda: fingerprint(card, seed=config.seed))
-    return Frozen(what="reference", weights=weights, dtype=str(dtype).removeprefix("torch."), open=opened)
-
-
-@contextlib.contextmanager
-def as_it_is(model: Teacher) -> Iterator[Teacher]:
-    """A model that somebody else opened, and closes."""
-    yield model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -317,22 +272,6 @@ def read_logps(file: Path, version: Version, *, goes_on: bool) -> Kept | None:
     return kept
 
 
-def version_of(model: Frozen, pairs: Sequence[PreferencePair], *, pair: Pair) -> Version:
-    """Names what a model says of these pairs."""
-    return Version(
-        weights=model.weights, tokenizer=identity(pair.tokenizer), real_ids=pair.real_ids, dtype=model.dtype,
-        pairs=pairs_sha256(pairs),
-    )  # fmt: skip
-
-
-def require_version(found: Version, wanted: Version, *, file: Path, what: str, again: str) -> None:
-    """Raise ``CacheError`` where what stands in a file is of another version; the message names all that differs."""
-    before, now = found.model_dump(), wanted.model_dump()
-    other = [f"{name} {before[name]}, wanted {now[name]}" for name in now if before[name] != now[name]]
-    if other:
-        raise CacheError(f"{file}: {what} of another model or of other pairs: {'; '.join(other)}\n  {again}")
-
-
 def _require(kept: Kept, version: Version, *, file: Path, again: str) -> None:
     require_version(kept.version, version, file=file, what="log-probabilities", again=again)
     if not len(kept.chosen) == len(kept.rejected):
@@ -343,11 +282,3 @@ def write_logps(file: Path, kept: Kept) -> None:
     """Writes them whole or not at all."""
     make_folder(file.parent, setting="out or name")
     write_text(file, kept.model_dump_json() + "\n")
-
-
-def pairs_sha256(pairs: Sequence[PreferencePair]) -> str:
-    """SHA-256 over the ids of all prompts and responses, in order."""
-    digest = hashlib.sha256()
-    for one in pairs:
-        digest.update(repr((one.prompt.uid, one.prompt.ids, one.chosen_ids, one.rejected_ids)).encode())
-    return digest.hexdigest()

@@ -54,6 +54,9 @@ class PreferenceStage(BaseStage):
     """Names of data.preferences whose pairs are learnt from; all where not given."""
     chunk: Count | None = None
     """Which chunk of data.chunks is learnt from, counted from 1, the easiest; all pairs where not given."""
+    refresh_rejected: Flag = False
+    """When the stage begins, its start answers each prompt anew, and that answer is the rejected one, unless it is cut,
+    empty or the chosen one."""
     sequential_kl: Flag = False
     """Measures both sides' sequential KL from the reference in a stage with 'value: dpo', which then keeps the
     reference loaded; the others do so anyway."""

@@ -15,6 +15,7 @@ from minillm.alarms import Alarms
 from minillm.cards import Card
 from minillm.config import MinillmStage, PreferenceStage, RunConfig, Stage
 from minillm.distillation import Distil
+from minillm.frozen_models import Frozen, as_it_is
 from minillm.loading import ModelFacts, fingerprint, inspect, load
 from minillm.loop import Keep, Validate, run_steps
 from minillm.moments import Boundary, Progressed, never
@@ -22,7 +23,7 @@ from minillm.objectives import Minillm
 from minillm.pairs import Pair
 from minillm.preference_chunks import Chunks, chunks_of, ordered_chunks
 from minillm.preference_reading import PairSplit, pairs_in
-from minillm.preference_reference import Frozen, Prepared, as_it_is, pairs_of, prepared, require_same_teacher
+from minillm.preference_reference import Prepared, pairs_of, prepared, require_same_teacher
 from minillm.preferences import Preferences
 from minillm.preflight import AnySplit, decoding_record, limits_record, require_rows
 from minillm.prompt_table import answered

@@ -43,7 +43,7 @@ SINCE = {
     "data.single_turn": False, "data.chunks": None, "data.checker": None,
     "evaluation.exposure": None, "evaluation.calibration": False,
     "stages.non_finite": "stop", "stages.max_dropped_rows": 8, "stages.start": None, "stages.anchor": None,
-    "stages.chunk": None,
+    "stages.chunk": None, "stages.refresh_rejected": False,
 }  # fmt: skip
 """Settings that came after the first cells were committed, and the values at which they change nothing. At these they
 have no part in the digest of a recipe, or every model that a study made before them would count as another."""

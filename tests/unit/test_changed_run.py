@@ -62,7 +62,7 @@ LAST_BITS = {
 ANOTHER = {
     "seed", "student", "teacher", "stages.kind", "stages.name", "stages.start", "stages.keep.metric",
     "stages.keep.mode", "stages.optimiser.name", "stages.teacher_cache", "stages.student_share", "stages.replay",
-    "stages.sources", "stages.chunk",
+    "stages.sources", "stages.chunk", "stages.refresh_rejected",
     *(
         path
         for path in EVERY

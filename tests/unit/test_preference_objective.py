@@ -22,10 +22,12 @@ from transformers import AutoModelForCausalLM
 from minillm.cards import Card
 from minillm.config import RunConfig
 from minillm.errors import CacheError, CheckpointError, UnsupportedCombination
+from minillm.frozen_models import Frozen, reference_of
 from minillm.loading import inspect, load
 from minillm.micro_batches import Limits
 from minillm.pairs import Pair, check_pair
-from minillm.preference_reference import Frozen, Prepared, prepared, reference_of, soft_target
+from minillm.pairwise_loss import soft_target
+from minillm.preference_reference import Prepared, prepared
 from minillm.preference_stage import PreferenceStage
 from minillm.preferences import Preferences, pair_measures
 from minillm.ranks import Ranks
