@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from minillm import distill, preference_chunks
 from minillm import stages as stages_module
-from minillm.config import RunConfig
+from minillm.config import RunConfig, load_config
 from minillm.errors import CacheError, ConfigError, DataError, UnsupportedCombination
 from minillm.loading import fingerprint
 from minillm.pairs import check_pair
@@ -31,8 +31,9 @@ from minillm.preflight import limits_record
 from minillm.ranks import Ranks
 from minillm.run_splits import read_splits
 from minillm.types import PreferencePair, Prompt
+from minillm.world.prompts import FAMILY_PERCENT
 from tests import tiny
-from tests.unit.test_preference_runs import LN_2, OPTIMISER, stage, trained
+from tests.unit.test_preference_runs import LN_2, OPTIMISER, RECIPES, stage, trained
 
 SOURCES = ("alpha", "beta", "gamma")
 
@@ -315,3 +316,17 @@ def test_an_order_of_other_weights_or_pairs_is_refused(place: Path, run: Path, t
     file.write_text(before, encoding="utf-8")  # the control
     order, _ = preference_chunks.ordered_chunks(settings, pairs, file=file, **asked)
     assert [each.name for each in order.chunks] == [each["name"] for each in json.loads(before)["chunks"]]
+
+
+def test_the_recipe_learns_from_each_family_once_and_its_control_is_one_stage_on_the_longer_leash() -> None:
+    steps, control = (load_config(RECIPES / f"{name}.yaml") for name in ("sdpo", "sdpo_control"))
+    stages = [each for each in steps.trained if isinstance(each, PreferenceStage)]
+    (one,) = [each for each in control.trained if isinstance(each, PreferenceStage)]
+    assert [each.chunk for each in stages] == list(range(1, len(FAMILY_PERCENT) + 1))
+    assert steps.data.chunks is not None and steps.data.chunks.by == "family"
+    assert {each.beta for each in stages} == {stages[0].beta}
+    assert one.beta == pytest.approx(stages[0].beta / len(stages), rel=1e-5) and one.chunk is None
+    assert sum(each.steps * each.batch for each in stages) == one.steps * one.batch
+    same = {"name": "", "stages": (), "data": control.data}
+    assert steps.model_copy(update=same) == control.model_copy(update=same)
+    assert steps.data.model_copy(update={"chunks": None}) == control.data
