@@ -1,6 +1,7 @@
 """Pairs of responses as the rows of one forward, and what numbers per token make of them.
 
-Legend: B pairs, R = 2B rows with the chosen responses first, L positions, N response tokens of all rows.
+Legend: B pairs, R = 2B rows with the chosen responses first, L positions, T response positions, N response tokens of
+all rows.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from minillm.batches import example_batch
 from minillm.pairwise_loss import Compared, pair_logit, pairwise_loss
 from minillm.preference_reference import Known, Prepared
 from minillm.preference_stage import PreferenceStage
+from minillm.scored_rows import spread
 from minillm.types import PreferencePair
 from minillm.updates import nobody
 
@@ -49,8 +51,8 @@ class PairRows:
     count: int
     inputs: dict[str, Tensor]
     """Of ``Student.loss``; those of a dummy row where there is no pair."""
-    row_N: Tensor
-    """Which row each token is of."""
+    mask_RT: Tensor
+    """True for the tokens of each row: they stand at its left."""
     tokens_R: Tensor
     reference_R: Tensor | None
     """Log-probabilities of the responses, where they are not asked for in the forward."""
@@ -64,7 +66,9 @@ class PairRows:
         if rows:
             batch = example_batch(rows, pad_id=pad_id, device=device)
             inputs = {"ids_BL": batch.ids_BL, "mask_BL": batch.mask_BL, "predict_BL": batch.target_BL}
-        tokens_R = torch.tensor([len(row.response_ids) for row in rows], dtype=torch.int64, device=device)
+        lengths = [len(row.response_ids) for row in rows]
+        tokens_R = torch.tensor(lengths, dtype=torch.int64, device=device)
+        place_T = torch.arange(max(lengths, default=0), device=device)
         reference_R = target_B = None
         if known.reference is not None:
             logps = [known.reference[place][side] for side in (0, 1) for place in picked]
@@ -73,14 +77,14 @@ class PairRows:
             targets = [known.soft_targets[place] for place in picked]
             target_B = torch.tensor(targets, dtype=torch.float64, device=device)
         return cls(
-            count=len(picked), inputs=inputs, row_N=torch.arange(len(rows), device=device).repeat_interleave(tokens_R),
-            tokens_R=tokens_R, reference_R=reference_R, target_B=target_B,
+            count=len(picked), inputs=inputs, mask_RT=place_T < tokens_R[:, None], tokens_R=tokens_R,
+            reference_R=reference_R, target_B=target_B,
         )  # fmt: skip
 
     def by_row(self, value_N: Tensor) -> Tensor:
         """Sums over the tokens of each row, [R], in float64: differences of such sums are what is learnt from."""
-        zero_R = torch.zeros(len(self.tokens_R), dtype=torch.float64, device=value_N.device)
-        return zero_R.index_add(0, self.row_N, value_N.double())
+        # Laid out by rows: adding by the index of a row has no fixed order on a GPU, and so no fixed bits.
+        return spread(value_N.double(), self.mask_RT).sum(dim=1)
 
     def sides_of(self, value_R: Tensor) -> tuple[Tensor, Tensor]:
         """(Chosen [B], rejected [B])."""
@@ -152,7 +156,7 @@ class Comparison:
             "chosen_log_ratio": found.m_w_B.sum(),
             "rejected_log_ratio": found.m_l_B.sum(),
             "entropy": of["entropy"].double().sum(),
-            "tokens": float(len(rows.row_N)),
+            "tokens": float(len(of["entropy"])),
         }
         if found.kl is not None:
             sums |= {"chosen_kl": found.kl[0].sum(), "rejected_kl": found.kl[1].sum()}
