@@ -8,6 +8,7 @@ order in which the two are shown, so nothing is asked twice.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -98,8 +99,8 @@ def win_rate(
     holds another judging, ``PositionsExceeded`` where a text is too long for the model.
     """
     clock, told = Clock(), say or (lambda _: None)
-    if tie < 0:
-        raise ConfigError(f"tie: got {tie:g}, wanted 0 or more nats")
+    if not (math.isfinite(tie) and tie >= 0):
+        raise ConfigError(f"tie: got {tie:g}, wanted 0 or more nats, a finite number")
     sides = _sides(left, right, against=against, seed=seed, temperature=temperature)
     pair = check_frozen(str(by))
     places = comparable(sides, references=against is not None)

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -176,8 +177,9 @@ def test_what_cannot_be_compared_is_refused_before_the_model_is_read(
         win_rate(left, by=model)
     with pytest.raises(ConfigError, match="leave out B"):
         win_rate(left, right, against="references", by=model)
-    with pytest.raises(ConfigError, match="wanted 0 or more nats"):
-        win_rate(left, right, by=model, tie=-1.0)
+    for tie in (-1.0, math.nan, math.inf):  # neither of the last two could stand in the record
+        with pytest.raises(ConfigError, match=f"tie: got {tie:g}, wanted 0 or more nats"):
+            win_rate(left, right, by=model, tie=tie)
     with pytest.raises(PositionsExceeded, match="48 positions"):
         win_rate(evaluation(tmp_path / "long", [" ".join("abcde" * 10)] * 6), right, by=model)
     samples = left / "samples.jsonl"
