@@ -200,6 +200,9 @@ def _logps(fields: Mapping[str, object]) -> tuple[float, float] | None:
     numbers = value if isinstance(value, list) else []
     if len(numbers) != len(SIDES) or not all(map(_is_finite, numbers)):
         raise RowFault(f"field {TEACHER_LOGPS!r} is not two finite numbers, of 'chosen' and of 'rejected'")
+    for name, number in zip(SIDES, numbers, strict=True):
+        if number > 0:
+            raise RowFault(f"field {TEACHER_LOGPS!r} has {number:g} for {name!r}; wanted log-probabilities, 0 or less")
     return float(numbers[0]), float(numbers[1])
 
 

@@ -158,6 +158,8 @@ def test_single_turns_are_those_with_nothing_before_them() -> None:
         (row(teacher_logps=[-1.0, True]), "'teacher_logps' is not two finite numbers"),
         (row(teacher_logps=[-1.0, 10**400]), "'teacher_logps' is not two finite numbers"),
         (row(teacher_logps=-1.0), "'teacher_logps' is not two finite numbers"),
+        (row(teacher_logps=[5.0, 3]), "'teacher_logps' has 5 for 'chosen'; wanted log-probabilities, 0 or less"),
+        (row(teacher_logps=[-1.0, 1e-9]), "'teacher_logps' has 1e-09 for 'rejected'; wanted log-prob"),
     ],
 )  # fmt: skip
 def test_a_broken_row_says_why(record: dict[str, Any], reason: str) -> None:
