@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -189,17 +191,19 @@ def _scored(
     rows: Mapping[str, Mapping[str, Any]], writers: Mapping[str, _Writer], *, out: Path, ranks: Ranks
 ) -> list[dict[str, Any]]:
     """The rows that training would read, with what both models say of their answers."""
-    file = out.with_name(f"{out.name}.joined.jsonl")
-    ranks.of_first(lambda: write_text(file, _lines(rows.values())))
+    # A new folder: a name beside ``out`` may be that of somebody's file.
+    folder = Path(ranks.of_first(lambda: tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent)))
+    file = folder / "joined.jsonl"
     student, teacher = writers["student"], writers["teacher"]
     try:
+        ranks.of_first(lambda: write_text(file, _lines(rows.values())))
         read = {"student": _read(file, student)}
         # The same ids for both, unless their tokenizers differ: then each measures the same text in its own.
         alike = identity(student.pair.tokenizer) == identity(teacher.pair.tokenizer)
         read["teacher"] = read["student"] if alike else _read(file, teacher)
     finally:
         ranks.barrier()
-        ranks.of_first(lambda: file.unlink(missing_ok=True))
+        ranks.of_first(lambda: shutil.rmtree(folder, ignore_errors=True))
     uids = [uid for uid in read["student"] if uid in read["teacher"]]
     logps = {role: _logps([read[role][uid] for uid in uids], writers[role], ranks=ranks) for role in ROLES}
     found = []

@@ -283,6 +283,16 @@ def test_what_is_asked_for_wrongly_or_is_not_ours_is_refused(
     assert files == {file: file.read_bytes() for file in place.glob("*.jsonl*")}
 
 
+def test_a_file_beside_the_pairs_is_left_as_it_is(place: Path, tmp_path: Path) -> None:
+    """Of whatever name: what is made on the way has none that may be somebody's."""
+    theirs = {tmp_path / f"p.jsonl.{name}": f"{name}\n" for name in ("joined.jsonl", "joined", "notes.jsonl")}
+    for file, text in theirs.items():
+        file.write_text(text, encoding="utf-8")
+    make_pairs(run_of(place), out=tmp_path / "p.jsonl", limit=8)
+    assert {file: file.read_text(encoding="utf-8") for file in theirs} == theirs
+    assert len(list(tmp_path.iterdir())) == len(theirs) + 2
+
+
 def test_the_command_makes_pairs_leaves_them_and_replaces_them_on_request(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
