@@ -171,7 +171,8 @@ class DataConfig(Settings):
             )
         if self.single_turn and self.preferences is None and self.preferences_validation is None:
             raise UnsupportedCombination(
-                "single_turn without preferences: no pair is read; add preferences, or leave it out"
+                "single_turn without preferences: no pair is read; add preferences or preferences_validation, or leave "
+                "it out"
             )
         if self.chunks is not None and self.preferences is None:
             raise UnsupportedCombination("chunks without preferences: nothing is cut; add preferences, or leave it out")

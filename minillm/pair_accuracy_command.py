@@ -28,7 +28,6 @@ def run(
     model: str,
     config: RunConfig,
     *,
-    pairs: str | None,
     reference: str | None,
     per_token: bool,
     limit: int | None,
@@ -41,7 +40,7 @@ def run(
         own = own_file(json_file, what="the figures of held-out pairs", fits=lambda found: found.keys() >= FIELDS)
         own.require()
     record = pair_accuracy(
-        model, config, pairs=pairs, reference=reference, per_token=per_token, limit=limit,
+        model, config, reference=reference, per_token=per_token, limit=limit,
         say=lambda line: print(visible(line), flush=True) if first else None,
     )  # fmt: skip
     if first:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -125,12 +126,12 @@ def prefers(  # noqa: PLR0917 (typer reads options from parameters)
       minillm prefers runs/mine/student --reference runs/sft/student \\
         --pairs held-out.jsonl --config recipes/preference/dpo.yaml
     """
-    settings = _load(config, overrides)
+    # Into the configuration, which is read as a whole: what it says of pairs is said of these.
+    named = [] if pairs is None else [f"data.preferences_validation={json.dumps(pairs, ensure_ascii=False)}"]
+    settings = _load(config, [*(overrides or []), *named])
     from minillm.pair_accuracy_command import run
 
-    run(
-        model, settings, pairs=pairs, reference=reference, per_token=per_token, limit=limit, json_file=json_file
-    )  # fmt: skip
+    run(model, settings, reference=reference, per_token=per_token, limit=limit, json_file=json_file)
 
 
 def generate(  # noqa: PLR0917 (typer reads options from parameters)

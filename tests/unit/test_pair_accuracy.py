@@ -240,3 +240,21 @@ def test_the_command_prints_the_table_and_keeps_others_files(
     figures_file.write_text("my notes", encoding="utf-8")
     assert cli._guarded(lambda **options: cli.app(line, **options)) == 2
     assert figures_file.read_text(encoding="utf-8") == "my notes"
+
+
+def test_pairs_that_are_named_are_read_as_the_configuration_says(
+    models: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A setting that only pairs have is no fault of a run without them where pairs are named beside it."""
+    run, pairs = tmp_path / "run.yaml", tmp_path / "two words: 'ä'.jsonl"
+    run.write_text(dump_config(config()), encoding="utf-8")
+    several = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    save_pairs(pairs, [*PAIRS[:3], (several, "a", "b")])
+
+    def told(*more: str) -> str:
+        line = ["prefers", str(models[0]), "--config", str(run), "--pairs", str(pairs), "data.max_prompt_tokens=20"]
+        assert cli._guarded(lambda **options: cli.app([*line, *more], **options)) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    assert "3 pairs of 3 prompts" in told("data.single_turn=true")
+    assert "4 pairs of 4 prompts" in told()  # the control: there is one to leave out
