@@ -116,7 +116,7 @@ def prefers(  # noqa: PLR0917 (typer reads options from parameters)
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Read the first so many pairs only.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures into this file.")] = None,
 ) -> None:
-    """Count held-out pairs on which a model prefers the chosen one.
+    """Count held-out pairs whose chosen response a model prefers.
 
     The higher reward is the higher log-probability, less that of the reference where one is named. With intervals over
     prompts, and whether that is more than chance.
