@@ -79,8 +79,9 @@ def generate(
     ranks = Ranks(threads=config.threads)
     parts = Parts(out, writes=ranks.first)
     if _done(out, asked, keep_cut=keep_cut, fresh=fresh):
+        stored = read_generated(out)  # first: it may be another file than its manifest was written with
         _say(ranks, f"{out}: generated already; --fresh starts over")
-        return read_generated(out)
+        return stored
     answers, let_go = _left(parts, asked, fresh=fresh)
 
     def ready() -> None:

@@ -111,8 +111,9 @@ def make_pairs(
         return pair_differences(found, chosen=writers["teacher"].asked, rejected=writers["student"].asked)
 
     if may_stand(out, what=_WHAT, fresh=fresh, differs=differs):
+        made = _made(out)  # first: it may be another file than its manifest was written with
         _say(ranks, f"{out}: made already; --fresh starts over")
-        return _made(out)
+        return made
 
     def ready() -> None:
         make_folder(out.parent, setting="--out")

@@ -85,7 +85,7 @@ def parse_pair(record: Mapping[str, object], *, default_uid: str) -> tuple[PairR
     fields = {name: value for name, value in record.items() if value is not None}
     if missing := [name for name in SIDES if name not in fields]:
         wanted = "wanted 'chosen' and 'rejected', with a prompt or as whole dialogues"
-        told = named_fields([*record], wanted, SIDES)
+        told = named_fields([*record], wanted, missing)
         raise RowFault(f"no {' and no '.join(map(repr, missing))}: {told}")
     rest = {name: value for name, value in fields.items() if name not in (*OWN_FIELDS, *UNREAD)}
     kinds = {isinstance(fields[name], str) for name in SIDES}

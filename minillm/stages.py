@@ -153,7 +153,7 @@ def load_teacher(pair: Pair, *, ranks: Ranks, say: Callable[[str], None]) -> Tea
     for rank, kept in enumerate(teacher.check_share()):
         share = f"{kept.bytes / teacher.whole_bytes:.1%}{', in host memory' if kept.host else ''}"
         say(
-            f"rank {rank}: teacher {card.name} ({card.placement}) keeps {kept.bytes:,} of {teacher.whole_bytes:,} "
+            f"rank {rank}: frozen {card.name} ({card.placement}) keeps {kept.bytes:,} of {teacher.whole_bytes:,} "
             f"bytes between forwards ({share})"
         )
     return teacher

@@ -170,7 +170,7 @@ def samples(folder: Path) -> list[dict[str, Any]]:
 def teacher_shares(runs: Path, placement: str) -> list[float]:
     """The share of the teacher's bytes that each rank said it keeps between forwards, in every cell."""
     said = re.findall(
-        rf"rank \d: teacher teacher-{placement} \({placement}\) keeps ([\d,]+) of ([\d,]+) bytes",
+        rf"rank \d: frozen teacher-{placement} \({placement}\) keeps ([\d,]+) of ([\d,]+) bytes",
         (runs / "printed.txt").read_text(encoding="utf-8"),
     )
     return [int(kept.replace(",", "")) / int(whole.replace(",", "")) for kept, whole in said]

@@ -306,6 +306,9 @@ def test_the_command_makes_pairs_leaves_them_and_replaces_them_on_request(
     assert run("--limit", "8") == 0
     before = out.read_bytes()
     assert run("--limit", "8") == 0 and "made already; --fresh starts over" in capsys.readouterr().out
+    out.write_bytes(before.replace(b"-", b"-1", 1))
+    assert run("--limit", "8") == 2 and "made already" not in capsys.readouterr().out, "edited since it was made"
+    out.write_bytes(before)
     assert run("--limit", "6") == 2 and out.read_bytes() == before
     assert run("--limit", "6", "--fresh") == 0 and out.read_bytes() != before
     lines = [line["uid"] for line in lines_of(out)]

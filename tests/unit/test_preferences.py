@@ -133,7 +133,7 @@ def test_single_turns_are_those_with_nothing_before_them() -> None:
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"prompt": "a", "chosen": "b"}, "no 'rejected': the fields are 'prompt', 'chosen'; wanted 'chosen' and"),
+        ({"prompt": "a", "chosen": "b"}, "with a prompt or as whole dialogues$"),
         ({"prompt": "a", "chosn": "b", "rejected": "c"}, "no 'chosen': .* did you mean 'chosen'"),
         ({"prompt": "a", "chosen": None, "rejected": "c"}, "no 'chosen'"),
         ({"prompt": "a", "chosen": 1, "rejected": 2}, "field 'chosen' is a number, wanted text, a message or a list"),
