@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from minillm.pairs import Pair, check_alone
 from minillm.preference_reading import PairSplit, read_preferences
 from minillm.preflight import limits_record
 from minillm.ranks import Ranks
-from minillm.sequence_logps import sequence_logps
+from minillm.sequence_logps import ids_of, pair_logps
 from minillm.stages import load_teacher
 from minillm.statistics import Array, Ratio, estimate
 from minillm.store import Clock
@@ -179,15 +180,9 @@ def _logps(
     pairs: Sequence[PreferencePair], config: RunConfig, read: Pair, *, ranks: Ranks, say: Callable[[str], None]
 ) -> Logps:
     """What a model gives to both responses of each pair. Its weights are gone afterwards: of two, one at a time."""
-    model = load_teacher(read, ranks=ranks, say=say)
-    try:
-        found = sequence_logps(
-            [(pair.prompt.ids, ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)],
-            model=model, ids=read.ids, ranks=ranks, limits=limits_record(config.evaluation),
-        )  # fmt: skip
-    finally:
-        model.close()
-    return list(zip(found[::2], found[1::2], strict=True))
+    with closing(load_teacher(read, ranks=ranks, say=say)) as model:
+        limits = limits_record(config.evaluation)
+        return pair_logps(map(ids_of, pairs), model=model, ids=read.ids, ranks=ranks, limits=limits)
 
 
 def _asked(config: RunConfig, split: PairSplit, pair: Pair, base: Pair | None, *, per_token: bool) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from minillm.preflight import limits_record
 from minillm.ranks import Ranks
 from minillm.results import versions
 from minillm.rows import counted
-from minillm.sequence_logps import sequence_logps
+from minillm.sequence_logps import ids_of, pair_logps
 from minillm.stages import load_teacher
 from minillm.store import make_folder, require_writable, write_text
 from minillm.types import PreferencePair
@@ -235,15 +236,12 @@ def _read(file: Path, writer: _Writer) -> dict[str, PreferencePair]:
 def _logps(pairs: Sequence[PreferencePair], writer: _Writer, *, ranks: Ranks) -> list[list[float]]:
     """Log-probabilities of both answers of each pair, the preferred one's first."""
     _say(ranks, f"{writer.pair.student_card.name}: reads {counted(2 * len(pairs), 'answer')}")
-    model = load_teacher(writer.pair, ranks=ranks, say=lambda line: _say(ranks, line))
-    try:
-        rows = [(pair.prompt.ids, ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-        limits = limits_record(writer.config.evaluation)
-        found = sequence_logps(rows, model=model, ids=writer.pair.ids, ranks=ranks, limits=limits)
-    finally:
-        model.close()
-    values = [round(value, DIGITS) for value in found]
-    return [values[at : at + 2] for at in range(0, len(values), 2)]
+    with closing(load_teacher(writer.pair, ranks=ranks, say=lambda line: _say(ranks, line))) as model:
+        found = pair_logps(
+            map(ids_of, pairs), model=model, ids=writer.pair.ids, ranks=ranks,
+            limits=limits_record(writer.config.evaluation),
+        )  # fmt: skip
+    return [[round(value, DIGITS) for value in both] for both in found]
 
 
 def _lines(rows: Iterable[Mapping[str, Any]]) -> str:

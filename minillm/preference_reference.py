@@ -41,7 +41,7 @@ from minillm.preference_reading import PairSplit
 from minillm.preference_refresh import refreshed
 from minillm.preference_stage import PreferenceStage
 from minillm.ranks import Ranks
-from minillm.sequence_logps import sequence_logps
+from minillm.sequence_logps import ids_of, pair_logps
 from minillm.settings import Settings
 from minillm.store import make_folder, write_text
 from minillm.teacher_engine import Teacher
@@ -247,13 +247,14 @@ class _Asking:
         return list(zip(kept.chosen, kept.rejected, strict=True))
 
     def _asked(self, model: Frozen, pairs: Sequence[PreferencePair], version: Version) -> Kept:
-        rows = [(one.prompt.ids, side) for one in pairs for side in (one.chosen_ids, one.rejected_ids)]
         ids: Ids = self.pair.ids
         with model.open() as opened:
-            logps = sequence_logps(rows, model=opened, ids=ids, ranks=self.ranks, limits=self.limits)
+            logps = pair_logps(map(ids_of, pairs), model=opened, ids=ids, ranks=self.ranks, limits=self.limits)
         again = " again: the file is gone" if self.goes_on else ""
-        self.say(f"stage {self.stage.name}: asked the {model.what} about {len(rows):,} responses, once each{again}")
-        return Kept(version=version, chosen=tuple(logps[0::2]), rejected=tuple(logps[1::2]))
+        self.say(
+            f"stage {self.stage.name}: asked the {model.what} about {2 * len(pairs):,} responses, once each{again}"
+        )
+        return Kept(version=version, chosen=tuple(both[0] for both in logps), rejected=tuple(both[1] for both in logps))
 
 
 def read_logps(file: Path, version: Version, *, goes_on: bool) -> Kept | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from minillm.errors import NonFinite
@@ -11,10 +11,12 @@ from minillm.gold import read_gold
 from minillm.micro_batches import Limits
 from minillm.ranks import Ranks
 from minillm.teacher_engine import Teacher
-from minillm.types import Ids
+from minillm.types import Ids, PreferencePair
 
 TokenIds = tuple[int, ...]
 """Of a prompt or of a response."""
+PairIds = tuple[TokenIds, TokenIds, TokenIds]
+"""Of a prompt and of two responses to it."""
 
 
 class _Row(NamedTuple):
@@ -48,3 +50,17 @@ def sequence_logps(
                 "dtype (fp16 overflows), and whether it forbids an id of the response"
             )
     return found
+
+
+def ids_of(pair: PreferencePair) -> PairIds:
+    """Those of a pair, the chosen response first."""
+    return pair.prompt.ids, pair.chosen_ids, pair.rejected_ids
+
+
+def pair_logps(
+    pairs: Iterable[PairIds], *, model: Teacher, ids: Ids, ranks: Ranks, limits: Limits
+) -> list[tuple[float, float]]:
+    """The log-probabilities of both responses to each prompt, in their order, as ``sequence_logps`` has them."""
+    rows = [(prompt, response) for prompt, *both in pairs for response in both]
+    found = sequence_logps(rows, model=model, ids=ids, ranks=ranks, limits=limits)
+    return list(zip(found[::2], found[1::2], strict=True))

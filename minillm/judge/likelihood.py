@@ -12,6 +12,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from minillm.micro_batches import Limits
 from minillm.pairs import Pair, check_frozen
 from minillm.prompts import encode
 from minillm.ranks import Ranks
-from minillm.sequence_logps import TokenIds, sequence_logps
+from minillm.sequence_logps import TokenIds, pair_logps
 from minillm.stages import load_teacher
 from minillm.statistics import estimate
 from minillm.store import Clock, make_folder, write_jsonl, write_text
@@ -188,17 +189,15 @@ def _logps(
     matches: Sequence[Match], pair: Pair, *, ranks: Ranks, limits: Limits, say: Callable[[str], None]
 ) -> list[tuple[float, float] | None]:
     """What the model gives to both answers, summed over their tokens; None where one has none."""
-    readable = [match for match in matches if match.readable]
-    model = load_teacher(pair, ranks=ranks, say=say)
-    try:
-        found = sequence_logps(
-            [(match.prompt_ids, answer.ids) for match in readable for answer in match.answers],
-            model=model, ids=pair.ids, ranks=ranks, limits=limits,
-        )  # fmt: skip
-    finally:
-        model.close()
-    both = iter(zip(found[::2], found[1::2], strict=True))
-    return [next(both) if match.readable else None for match in matches]
+    readable = [
+        (match.prompt_ids, left.ids, right.ids)
+        for match in matches
+        for left, right in [match.answers]
+        if match.readable
+    ]
+    with closing(load_teacher(pair, ranks=ranks, say=say)) as model:
+        found = iter(pair_logps(readable, model=model, ids=pair.ids, ranks=ranks, limits=limits))
+    return [next(found) if match.readable else None for match in matches]
 
 
 def _scores(match: Match, logp: tuple[float, float] | None, *, per_token: bool) -> tuple[float, float] | None:

@@ -140,7 +140,7 @@ def test_an_interrupted_call_goes_on_to_the_same_file(
 ) -> None:
     out = tmp_path / "pairs.jsonl"
     with monkeypatch.context() as patch:
-        patch.setattr(pair_making, "sequence_logps", lambda *_, **__: pytest.fail("stopped"))
+        patch.setattr(pair_making, "pair_logps", lambda *_, **__: pytest.fail("stopped"))
         with pytest.raises(pytest.fail.Exception, match="stopped"):
             make_pairs(run_of(place), out=out)
     assert not out.exists() and len(list(tmp_path.glob("pairs.jsonl.*.jsonl"))) == 2

@@ -18,7 +18,7 @@ from minillm.errors import NonFinite
 from minillm.loading import inspect, load
 from minillm.micro_batches import Limits
 from minillm.ranks import Ranks
-from minillm.sequence_logps import sequence_logps
+from minillm.sequence_logps import pair_logps, sequence_logps
 from minillm.teacher_engine import Teacher
 from minillm.types import Ids
 from tests import tiny
@@ -76,6 +76,15 @@ def test_neither_batches_nor_rows_beside_it_change_one(folder: Path) -> None:
         assert asked(model, limits=limits) == pytest.approx(whole, abs=1e-4), limits
     assert asked(model, [ROWS[2], ROWS[0]]) == pytest.approx([whole[2], whole[0]], abs=1e-4)
     assert asked(model, []) == []
+
+
+def test_a_pair_has_those_of_its_two_rows_in_their_order(folder: Path) -> None:
+    model = made(folder)
+    pairs = [(ROWS[0][0], ROWS[0][1], ROWS[3][1]), (ROWS[2][0], ROWS[2][1], ROWS[1][1])]
+    found = pair_logps(iter(pairs), model=model, ids=IDS, ranks=RANKS, limits=NONE)
+    single = asked(model, [(prompt, response) for prompt, *both in pairs for response in both])
+    assert found == [(single[0], single[1]), (single[2], single[3])] and len(set(single)) == 4
+    assert pair_logps([], model=model, ids=IDS, ranks=RANKS, limits=NONE) == []
 
 
 def test_what_is_no_number_is_refused_by_the_place_of_its_row(folder: Path) -> None:
