@@ -29,7 +29,7 @@ from minillm.micro_batches import Limits
 from minillm.pairs import Pair
 from minillm.ranks import Ranks
 from minillm.rows import counted
-from minillm.sequence_logps import sequence_logps
+from minillm.sequence_logps import ids_of, pair_logps
 from minillm.settings import Count, Settings, Share, Text
 from minillm.store import write_text
 from minillm.types import PreferencePair
@@ -169,10 +169,8 @@ def _read(file: Path, version: OrderVersion) -> Order | None:
 def _logps(model: Frozen, chunks: Chunks, *, pair: Pair, ranks: Ranks, limits: Limits) -> dict[str, Sequence[Logps]]:
     """What a model makes of both responses of each pair, by chunk."""
     pairs = [one for own in chunks.values() for one in own]
-    rows = [(one.prompt.ids, side) for one in pairs for side in (one.chosen_ids, one.rejected_ids)]
     with model.open() as opened:
-        found = sequence_logps(rows, model=opened, ids=pair.ids, ranks=ranks, limits=limits)
-    both = iter(zip(found[0::2], found[1::2], strict=True))
+        both = iter(pair_logps(map(ids_of, pairs), model=opened, ids=pair.ids, ranks=ranks, limits=limits))
     return {name: [next(both) for _ in own] for name, own in chunks.items()}
 
 
