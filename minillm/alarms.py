@@ -123,9 +123,8 @@ class Alarms:
         for figure, value in figures.items():
             if figure.startswith("teacher_"):
                 self.first.setdefault(figure, value)
-        watched = dict.fromkeys(
-            watch.figure for watch in self.watches.values()
-        )  # a set has another order in each process
+        # A set has another order in each process.
+        watched = dict.fromkeys(watch.figure for watch in self.watches.values())
         for figure in (figure for figure in watched if figure in figures):
             last = self.last.setdefault(figure, [])
             last.append(figures[figure])

@@ -165,11 +165,14 @@ def known_of(
 ) -> contextlib.AbstractContextManager[Prepared]:  # fmt: skip
     """What a preference stage knows of its pairs when it begins; its reference, which is the weights of ``start``,
     lives for the block."""
-    card = start.card if start.adapter is None else start.card.of_folder(start.adapter.parent)
+    card, facts = start.card, start.facts
+    if start.adapter is not None:  # those are of its base
+        card = card.of_folder(start.adapter.parent)
+        facts = inspect(card)
     chunks = _chunks(config, stage, pair=pair, splits=splits, ranks=ranks, folder=folder, goes_on=goes_on, say=say)
     held_out = splits.get("preferences_validation") if stage.validate_every else None
     return prepared(
-        config, stage, card=card, facts=inspect(card), pair=pair,
+        config, stage, card=card, facts=facts, pair=pair,
         learnt=pairs_of(stage, pairs_in(splits["preferences"]), chunks=chunks),
         validation=None if held_out is None else pairs_in(held_out),
         teacher=_frozen_teacher(pair, teacher, ranks=ranks, say=say), ranks=ranks,
