@@ -27,17 +27,19 @@ from minillm.manifests import parsed
 from minillm.merge_figures import BIN_DEGREES, angles_png, histogram
 from minillm.merge_sources import INDEX, WEIGHTS, lead_of, opened, pieces
 from minillm.model_card import MergeFacts, render_merge
+from minillm.model_files import few
 from minillm.publish import weights_sha256
 from minillm.store import make_folder, replaced_folder, told_as_disk_error, write_bytes, write_text
 from minillm.tensor_files import Kind, write_pieces
 from minillm.weight_merging import STILL, WIDE, Method, Mix, angles, combined, gram, mix, normalised, norms
 
-RECORD, ANGLES = "merge.json", "angles.png"
+RECORD, ANGLES, CARD = "merge.json", "angles.png", "README.md"
 SHARD_BYTES = 5_000_000_000
 """Longest file of weights; a longer model is written in several, with an index."""
-KEPT = 0.5
-"""How much of the start must be left in a model that was trained from it, as ``Merging.kept`` measures it. Of the same
-start it is near 1 however far training went, since that goes in other directions; of another start it is near 0."""
+LEAST_COSINE = 0.1
+"""Between the matrices of the start and those of a model that was trained from it, unless the start is known. It does
+not see that weight decay shrinks what is left of the start, only how much was learnt beside that. Of independent starts
+it is 0, give or take one over the root of the number of weights."""
 _BLOCK = re.compile(r"(?:^|.*?\.)\d+(?=\.)")
 
 
@@ -77,11 +79,13 @@ class MergeReport:
     weights: tuple[float, ...]
     """They sum to 1."""
     eta: float
-    kept: tuple[float, ...]
-    """By model: how much of the start is left in it."""
+    cosines: tuple[float, ...]
+    """By model: of its matrices and those of the start."""
     groups: tuple[Group, ...]
     weights_sha256: str
     """Of what was written."""
+    files: tuple[str, ...]
+    """Of what was written: another merge into the same folder replaces these, and nothing else."""
 
     @property
     def angles(self) -> tuple[float, ...]:
@@ -92,15 +96,16 @@ class MergeReport:
         """What ``merge.json`` holds."""
         return {
             "start": _plain(self.start), "models": [_plain(model) for model in self.models], "method": self.method,
-            "weights": list(self.weights), "eta": self.eta, "start_left_in_models": list(self.kept),
+            "weights": list(self.weights), "eta": self.eta, "cosines_with_start": list(self.cosines),
             "angles": angle_words(self.angles), "weights_sha256": self.weights_sha256,
-            "groups": [_plain(group) for group in self.groups],
+            "files": list(self.files), "groups": [_plain(group) for group in self.groups],
         }  # fmt: skip
 
 
 def merge_folders(
     start: Path, models: Sequence[Path], *, into: Path, method: Method, weights: Sequence[float] | None = None,
-    eta: float = 1.0, say: Callable[[str], None] = print, card_words: str = "", shard_bytes: int = SHARD_BYTES,
+    eta: float = 1.0, known_start: bool = False, say: Callable[[str], None] = print, card_words: str = "",
+    shard_bytes: int = SHARD_BYTES,
 ) -> MergeReport:  # fmt: skip
     """Writes ``models``, all trained from ``start``, as one model folder: theta_0 + eta * what ``method`` makes of
     their task vectors, layer group by layer group.
@@ -111,15 +116,18 @@ def merge_folders(
     what is no floating-point tensor must be equal in all and is kept. A folder with nothing but a LoRA adapter counts
     as the start with it (B A is what is merged, not B and A). ``card_words`` stand in the model card.
 
-    ``into`` is replaced where an earlier merge made it; the new one appears when it is whole.
+    ``into`` is replaced where an earlier merge made it and nothing was added since; the new one appears when it is
+    whole.
 
     Raises ``ModelError`` for models that do not share architecture, tokenizer and start, or whose task vectors cancel;
-    ``ConfigError`` for unfit weights or eta; ``DataError`` where ``into`` holds something else. A shared start is shown
-    by numbers, not by what files say of themselves: where less than half (``KEPT``) of the start's matrices is left in
-    a model it is of another start. Two models that were trained from one ancestor pass, since each is a way from there.
+    ``ConfigError`` for unfit weights or eta; ``DataError`` where ``into`` holds anything else, one
+    of the models or the start above all. A shared start is shown
+    by numbers, not by what files say of themselves: a model whose matrices are at right angles to the start's (a cosine
+    below ``LEAST_COSINE``) is of another start. ``known_start`` leaves that out, for who trained the models and knows.
+    Two models that were trained from one ancestor pass, since each is a way from there.
     """
     _require_eta(eta)
-    merging = Merging(start, models, method=method, weights=weights)
+    merging = Merging(start, models, method=method, weights=weights, known_start=known_start)
     for line in merging.notes:
         say(f"note: {line}")
     report = merging.write(into, eta=eta, card_words=card_words, shard_bytes=shard_bytes)
@@ -153,8 +161,9 @@ class Merging:
     """Models and their start, compared and measured; nothing is written before ``write``."""
 
     def __init__(
-        self, start: Path, models: Sequence[Path], *, method: Method, weights: Sequence[float] | None = None
-    ) -> None:
+        self, start: Path, models: Sequence[Path], *, method: Method, weights: Sequence[float] | None = None,
+        known_start: bool = False,
+    ) -> None:  # fmt: skip
         """Errors are those of ``merge_folders``."""
         if not models:
             raise ConfigError("no model to merge; wanted one or more that were trained from the start")
@@ -162,7 +171,9 @@ class Merging:
         self._start, self._models, self.notes = opened(Path(start), [Path(model) for model in models])
         self._lead = lead_of(self._start, self._models)
         self._kinds = self._lead.weights.kinds
-        self._groups, self._mixes, self.kept = self._measured()
+        self._groups, self._mixes, self.cosines = self._measured()
+        if not known_start:
+            self._require_start()
         folders = [self._start.folder, *(model.folder for model in self._models)]
         self.sources = tuple(Source(folder=str(each), weights_sha256=weights_sha256(each)) for each in folders)
         """The start, then the models."""
@@ -174,18 +185,14 @@ class Merging:
 
     def record(self) -> dict[str, Any]:
         """What is merged, whatever the eta: start, models, method and weights, as in ``merge.json``."""
-        whole = self._report(eta=1.0, sha256="").record()
-        return {
-            name: whole[name] for name in ("start", "models", "method", "weights", "start_left_in_models", "angles")
-        }
+        whole = self._report(eta=1.0, sha256="", files=()).record()
+        return {name: whole[name] for name in ("start", "models", "method", "weights", "cosines_with_start", "angles")}
 
     def stands(self, into: Path, *, eta: float) -> bool:
         """Whether a folder holds what ``write`` would put there."""
-        try:
-            stored = parsed((into / RECORD).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        return bool(stored == self._report(eta=eta, sha256=weights_sha256(into)).record())
+        stored = _stored(into)
+        files = _files(stored)
+        return bool(stored) and stored == self._report(eta=eta, sha256=weights_sha256(into), files=files).record()
 
     def write(
         self, into: Path, *, eta: float = 1.0, card_words: str = "", shard_bytes: int = SHARD_BYTES
@@ -202,23 +209,25 @@ class Merging:
                 facts.tokenizer.save_pretrained(staging)
                 if facts.generation is not None:
                     facts.generation.save_pretrained(staging)
-            report = self._report(eta=eta, sha256=weights_sha256(staging))
+            added = {RECORD, CARD, *([ANGLES] if angles_of(self._groups) else [])}
+            files = tuple(sorted({*_files_in(staging), *added}))
+            report = self._report(eta=eta, sha256=weights_sha256(staging), files=files)
             write_text(staging / RECORD, json.dumps(report.record(), indent=2, allow_nan=False) + "\n")
             if report.angles:
                 write_bytes(
                     staging / ANGLES, angles_png(report.angles, title=f"{into.name}: {len(self._models)} models")
                 )
-            write_text(staging / "README.md", _card(report, into, kinds=self._kinds, words=card_words))
+            write_text(staging / CARD, _card(report, into, kinds=self._kinds, words=card_words))
         return report
 
-    def _report(self, *, eta: float, sha256: str) -> MergeReport:
+    def _report(self, *, eta: float, sha256: str, files: tuple[str, ...]) -> MergeReport:
         return MergeReport(
             start=self.sources[0], models=self.sources[1:], method=self.method, weights=self.weights, eta=eta,
-            kept=self.kept, groups=self._groups, weights_sha256=sha256,
+            cosines=self.cosines, groups=self._groups, weights_sha256=sha256, files=files,
         )  # fmt: skip
 
     def _measured(self) -> tuple[tuple[Group, ...], dict[str, Mix], tuple[float, ...]]:
-        """The groups, the mix of each tensor by its name, and how much of the start each model has kept."""
+        """The groups, the mix of each tensor by its name, and the cosine of each model's matrices with the start's."""
         matrices_SS = torch.zeros(len(self._models) + 1, len(self._models) + 1, dtype=WIDE)
         groups: list[Group] = []
         mixes: dict[str, Mix] = {}
@@ -235,7 +244,7 @@ class Merging:
                 groups.append(self._group(name, tensors, gram_SS))
                 found = Mix(shares=groups[-1].shares, edges=groups[-1].edges)
                 mixes |= dict.fromkeys(tensors, found)
-        return tuple(groups), mixes, self._kept(matrices_SS)
+        return tuple(groups), mixes, _cosines(matrices_SS)
 
     def _group(self, name: str, tensors: Sequence[str], gram_SS: Tensor) -> Group:
         start_norm, *lengths = norms(gram_SS)
@@ -265,19 +274,15 @@ class Merging:
                 total_SS += gram([start, *vectors])
         return total_SS
 
-    def _kept(self, matrices_SS: Tensor) -> tuple[float, ...]:
-        """How long each model is in the start's direction, over the start's own length; of matrices, since vectors
-        begin alike (all ones, all zeros) in every start."""
-        own = float(matrices_SS[0, 0])
-        kept = tuple(1.0 + float(each) / own if own else 1.0 for each in matrices_SS[0, 1:])
-        for model, share in zip(self._models, kept, strict=True):
-            if share < KEPT:
+    def _require_start(self) -> None:
+        for model, cosine in zip(self._models, self.cosines, strict=True):
+            if cosine < LEAST_COSINE:
                 raise ModelError(
-                    f"{model.folder}: {share:.0%} of the start's matrices is left in it, wanted {KEPT:.0%} or more: it "
-                    f"was not trained from {self._start.folder}.\n"
-                    "  name the start that all models have (the README of a student says what it started from)"
+                    f"{model.folder}: the cosine of its matrices with those of {self._start.folder} is {cosine:.3f}, "
+                    f"wanted {LEAST_COSINE} or more: it was trained from another start.\n"
+                    "  name the start that all models have (the README of a student says what it started from); if it "
+                    "is this one, and training left nothing of it, merge_folders(…, known_start=True) from Python"
                 )
-        return kept
 
     def _pieces(self, tensor: str) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """A tensor piece by piece: of the start, and the models' task vectors."""
@@ -353,6 +358,14 @@ def angle_words(degrees: Sequence[float]) -> str:
     return f"angles of task vectors: median {middle:.0f}°, {least:.0f}° to {most:.0f}°; {bins}"
 
 
+def _cosines(matrices_SS: Tensor) -> tuple[float, ...]:
+    """Of each model with the start, from dot products of the start and the task vectors; 1 where one of the two is
+    zero. Of matrices alone, since vectors begin alike (all ones, all zeros) in every start."""
+    own, across_M, lengths_M = matrices_SS[0, 0], matrices_SS[0, 1:], matrices_SS.diagonal()[1:]
+    product_M = (own * (own + 2 * across_M + lengths_M)).clamp(min=0.0).sqrt()
+    return tuple(torch.where(product_M > 0, (own + across_M) / product_M, 1.0).tolist())
+
+
 def _plain(record: Any) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value
             for name, value in ((field, getattr(record, field)) for field in record.__dataclass_fields__)}  # fmt: skip
@@ -368,10 +381,34 @@ def _require_eta(eta: float) -> None:
 
 
 def _require_free(into: Path, sources: Sequence[Path]) -> None:
-    if into.exists() and any(into.resolve() == source.resolve() for source in sources):
-        raise DataError(f"{into} is one of the folders that are merged; nothing was touched.\n  name another")
-    if into.exists() and (not into.is_dir() or (any(into.iterdir()) and not (into / RECORD).is_file())):
-        raise DataError(f"{into} holds something that no merge made; nothing was touched.\n  name another folder")
+    """``DataError`` unless a folder may be replaced: it holds no source, and nothing but what a merge wrote."""
+    if not into.exists():
+        return
+    if inside := [source for source in sources if source.resolve().is_relative_to(into.resolve())]:
+        where = "one of" if inside[0].resolve() == into.resolve() else f"around {inside[0]}, one of"
+        raise DataError(f"{into} is {where} the folders that are merged; nothing was touched.\n  name another")
+    if into.is_dir() and not (others := sorted({*_files_in(into)} - {*_files(_stored(into))})):
+        return
+    what = f"holds {few(others)}, which no merge wrote" if into.is_dir() else "is no folder"
+    raise DataError(f"{into} {what}; nothing was touched.\n  name another folder")
+
+
+def _stored(folder: Path) -> Any:
+    """The record of the merge that made a folder; None where no whole one is there."""
+    try:
+        return parsed((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _files(record: Any) -> tuple[str, ...]:
+    """The files that a record names; none where it is no merge's."""
+    found = record.get("files") if isinstance(record, dict) else None
+    return tuple(map(str, found)) if isinstance(found, list) else ()
+
+
+def _files_in(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
 
 
 def _card(report: MergeReport, into: Path, *, kinds: Mapping[str, Kind], words: str) -> str:

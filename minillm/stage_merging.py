@@ -40,7 +40,7 @@ def run_merge(
         start = _own_start(config, pair, folder.student_of(OWN_START)) if begun is None else place(begun)
         report = merge_folders(
             start, [of[name] for name in stage.of], into=into, method=stage.method, weights=stage.weights,
-            eta=stage.eta, say=say, card_words=words,
+            eta=stage.eta, known_start=True, say=say, card_words=words,
         )  # fmt: skip
         done = Progressed(published=weights_sha256(into), seconds=clock(), over=True)
         folder.log(
@@ -59,7 +59,7 @@ def run_merge(
 
 def _own_start(config: RunConfig, pair: Pair, folder: Path) -> Path:
     """The run's own student as stages hand theirs on: what it is made from may be built, fetched, of another type, or
-    have rows that no student has. Stands beside those of the stages; no stage has its name, where it is asked for."""
+    have rows that no student has. Stands beside those of the stages, none of which has its name (``check_starts``)."""
     model = load(pair.student_card, pair.student, seed=config.seed, dtype=torch.float32)
     if config.engine.precision == "bf16":
         model = model.to(torch.bfloat16)  # type: ignore[arg-type]

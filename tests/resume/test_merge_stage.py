@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from minillm import stage_merging
 from minillm.api import distill
 from minillm.config import RunConfig
-from minillm.errors import CheckpointError, RunExists
+from minillm.errors import CheckpointError, ModelError, RunExists
+from minillm.merge_models import merge_folders
 from minillm.publish import weights_sha256
 from minillm.saving import Behind
 from tests.resume.test_going_on import log, made, state, steps, stopped
@@ -42,6 +43,18 @@ def unbroken(place: Path) -> Path:
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
+
+
+def test_a_start_that_training_left_nothing_of_is_known_and_merged(place: Path) -> None:
+    """Its rate times its weight decay is 1: after an update matrices have nothing of what they were."""
+    decay = {"optimiser": {"lr": 0.1, "schedule": "constant", "weight_decay": 10.0}}
+    run = distill(
+        config(place, "decayed", stage("base"), stage("one", **decay), stage("two", start="base", **decay), MERGED[3])
+    )
+    base, one, two = (run / f"stages/{name}/student" for name in ("base", "one", "two"))
+    assert all(abs(each) < 0.1 for each in json.loads((run / "student/merge.json").read_text())["cosines_with_start"])
+    with pytest.raises(ModelError, match="trained from another start"):  # the control: by hand nobody knows
+        merge_folders(base, [one, two], into=place / "by-hand", method="slerp")
 
 
 def students(folder: Path) -> list[str]:

@@ -193,7 +193,7 @@ def test_tied_weights_are_merged_once_in_whatever_files_they_stand(home: Path, t
         Merging(odd, models, method="slerp")
     untied = Merging(home / "llama" / "start", of(home, "llama", 2)[1], method="slerp")  # the control: two of their own
     assert {"lm_head", "model.embed_tokens"} <= {
-        group["name"] for group in untied._report(eta=1, sha256="").record()["groups"]
+        group["name"] for group in untied._report(eta=1, sha256="", files=()).record()["groups"]
     }
 
 
@@ -339,7 +339,7 @@ def test_everything_is_told(home: Path, tmp_path: Path) -> None:
     assert wte["angles"] == [pytest.approx(math.degrees(math.acos(cosine))), None, None]
     assert wte["edges"] == ["zero"] and wte["parameters"] == first["transformer.wte.weight"].numel()
     assert sum(group["parameters"] for group in record["groups"]) == sum(w.numel() for w in first.values())
-    assert record["start_left_in_models"][2] == 1.0 and all(0.9 < kept < 1.1 for kept in report.kept)
+    assert record["cosines_with_start"][2] == 1.0 and all(0.9 < cosine < 1 + 1e-12 for cosine in report.cosines)
     assert said[-1].startswith("angles of task vectors: median") and said[-1] == record["angles"]
     assert (tmp_path / "it" / "angles.png").read_bytes().startswith(PNG)
     card = (tmp_path / "it" / "README.md").read_text(encoding="utf-8")
@@ -376,11 +376,34 @@ def _one(weight: Tensor, place: int) -> Tensor:
 def test_what_does_not_share_the_start_is_refused_and_nothing_is_written(home: Path, tmp_path: Path) -> None:
     start, models = of(home, "gpt2", 2)
     other = tiny.save_model(tmp_path / "other", "gpt2", seed=9)
-    with pytest.raises(ModelError, match=r"-?\d+% of the start's matrices is left in it, wanted 50% or more"):
-        merge_folders(start, [models[0], other], into=tmp_path / "it", method="slerp")
-    assert not (tmp_path / "it").exists()
-    far = trained(start, tmp_path / "far", seed=3, spread=0.9)  # the control: three times its start's size, and of it
-    merge_folders(start, [models[0], far], into=tmp_path / "it", method="slerp", say=lambda line: None)
+    long = changed(other, tmp_path / "long", lambda name, weight: 50 * weight)
+    for stranger in (other, long):
+        with pytest.raises(ModelError, match=r"is -?0\.0\d\d, wanted 0.1 or more: it was trained from another start"):
+            merge_folders(start, [models[0], stranger], into=tmp_path / "it", method="slerp")
+        assert not (tmp_path / "it").exists()
+    report = merge_folders(
+        start, [models[0], other], into=tmp_path / "it", method="slerp", known_start=True, say=lambda line: None
+    )
+    assert abs(report.cosines[1]) < 0.1 < report.cosines[0], "what is known is not asked for"
+
+
+@pytest.mark.parametrize("left", [1.0, 0.3, 0.02])
+def test_weight_decay_does_not_make_another_start(home: Path, tmp_path: Path, left: float) -> None:
+    """What training adds is at right angles to what decay leaves of the start: its length may be anything."""
+    start, models = of(home, "gpt2", 2)
+    draw = torch.Generator().manual_seed(3)
+    model = changed(  # three times as long as what is left
+        start, tmp_path / "decayed",
+        lambda name, weight: left * (weight + 3 * weight.std() * torch.randn(weight.shape, generator=draw))
+        if weight.dim() > 1 else weight,
+    )  # fmt: skip
+    report = merge_folders(start, [models[0], model], into=tmp_path / "it", method="slerp", say=lambda line: None)
+    assert report.cosines[1] == pytest.approx(10**-0.5, abs=0.05)
+    one, two = (
+        torch.cat([weight.double().flatten() for weight in stored(folder).values() if weight.dim() > 1])
+        for folder in (start, model)
+    )
+    assert report.cosines[1] == pytest.approx(float(one @ two / one.norm() / two.norm()))
 
 
 def broken(home: Path, folder: Path, how: str) -> Path:
@@ -448,10 +471,51 @@ def test_nothing_else_is_overwritten(home: Path, tmp_path: Path) -> None:
     start, models = of(home, "gpt2", 2)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes").write_text("mine", encoding="utf-8")
-    for into, match in ((tmp_path / "mine", "no merge made"), (models[0], "one of the folders that are merged")):
+    for into, match in (
+        (tmp_path / "mine", "holds notes, which no merge wrote"),
+        (models[0], "one of the folders that are merged"),
+    ):
         with pytest.raises(DataError, match=match):
             merge_folders(start, models, into=into, method="slerp", say=lambda line: None)
     assert (tmp_path / "mine" / "notes").read_text(encoding="utf-8") == "mine"
+    with pytest.raises(DataError, match="is no folder"):
+        merge_folders(start, models, into=tmp_path / "mine" / "notes", method="slerp", say=lambda line: None)
+
+
+@pytest.mark.parametrize("which", ["start", "model"])
+def test_a_folder_around_what_is_merged_is_not_replaced(home: Path, tmp_path: Path, which: str) -> None:
+    start, models = of(home, "gpt2", 2)
+    into = tmp_path / "it"
+    merge_folders(start, models, into=into, method="slerp", say=lambda line: None)
+    inner = shutil.copytree(start if which == "start" else models[1], into / "deep" / "inner")
+    record = json.loads((into / "merge.json").read_text(encoding="utf-8"))
+    record["files"] += [
+        path.relative_to(into).as_posix() for path in inner.rglob("*")
+    ]  # a record is not asked for this
+    (into / "merge.json").write_text(json.dumps(record), encoding="utf-8")
+    before = weights_sha256(inner)
+    with pytest.raises(DataError, match=r"is around .*inner, one of the folders that are merged; nothing was touched"):
+        both = (inner, models) if which == "start" else (start, [models[0], inner])
+        merge_folders(*both, into=into, method="slerp", say=lambda line: None)
+    assert weights_sha256(inner) == before
+
+
+def test_a_merge_replaces_what_a_merge_wrote_and_nothing_that_was_added(home: Path, tmp_path: Path) -> None:
+    start, models = of(home, "gpt2", 2)
+    into = tmp_path / "it"
+    report = merge_folders(start, models, into=into, method="slerp", say=lambda line: None)
+    assert sorted(report.files) == sorted(path.name for path in into.iterdir())
+    merge_folders(start, models, into=into, method="lerp", say=lambda line: None)
+    (into / "eval").mkdir()
+    (into / "eval" / "results.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(DataError, match=r"holds eval/results.json, which no merge wrote; nothing was touched"):
+        merge_folders(start, models, into=into, method="slerp", say=lambda line: None)
+    assert (into / "eval" / "results.json").is_file()
+    assert Merging(start, models, method="lerp").stands(into, eta=1.0), "what was added does not make it another"
+    (into / "eval" / "results.json").unlink()
+    (into / "merge.json").write_text("[]", encoding="utf-8")
+    with pytest.raises(DataError, match="which no merge wrote"):
+        merge_folders(start, models, into=into, method="slerp", say=lambda line: None)
 
 
 @pytest.mark.parametrize(
