@@ -118,7 +118,7 @@ def require_same_teacher(
 ) -> None:  # fmt: skip
     """Raise ``ManifestError`` where the stage's soft targets would be another teacher's than the run names: its pairs,
     of ``split``, bring log-probabilities, and a manifest says whose. The same of those ``held_out``."""
-    if pair.teacher_card is None or (stage.target or default_target(stage, learnt)) != "soft":
+    if pair.teacher_card is None or target_of(stage, learnt, None, asks=True) != "soft":
         return
     own = fingerprint(pair.teacher_card)
     # Of pairs that are drawn anew the run's teacher is asked in every case.
@@ -134,6 +134,22 @@ def require_same_teacher(
                     f"{name} with weights {weights}, and the run's teacher {pair.teacher_card.name} has {own}\n"
                     "  name that teacher, make the pairs again with this one (minillm pairs), or set target: hard"
                 )
+
+
+def require_targets(
+    stage: PreferenceStage, learnt: Sequence[PreferencePair], held_out: Sequence[PreferencePair] | None, *, asks: bool
+) -> None:
+    """Raise ``UnsupportedCombination`` where pairs that are learnt or ``held_out`` want a soft target and nothing says
+    what it is: they come without their teacher's log-probabilities, and the run ``asks`` no teacher."""
+    if asks or target_of(stage, learnt, held_out, asks=False) != "soft":
+        return
+    for name, pairs in {"preferences": learnt, "preferences_validation": held_out or ()}.items():
+        if bare := sum(one.teacher_logps is None for one in pairs):
+            raise UnsupportedCombination(
+                f"stage {stage.name}: target 'soft', but {bare:,} of {len(pairs):,} pairs of data.{name} come without "
+                "their teacher's log-probabilities, and the run names no teacher; make pairs with 'minillm pairs', "
+                "add 'teacher: NAME', or set target: hard"
+            )
 
 
 @contextlib.contextmanager
@@ -157,11 +173,12 @@ def prepared(
 
     ``goes_on`` says that the stage was begun before: what it kept in ``folder`` then is taken, and must be of the same
     weights and responses, or ``CacheError`` is raised. A stage that begins makes it anew where it is not.
-    ``teacher`` gives soft targets to pairs that do not bring them. Raises ``UnsupportedCombination`` where they are
-    asked for and there is none. To be called on all ranks.
+    ``teacher`` gives soft targets to pairs that do not bring them; that there is one where it is needed is to be found
+    out before (``require_targets``). To be called on all ranks.
     """
     reference = reference_of(config, card, facts, pair=pair, ranks=ranks)
-    target = stage.target or default_target(stage, learnt)  # of the pairs as the data has them
+    # Of the pairs as the data has them: after a refresh the teacher is asked about all.
+    target = target_of(stage, learnt, validation, asks=teacher is not None)
     once = stage.value == "dpo" and not stage.keeps_reference
     with contextlib.ExitStack() as stack:
         live = stack.enter_context(reference.open()) if stage.keeps_reference else None
@@ -185,9 +202,15 @@ def prepared(
         )  # fmt: skip
 
 
-def default_target(stage: PreferenceStage, pairs: Sequence[PreferencePair]) -> Literal["hard", "soft"]:
-    """``soft`` where every pair brings what its teacher says and the link can be compared with it, else ``hard``."""
-    taught = all(one.teacher_logps is not None for one in pairs)
+def target_of(
+    stage: PreferenceStage, learnt: Sequence[PreferencePair], held_out: Sequence[PreferencePair] | None, *, asks: bool
+) -> Literal["hard", "smoothed", "soft"]:
+    """What the stage's ``target`` comes to. Not set, it is ``soft`` where every pair that is learnt brings what its
+    teacher says, the link can be compared with it, and those ``held_out`` can have such targets too: they bring them,
+    or the run ``asks`` a teacher; else ``hard``."""
+    if stage.target is not None:
+        return stage.target
+    taught = all(one.teacher_logps is not None for one in (*learnt, *(() if asks else held_out or ())))
     return "soft" if taught and stage.link == "sigmoid" else "hard"
 
 
@@ -226,12 +249,7 @@ class _Asking:
         there = [logps for logps in brought if logps is not None]
         if len(there) == len(brought):
             return there
-        if self.teacher is None:
-            raise UnsupportedCombination(
-                f"stage {self.stage.name}: target 'soft', but {len(brought) - len(there):,} of {len(brought):,} pairs "
-                "come without their teacher's log-probabilities, and the run names no teacher; make pairs with "
-                "'minillm pairs', add 'teacher: NAME', or set target: hard"
-            )
+        assert self.teacher is not None, "nobody looked whether soft targets can be had"
         return self._logps(self.teacher, pairs, name)
 
     def _logps(self, model: Frozen, pairs: Sequence[PreferencePair], name: str) -> Sequence[Logps]:

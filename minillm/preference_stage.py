@@ -45,7 +45,8 @@ class PreferenceStage(BaseStage):
     label_noise; IPO's square, of means over tokens; a hinge."""
     target: Literal["hard", "smoothed", "soft"] | None = None
     """Chance that the chosen response is to be given over the other: 1; 1 - label_noise; or the teacher's own, whose
-    optimum is the teacher. Null: soft where each pair brings the teacher's log-probabilities, else hard."""
+    optimum is the teacher. Null: soft where each pair brings the teacher's log-probabilities, and each that is
+    validated on too or the run has a teacher; else hard."""
     label_noise: ShareBelowOne = 0.0
     """Share of labels that are taken to be wrong, 0 to below 0.5. Only with 'target: smoothed' or 'link: robust'."""
     sft_weight: NonNegative = 0.0

@@ -23,7 +23,7 @@ from minillm.objectives import Minillm
 from minillm.pairs import Pair
 from minillm.preference_chunks import Chunks, chunks_of, ordered_chunks
 from minillm.preference_reading import PairSplit, pairs_in
-from minillm.preference_reference import Prepared, pairs_of, prepared, require_same_teacher
+from minillm.preference_reference import Prepared, pairs_of, prepared, require_same_teacher, require_targets
 from minillm.preferences import Preferences
 from minillm.preflight import AnySplit, decoding_record, limits_record, require_rows
 from minillm.prompt_table import answered
@@ -205,14 +205,16 @@ def _chunks(
 
 def check_pairs(config: RunConfig, stage: PreferenceStage, splits: Mapping[str, AnySplit], *, pair: Pair) -> None:
     """Raise ``DataError`` where the pairs that were read are none for this stage, or of another teacher than the
-    run's."""
+    run's, and ``UnsupportedCombination`` where they want soft targets that nothing can give."""
     split, held_out = splits["preferences"], splits.get("preferences_validation") if stage.validate_every else None
     assert isinstance(split, PairSplit) and (held_out is None or isinstance(held_out, PairSplit))
     chunks = chunks_of(split.pairs, config.data.chunks.by) if config.data.chunks is not None else {}
     own = pairs_of(stage, split.pairs, chunks=chunks)
+    measured = None if held_out is None else held_out.pairs
     # Which chunk is the stage's is known once they are measured: it may be any of them.
     for learnt in [own] if stage.chunk is None else chunks.values():
         require_same_teacher(stage, learnt, split, held_out, pair=pair)
+        require_targets(stage, learnt, measured, asks=pair.teacher_card is not None)
 
 
 def _frozen_teacher(pair: Pair, loaded: Teacher | None, *, ranks: Ranks, say: Callable[[str], None]) -> Frozen | None:

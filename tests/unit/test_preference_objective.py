@@ -27,7 +27,7 @@ from minillm.loading import inspect, load
 from minillm.micro_batches import Limits
 from minillm.pairs import Pair, check_pair
 from minillm.pairwise_loss import soft_target
-from minillm.preference_reference import Prepared, prepared
+from minillm.preference_reference import Prepared, prepared, require_targets, target_of
 from minillm.preference_stage import PreferenceStage
 from minillm.preferences import Preferences, pair_measures
 from minillm.ranks import Ranks
@@ -295,10 +295,33 @@ def test_soft_targets_are_the_default_where_pairs_bring_them(folder: Path, tmp_p
         assert ("(by default)" in said[-1]) == ("target" not in settings)
 
 
+@pytest.mark.parametrize(
+    ("learnt", "held_out", "asks", "want"),
+    [
+        (True, None, False, "soft"), (True, True, False, "soft"), (True, False, False, "hard"),
+        (True, False, True, "soft"), (False, True, True, "hard"), (False, None, False, "hard"),
+    ],
+)  # fmt: skip
+def test_targets_are_soft_by_default_where_all_pairs_can_have_them(
+    learnt: bool, held_out: bool | None, asks: bool, want: str
+) -> None:
+    """A default is never refused; what is asked for is, where it cannot be had."""
+    pairs, others = some_pairs(logps=learnt), None if held_out is None else some_pairs(logps=held_out)
+    assert target_of(a_stage(), pairs, others, asks=asks) == want
+    require_targets(a_stage(), pairs, others, asks=asks)
+    bare = [name for name, taught in (("preferences", learnt), ("preferences_validation", held_out)) if taught is False]
+    if asks or not bare:
+        require_targets(a_stage(target="soft"), pairs, others, asks=asks)
+    else:
+        with pytest.raises(UnsupportedCombination, match=rf"7 of 7 pairs of data\.{bare[0]} come without"):
+            require_targets(a_stage(target="soft"), pairs, others, asks=asks)
+
+
 def test_a_teacher_is_asked_once_for_soft_targets_that_pairs_do_not_bring(folder: Path, tmp_path: Path) -> None:
     stage, pairs, said = a_stage(target="soft"), some_pairs(), list[str]()
-    with pytest.raises(UnsupportedCombination, match="target 'soft', but 7 of 7 pairs come without"):
-        known_for(stage, folder, tmp_path / "none", pairs).__enter__()
+    with pytest.raises(UnsupportedCombination, match=r"target 'soft', but 7 of 7 pairs of data\.preferences"):
+        require_targets(stage, pairs, None, asks=False)
+    require_targets(stage, pairs, None, asks=True)
     with known_for(stage, folder, tmp_path, pairs, teacher=True, said=said) as known:
         assert known.learnt.soft_targets is not None
         told = [float(torch.tensor(target).logit()) / stage.beta for target in known.learnt.soft_targets]

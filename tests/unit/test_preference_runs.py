@@ -161,6 +161,43 @@ def test_a_source_that_is_not_there_is_told(place: Path) -> None:
         distill(config(place, stage(sources=("esay",)), name="unknown"))
 
 
+def save_taught(file: Path, pairs: Path) -> Path:
+    """The same pairs with log-probabilities of a teacher."""
+    lines = [json.loads(line) for line in pairs.read_text(encoding="utf-8").splitlines()]
+    taught = [json.dumps({**line, "teacher_logps": [-5.0, -7.0]}) for line in lines]
+    file.write_text("\n".join(taught) + "\n", encoding="utf-8")
+    return file
+
+
+def test_targets_that_nothing_gives_are_refused_before_a_model_is_loaded(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the second stage too, and of validation pairs."""
+    from minillm import stages as module
+
+    def loads(*_: Any, **__: Any) -> None:
+        pytest.fail("a model is loaded")
+
+    for name in ("load", "prepared", "load_teacher"):
+        monkeypatch.setattr(module, name, loads)
+    stages = [stage(name="first"), stage(name="second", target="soft", sources=("hard",))]
+    with pytest.raises(UnsupportedCombination, match=r"stage second: target 'soft', but 24 of 24 pairs of data"):
+        distill(config(place, *stages, name="untaught"))
+    taught = {"preferences": str(save_taught(place / "taught.jsonl", place / "easy.jsonl"))}
+    with pytest.raises(UnsupportedCombination, match=r"9 of 9 pairs of data\.preferences_validation"):
+        distill(config(place, stage(target="soft", validate_every=1), name="untaught", data=taught))
+    assert not (place / "runs" / "untaught").exists()
+
+
+def test_a_default_is_not_soft_where_held_out_pairs_could_not_be(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taught = {"preferences": str(save_taught(place / "taught.jsonl", place / "easy.jsonl"))}
+    for name, every, want in (("held-out-bare", 3, "hard"), ("no-held-out", 0, "soft")):
+        distill(config(place, stage(validate_every=every), name=name, data=taught))
+        assert f"target {want} (by default)" in capsys.readouterr().out
+
+
 def test_a_teacher_that_nothing_else_needs_is_loaded_for_soft_targets_alone(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
