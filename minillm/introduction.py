@@ -16,6 +16,13 @@ from minillm.stage_order import start_words
 from minillm.stages import idle_words, unbiased_words
 from minillm.teacher_cache import TeacherCache
 
+USES = {
+    **dict.fromkeys(("train", "teacher_text", "preferences"), "learns from it"),
+    "validation": "validates (validate_every 0)",
+    "preferences_validation": "that learns from pairs validates (validate_every 0)",
+}
+"""What a stage would do with each split that a run may name and not read."""
+
 
 def introduction(
     config: RunConfig, pair: Pair, splits: Mapping[str, AnySplit], anchor: Anchor | None, *,
@@ -31,9 +38,9 @@ def introduction(
         yield f"stage {name}: learns from {cache}"
     if anchor is None and config.data.corpus is not None:
         yield f"corpus: {config.data.corpus} is not read; no stage has an lm_coefficient above 0"
-    for name in ("train", "teacher_text", "preferences", "preferences_validation"):
+    for name, use in USES.items():
         if getattr(config.data, name) is not None and name not in splits:
-            yield f"data.{name} is not read; no stage learns from it"
+            yield f"data.{name} is not read; no stage {use}"
     if "preferences" in splits:
         yield from chunk_words(config, pairs_in(splits["preferences"]))
     yield from start_words(config.stages)

@@ -59,7 +59,8 @@ def pairs_in(split: AnySplit) -> Sequence[PreferencePair]:
 def read_preferences(
     config: RunConfig, source: str | Mapping[str, str], *, pair: Pair, name: str, limit: int | None
 ) -> PairSplit:
-    """The pairs of a source, or of several by their names; the first ``limit`` of each of them.
+    """The pairs of a source, or of several by their names; the first ``limit`` of each of them. A single one has the
+    name ''.
 
     With several, and in a folder or pattern, a pair's id begins with the name of its source. Raises ``DataError`` where
     a row breaks the run's policy or no pair is left, and its child ``ManifestError`` where the manifest of distilled

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -101,15 +101,19 @@ def pairs_of(
         return list(chunks.values())[stage.chunk - 1]
     if stage.sources is None:
         return pairs
-    there = dict.fromkeys(pair.source for pair in pairs)
-    for name in stage.sources:
+    require_sources(stage, dict.fromkeys(pair.source for pair in pairs))
+    return [pair for pair in pairs if pair.source in stage.sources]
+
+
+def require_sources(stage: PreferenceStage, there: Collection[str]) -> None:
+    """Raise ``DataError`` where the stage names a source of pairs that is not among those that are there."""
+    for name in stage.sources or ():
         if name not in there:
             named = ", ".join(filter(None, there)) or "there are none"
             raise DataError(
                 f"stage {stage.name}: no pair is of source {name!r}{did_you_mean(name, there)}\n"
                 f"  wanted names of data.preferences: {named}"
             )
-    return [pair for pair in pairs if pair.source in stage.sources]
 
 
 def require_same_teacher(

@@ -9,7 +9,7 @@ from minillm.config import RunConfig
 from minillm.errors import DataError
 from minillm.evaluation_sets import read_sets
 from minillm.pairs import Pair
-from minillm.preference_reading import PairSplit, read_preferences
+from minillm.preference_reading import read_preferences
 from minillm.preflight import AnySplit, Split, read_split, read_teacher_text, with_checker
 from minillm.prompt_table import answered
 from minillm.text_stages import DistilStage
@@ -25,8 +25,9 @@ def read_splits(config: RunConfig, pair: Pair) -> dict[str, AnySplit]:
         splits["train"] = _read_train(config, pair)
     if "teacher_text" in readers:
         splits["teacher_text"] = read_teacher_text(config, pair=pair)
-    if "preferences" in readers:
-        splits |= _read_pairs(config, pair)
+    for name, named in pair_sources(config).items():
+        limit = data.preferences_limit if name == "preferences" else None
+        splits[name] = read_preferences(config, named, pair=pair, name=name, limit=limit)
     if data.validation is not None and any(stage.validate_every for stage in config.trained):
         validation = read_split(
             config, data.validation, pair=pair, name="validation", need_response=False, limit=data.validation_limit
@@ -44,19 +45,13 @@ def evaluated_sets(splits: Mapping[str, AnySplit]) -> dict[str, Split]:
     return {name.removeprefix("test").strip(): split for name, split in sets.items()}
 
 
-def _read_pairs(config: RunConfig, pair: Pair) -> dict[str, PairSplit]:
-    """The pairs that stages learn from, and those that are held out where there are any."""
-    data = config.data
-    assert data.preferences is not None, "the configuration refuses a stage of pairs without them"
-    found = {
-        "preferences": read_preferences(
-            config, data.preferences, pair=pair, name="preferences", limit=data.preferences_limit
-        )
-    }
-    if data.preferences_validation is not None:
-        found["preferences_validation"] = read_preferences(
-            config, data.preferences_validation, pair=pair, name="preferences_validation", limit=None
-        )
+def pair_sources(config: RunConfig) -> dict[str, dict[str, str]]:
+    """The sources of pairs that the run reads, by their names, of each setting that names some: 'preferences' where a
+    stage learns from pairs, and 'preferences_validation' where such a stage validates."""
+    data, learners = config.data, [stage for stage in config.trained if stage.reads == "preferences"]
+    found = {"preferences": data.preference_sources} if learners else {}
+    if data.preferences_validation is not None and any(stage.validate_every for stage in learners):
+        found["preferences_validation"] = {"": data.preferences_validation}
     return found
 
 

@@ -37,6 +37,7 @@ def require_startable(
             locate(source, PROMPTS)
     if evaluated is not None:
         return away
+    _require_pairs(config, unwritten=unwritten)
     corpus = config.data.corpus
     if corpus is not None and config.anchored and not corpus.startswith(FAR):
         locate(corpus, CORPUS)
@@ -47,10 +48,27 @@ def require_startable(
     return away
 
 
+def _require_pairs(config: RunConfig, *, unwritten: Collection[str]) -> None:
+    """Looks whether the sources of pairs are there, and whether stages name those of a mapping."""
+    from minillm.config import PreferenceStage
+    from minillm.preference_reference import require_sources
+    from minillm.row_sources import PAIRS, locate
+    from minillm.run_splits import pair_sources
+
+    for named in pair_sources(config).values():
+        for source in named.values():
+            if not source.startswith(FAR) and source not in unwritten:
+                locate(source, PAIRS)
+    for stage in config.trained:
+        if isinstance(stage, PreferenceStage) and isinstance(config.data.preferences, dict):
+            require_sources(stage, config.data.preferences)
+
+
 def require_study(study: StudyConfig) -> set[str]:
     """The same of every arm, and of the runs that make a study's models."""
     away = set[str]()
-    unwritten = (study.taught_file,) if study.taught is not None else ()
+    unwritten = [study.taught_file] if study.taught is not None else []
+    unwritten += [study.paired_file(study.seeds[0])] if study.paired is not None else []
     for run in (study.teacher_config(), study.student_config(study.seeds[0])):
         if run is not None:
             away |= require_startable(run)

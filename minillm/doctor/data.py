@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 
-from minillm.config import RunConfig
+from minillm.config import PreferenceStage, RunConfig
 from minillm.doctor.findings import Finding, error, note, of_error, ok, warning
-from minillm.doctor.patient import UNREADABLE, Patient
+from minillm.doctor.patient import UNREADABLE, Patient, student_alone
 from minillm.errors import MinillmError
 from minillm.pairs import Pair
 from minillm.preference_reading import read_preferences
 from minillm.preflight import AnySplit, read_split
 from minillm.rows import counted, read_rows
+from minillm.run_splits import pair_sources
+from minillm.stages import check_pairs
 from minillm.templates import raw_text
 from minillm.types import Prompt
 
@@ -27,7 +30,8 @@ MUCH = 0.05
 
 
 def sources(config: RunConfig) -> dict[str, str]:
-    """Every source of rows that the run reads, by the name of its split."""
+    """Every source of prompts that the run reads, by the name of its split; those of pairs are
+    ``run_splits.pair_sources``."""
     data = config.data
     named = {"train": data.train, "teacher text": data.teacher_text, "validation": data.validation}
     found = {name: source for name, source in named.items() if source is not None}
@@ -49,9 +53,7 @@ def read_samples(config: RunConfig, pair: Pair) -> tuple[dict[str, AnySplit], li
             )
         except (MinillmError, OSError) as raised:
             found.append(of_error("data", raised, why=UNREADABLE))
-    for name in ("preferences", "preferences_validation"):
-        if (named := getattr(data, name)) is None:
-            continue
+    for name, named in pair_sources(config).items():
         limit = min(getattr(data, f"{name}_limit", None) or SAMPLE, SAMPLE)
         try:
             # With the run's own limits: what was measured of distilled pairs is of just these ids.
@@ -137,6 +139,19 @@ def responses(patient: Patient) -> Iterator[Finding]:
         yield ok(
             "responses", f"train: {len(rows) - absent:,} of {counted(len(rows), 'row')} have one; {share:.1%} too long"
         )
+
+
+def preferences(patient: Patient) -> Iterator[Finding]:
+    """Stages that name pairs which are not there, or want soft targets that nothing gives or another teacher gave."""
+    teacher = None if patient.teacher is None else patient.teacher.card
+    pair = dataclasses.replace(student_alone(patient), teacher_card=teacher)
+    for stage in patient.config.trained:
+        if not isinstance(stage, PreferenceStage) or not patient.splits.keys() >= pair_sources(patient.config).keys():
+            continue  # what could not be read is told already
+        if stage.chunk is not None and len(patient.splits["preferences"].prompts) >= SAMPLE:
+            continue  # chunks are of all rows
+        check_pairs(patient.config, stage, patient.splits, pair=pair)
+        yield ok("preferences", f"stage {stage.name}: its pairs are there, and what its target needs")
 
 
 def rows_per_step(patient: Patient) -> Iterator[Finding]:

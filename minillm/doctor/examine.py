@@ -28,6 +28,7 @@ CHECKS: tuple[Check, ...] = (
     Check(id="precision", run=folders.precision),
     Check(id="lengths", run=data.lengths, needs=("rows",)),
     Check(id="responses", run=data.responses, needs=("rows",)),
+    Check(id="preferences", run=data.preferences, needs=("student", "teacher")),
     Check(id="held-out", run=data.held_out),
     Check(id="rows-per-step", run=data.rows_per_step),
     Check(id="threads", run=machine.threads),

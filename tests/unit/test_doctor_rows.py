@@ -98,6 +98,23 @@ def test_held_out_prompts_that_stand_in_train_are_counted(well: Path, tmp_path: 
     assert levels(looked_at(healthy(well), [f"data.test={apart}"]), "held-out") == {"ok"}
 
 
+def test_pairs_are_held_against_the_stages_that_learn_from_them(well: Path, tmp_path: Path) -> None:
+    file = rows(tmp_path / "pairs.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c"})
+    words = ["teacher=null", f"data.preferences={{a: {file}}}"]
+
+    def found(**settings: str) -> list[tuple[str, str]]:
+        own = "".join(f", {name}: {value}" for name, value in settings.items())
+        stage = f"stages=[{{kind: preference, steps: 1, batch: 1, optimiser: {{lr: 1e-3}}{own}}}]"
+        return [(one.level, one.found) for one in of(looked_at(healthy(well), [*words, stage]), "preferences")]
+
+    assert found() == [("ok", "stage preference: its pairs are there, and what its target needs")]
+    ((level, said),) = found(sources="[b]")
+    assert level == "error" and "no pair is of source 'b'" in said
+    ((level, said),) = found(target="soft")
+    assert level == "error" and "1 of 1 pairs of data.preferences come without" in said
+    assert not of(looked_at(healthy(well)), "preferences"), "nobody learns from pairs"
+
+
 @pytest.mark.parametrize(("prompts", "level"), [(1, "error"), (3, "note"), (4, "ok")])
 def test_rows_of_a_step_are_held_against_the_ranks(
     prompts: int, level: str, well: Path, monkeypatch: pytest.MonkeyPatch

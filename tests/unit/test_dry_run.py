@@ -47,6 +47,34 @@ def test_what_a_run_is_refused_for_is_told(
     assert printed.out.startswith("# trains into") and told in printed.err and "Traceback" not in printed.err
 
 
+STAGE = "{{kind: preference, steps: 2, batch: 2, validate_every: {every}, sources: {sources}, optimiser: {{lr: 1e-3}}}}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, ""),
+        ({"preferences": "{a: nowhere.jsonl}"}, "nowhere.jsonl does not exist"),
+        ({"preferences": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
+        ({"preferences_validation": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
+        ({"preferences_validation": "nowhere.jsonl", "every": "0"}, ""),
+        ({"sources": "[b]"}, "stage preference: no pair is of source 'b'"),
+        ({"sources": "[a]"}, ""),
+    ],
+)
+def test_files_of_pairs_are_looked_for_where_a_stage_reads_them(
+    changes: dict[str, str], told: str, well: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = well / "pairs.jsonl"
+    file.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', encoding="utf-8")
+    asked = {"preferences": f"{{a: {file}}}", "preferences_validation": str(file), "every": "1", "sources": "null"}
+    asked |= changes
+    stage = STAGE.format(every=asked.pop("every"), sources=asked.pop("sources"))
+    words = [*(f"data.{name}={value}" for name, value in asked.items()), f"stages=[{stage}]"]
+    assert run("distill", "--dry-run", "--config", str(healthy(well)), *words) == (2 if told else 0)
+    assert told in capsys.readouterr().err
+
+
 def test_models_that_do_not_fit_are_told(well: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = save_model(tmp_path / "other", "llama", seed=0, words=[*WORDS[:2], "b", "a", *WORDS[4:]])
     file = str(healthy(well))
@@ -85,3 +113,20 @@ def test_a_study_is_looked_at_arm_by_arm(well: Path, tmp_path: Path, capsys: pyt
     printed = capsys.readouterr()
     assert printed.out.startswith("# makes 2 arms x 1 seeds") and "/nowhere/x/y" in printed.err
     assert run("study", "--dry-run", "--config", str(file), "arms={a: {}}") == 0, "control"
+
+
+def test_pairs_that_a_study_makes_need_not_be_there(
+    well: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "study.yaml"
+    stage = STAGE.format(every=0, sources="null")
+    file.write_text(
+        f"name: s\nrecipe: {healthy(well)}\nresults: {tmp_path}/cells\nseeds: [1]\ncompare_with: a\n"
+        f"paired: {{rows: 2}}\nsettings: {{data.test: {well / 'train.jsonl'}}}\n"
+        f"arms: {{a: {{data.preferences: runs/studies/s/pairs.jsonl, stages: [{stage}]}}}}\n",
+        encoding="utf-8",
+    )
+    assert run("study", "--dry-run", "--config", str(file)) == 0, capsys.readouterr().err
+    words = [f"arms={{a: {{data.preferences: runs/other.jsonl, stages: [{stage}]}}}}"]
+    assert run("study", "--dry-run", "--config", str(file), *words) == 2
+    assert "runs/other.jsonl does not exist" in capsys.readouterr().err

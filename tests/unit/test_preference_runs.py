@@ -143,6 +143,22 @@ def test_validation_on_held_out_pairs_decides_and_stops(place: Path) -> None:
     assert done["stopped_early"] and len(lines) < 12  # the rate is far too high
 
 
+@pytest.mark.parametrize(("every", "read"), [(0, False), (3, True)])
+def test_held_out_pairs_that_nobody_measures_on_are_not_read_and_told(
+    place: Path, every: int, read: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = str(place / "held-out.jsonl") if read else "nowhere.jsonl"
+    out = distill(
+        config(place, stage(validate_every=every), name=f"idle-{every}", data={"preferences_validation": held})
+    )
+    said = capsys.readouterr().out
+    assert ("preferences_validation: 9 pairs read" in said) == read
+    words = "data.preferences_validation is not read; no stage that learns from pairs validates (validate_every 0)"
+    assert (words in said) == (not read)
+    made_from = json.loads((out / "run.json").read_text())["made_from"]
+    assert ("preferences_validation prompts" in made_from) == read
+
+
 def test_a_measure_of_prompts_may_decide_instead(place: Path) -> None:
     held = {"metric": "rouge_l", "mode": "max"}
     data = {"validation": str(place / "prompts.jsonl"), "validation_limit": 4, "preferences_validation": None}

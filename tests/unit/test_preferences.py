@@ -312,7 +312,7 @@ class PairStage(SftStage):
 def test_a_run_reads_its_pairs_beside_its_other_rows(place: Path, pair: Pair, tmp_path: Path) -> None:
     some, held_out = save(tmp_path / "p.jsonl", row(1), row(2)), save(tmp_path / "v.jsonl", row(2), row(3))
     settings = config(place, preferences={"all": some}, preferences_validation=held_out, preferences_limit=1)
-    stage = PairStage(steps=1, batch=2, optimiser={"lr": 1e-3})  # type: ignore[arg-type]
+    stage = PairStage(steps=1, batch=2, optimiser={"lr": 1e-3}, validate_every=1)  # type: ignore[arg-type]
     with_stage = settings.model_copy(update={"stages": (stage,)})
     found = read_splits(with_stage, pair)
     assert list(found) == ["preferences", "preferences_validation"] and evaluated_sets(found) == {}
