@@ -61,7 +61,7 @@ class Preferences:
         longest = [max(both) for both in lengths]
         mine = share(range(len(picked)), lengths=longest, rank=ranks.rank, ranks=ranks.size)
         chosen_tokens = sum(len(pairs[place].chosen_ids) for place in picked)
-        sums = Sums()
+        sums, weight = Sums(), self._stage.sft_weight
 
         def loss_of(cut: Sequence[int]) -> Tensor:
             rows = PairRows.of(
@@ -70,7 +70,7 @@ class Preferences:
 
             def loss(of: Mapping[str, Tensor], _: slice) -> Tensor:
                 chosen_logq_B = rows.sides_of(rows.by_row(of["logq"]))[0]
-                likelihood = self._stage.sft_weight * chosen_logq_B.sum() / chosen_tokens
+                likelihood = weight * chosen_logq_B.sum() / chosen_tokens
                 return self._compare.read(of, rows).loss_B.sum() / len(picked) - likelihood
 
             view = None if reference is None else reference.view(rows.inputs)
@@ -81,7 +81,11 @@ class Preferences:
             return value.float()
 
         cuts = pairs_in_step([lengths[at] for at in mine], limits=limits_of(self._stage), student=student, ranks=ranks)
-        return Update([lambda cut=cut: loss_of(cut) for cut in cuts], lambda: told(sums.over_ranks(ranks)))  # type: ignore[misc]
+
+        def figures() -> dict[str, float]:
+            return told(sums.over_ranks(ranks), sft_weight=weight)
+
+        return Update([lambda cut=cut: loss_of(cut) for cut in cuts], figures)  # type: ignore[misc]
 
     def hear(self, measured: Mapping[str, float]) -> None:
         """Validation changes nothing here."""
@@ -123,7 +127,8 @@ class Preferences:
 def pair_measures(
     reader: ModelReader, stage: PreferenceStage, known: Prepared, *, ids: Ids, limits: Limits, ranks: Ranks
 ) -> dict[str, float]:
-    """Loss, accuracy and margin of a student on the validation pairs; the same on every rank."""
+    """Loss, accuracy and margin of a student on the validation pairs; the same on every rank. The loss is that of the
+    pairs alone, whatever the weight of the cross-entropy in training."""
     assert known.validation is not None, "nobody read validation pairs"
     compare, sums = Comparison.of(stage, known), Sums()
     with ExitStack() as stack:
@@ -133,7 +138,7 @@ def pair_measures(
         for rows in _batches(known.validation, ids=ids, limits=limits, ranks=ranks, reader=reader):
             view = None if reference is None else reference.view(rows.inputs)
             sums.add(**compare.sums(_numbers(reader, rows, compare, view), rows))
-    found = told(sums.over_ranks(ranks))
+    found = told(sums.over_ranks(ranks), sft_weight=0.0)
     return {f"preference_{name}": found[name] for name in ("loss", "accuracy", "margin")}
 
 

@@ -145,11 +145,13 @@ class Comparison:
     def sums(self, of: Mapping[str, Tensor], rows: PairRows) -> dict[str, float]:
         """Sums over the pairs of what is told of them, and over tokens of what is told of those."""
         found = self.read(of, rows)
+        half = torch.tensor(0.5, dtype=found.h_B.dtype, device=found.h_B.device)
         beta = self.stage.beta
         sums: dict[str, float | Tensor] = {
             "pairs": float(rows.count),
-            "loss": found.loss_B.sum(),
-            "accuracy": (found.h_B > 0).sum(),
+            "pair_loss": found.loss_B.sum(),
+            "sft_loss": -rows.sides_of(rows.by_row(of["logq"]))[0].sum(),
+            "accuracy": torch.heaviside(found.h_B.detach(), half).sum(),  # a tie is neither right nor wrong
             "margin": beta * found.h_B.sum(),
             "chosen_reward": beta * found.m_w_B.sum(),
             "rejected_reward": beta * found.m_l_B.sum(),
@@ -157,14 +159,19 @@ class Comparison:
             "rejected_log_ratio": found.m_l_B.sum(),
             "entropy": of["entropy"].double().sum(),
             "tokens": float(len(of["entropy"])),
+            "chosen_tokens": float(rows.sides_of(rows.tokens_R)[0].sum()),
         }
         if found.kl is not None:
             sums |= {"chosen_kl": found.kl[0].sum(), "rejected_kl": found.kl[1].sum()}
         return {name: float(value) for name, value in sums.items()}
 
 
-def told(sums: Mapping[str, float]) -> dict[str, float]:
-    """Means over all pairs and, of the entropy, over all response tokens."""
-    pairs, tokens = max(sums["pairs"], 1.0), max(sums["tokens"], 1.0)
-    per_pair = {name: value / pairs for name, value in sums.items() if name not in {"pairs", "tokens", "entropy"}}
-    return {**per_pair, "entropy": sums["entropy"] / tokens}
+def told(sums: Mapping[str, float], *, sft_weight: float) -> dict[str, float]:
+    """Means over all pairs and, of the entropy, over all response tokens. ``loss`` is what is minimised; where the
+    cross-entropy of the chosen responses has a weight in it, it and that of the pairs are told beside it."""
+    counts = {name: max(sums[name], 1.0) for name in ("pairs", "tokens", "chosen_tokens")}
+    over = {"entropy": "tokens", "sft_loss": "chosen_tokens"}
+    means = {name: sums[name] / counts[over.get(name, "pairs")] for name in sums if name not in counts}
+    pair_loss, sft_loss = means.pop("pair_loss"), means.pop("sft_loss")
+    parts = {"pair_loss": pair_loss, "sft_loss": sft_loss} if sft_weight else {}
+    return {"loss": pair_loss + sft_weight * sft_loss, **parts, **means}

@@ -140,8 +140,8 @@ def logits_of(model: Any, row: Sequence[int], prompt: int) -> Tensor:
 
 
 def twin(stage: PreferenceStage, folder: Path, pairs: Sequence[PreferencePair], targets: Sequence[float]) -> Any:
-    """(Loss, accuracy, margin, gradients by the models' own parameter names), pair by pair from whole logits, with the
-    formulas written out once more."""
+    """(Losses: the whole one, the pairs' and the cross-entropy; accuracy, margin, gradients by the models' own
+    parameter names), pair by pair from whole logits, with the formulas written out once more."""
     student = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float64)
     reference = AutoModelForCausalLM.from_pretrained(folder / "reference", dtype=torch.float32)
     total, right, margin = torch.zeros((), dtype=torch.float64), 0, 0.0
@@ -177,7 +177,7 @@ def twin(stage: PreferenceStage, folder: Path, pairs: Sequence[PreferencePair], 
     whole = total / n + stage.sft_weight * nll / chosen_tokens
     whole.backward()
     grads = [p.grad for p in student.parameters() if p.grad is not None]
-    return (total / n).item(), right / n, margin / n, grads
+    return [whole.item(), (total / n).item(), (nll / chosen_tokens).item()], right / n, margin / n, grads
 
 
 CASES: list[dict[str, Any]] = [
@@ -212,8 +212,10 @@ def test_a_step_has_the_loss_and_gradient_of_whole_logits(
     pairs, student = some_pairs(logps=settings.get("target") == "soft"), student_of(folder)
     with known_for(stage, folder, tmp_path, pairs) as known:
         figures, grads = step_of(stage, known, student)
-        loss, accuracy, margin, wanted = twin(stage, folder, pairs, targets_of(stage, known))
-    assert abs(figures["loss"] - loss) < 2e-6 and abs(figures["margin"] - margin) < 2e-6
+        losses, accuracy, margin, wanted = twin(stage, folder, pairs, targets_of(stage, known))
+    assert abs(figures["loss"] - losses[0]) < 2e-6 and abs(figures["margin"] - margin) < 2e-6
+    parts = {"pair_loss": losses[1], "sft_loss": losses[2]} if stage.sft_weight else {}
+    assert {n: figures[n] for n in ("pair_loss", "sft_loss") if n in figures} == pytest.approx(parts, abs=2e-6)
     assert figures["accuracy"] == pytest.approx(accuracy)
     assert ("chosen_kl" in figures) == stage.keeps_reference
     largest = max(float(grad.abs().max()) for grad in wanted)
@@ -266,14 +268,29 @@ def test_the_first_loss_is_ln_2_where_the_student_is_the_reference(folder: Path,
         student.close()
 
 
+def test_a_student_that_is_its_reference_has_half_of_the_pairs_right(folder: Path, tmp_path: Path) -> None:
+    """Both read one batch, so that h is 0 and not a rounding; another student is no tie."""
+    for name, tied in (("reference", True), ("student", False)):
+        student, stage = student_of(folder, name), a_stage(sequential_kl=True)
+        student.root.float()
+        with known_for(stage, folder, tmp_path / name, some_pairs(), validation=some_pairs()) as known:
+            figures, _ = step_of(stage, known, student)
+            with student.whole() as reader:
+                found = pair_measures(reader, stage, known, ids=check_ids(), limits=Limits(rows=2), ranks=RANKS)
+        assert (figures["accuracy"] == HALF) == (found["preference_accuracy"] == HALF) == tied  # of 7 pairs
+        student.close()
+
+
 def test_validation_measures_what_a_step_does(folder: Path, tmp_path: Path) -> None:
     pairs, student = some_pairs(), student_of(folder)
-    for settings in ({}, {"value": "tdpo2"}, {"target": "smoothed", "label_noise": 0.2}):
+    for settings in ({}, {"value": "tdpo2"}, {"target": "smoothed", "label_noise": 0.2}, {"sft_weight": 0.5}):
         stage = a_stage(**settings)
         with known_for(stage, folder, tmp_path, pairs, validation=pairs) as known:
             figures, _ = step_of(stage, known, student)
             with student.whole() as reader:
                 found = pair_measures(reader, stage, known, ids=check_ids(), limits=Limits(rows=2), ranks=RANKS)
+        assert figures["loss"] - figures.get("pair_loss", figures["loss"]) >= (1.0 if stage.sft_weight else 0.0)
+        figures["loss"] = figures.get("pair_loss", figures["loss"])  # validation has that of the pairs alone
         assert found == {f"preference_{n}": pytest.approx(figures[n], abs=1e-6) for n in ("loss", "accuracy", "margin")}
     student.close()
 
