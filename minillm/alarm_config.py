@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import model_validator
 
-from minillm.errors import ConfigError
+from minillm.errors import ConfigError, UnsupportedCombination
 from minillm.settings import NonNegative, Settings
 
 Action = Literal["warn", "stop", "rollback"]
@@ -39,6 +39,18 @@ class _Alarms(Settings):
             name: {**fields[name].model_dump(), **given} if isinstance(given, dict) and name in fields else given
             for name, given in values.items()
         }
+
+
+def require_validation(alarms: _Alarms, *, validate_every: int) -> None:
+    """Raise ``UnsupportedCombination`` where an alarm rolls back in a stage that never validates: there is nothing to
+    roll back to."""
+    for name in type(alarms).model_fields:
+        alarm = getattr(alarms, name)
+        if alarm is not None and alarm.action == "rollback" and validate_every == 0:
+            raise UnsupportedCombination(
+                f"alarms.{name}.action 'rollback' with validate_every 0: no student is known to be better; "
+                "set validate_every, or action: stop"
+            )
 
 
 class PreferenceAlarmsConfig(_Alarms):

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from minillm.alarm_config import PreferenceAlarmsConfig
+from minillm.alarm_config import PreferenceAlarmsConfig, require_validation
 from minillm.errors import ConfigError, UnsupportedCombination
 from minillm.settings import Count, Flag, NonNegative, Positive, ShareBelowOne, Text, Whole
 from minillm.stage_base import OF_PAIRS, WITHOUT_TEACHER, BaseStage, KeepConfig, told_idle
@@ -107,6 +107,7 @@ class PreferenceStage(BaseStage):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        require_validation(self.alarms, validate_every=self.validate_every)
         if self.alpha != type(self).model_fields["alpha"].default and self.value != "tdpo2":
             raise UnsupportedCombination(
                 f"alpha {self.alpha:g} with value '{self.value}', which has none; set value: tdpo2, or leave it out"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minillm.alarm_config import AlarmsConfig
+from minillm.alarm_config import require_validation
 from minillm.errors import ConfigError, UnsupportedCombination
 from minillm.minillm_settings import MinillmSettings
 from minillm.stage_base import told_idle
@@ -21,7 +21,7 @@ def check_minillm(stage: MinillmSettings) -> None:
     _check_mixing(stage)
     _check_credit(stage)
     _check_published(stage)
-    _check_alarms(stage)
+    require_validation(stage.alarms, validate_every=stage.validate_every)
     _check_anchor(stage)
     if stage.lm_coefficient > 0 and stage.lm_batch == 0:
         raise UnsupportedCombination(
@@ -90,17 +90,6 @@ def _check_anchor(stage: MinillmSettings) -> None:
             f"anchor with published.{', published.'.join(deviations)} (which 'estimator: official' sets): these scale, "
             "cut or round rewards, and the anchor's would no longer give the gradient of its KL; set estimator: exact, "
             "or anchor: null"
-        )
-
-
-def _check_alarms(stage: MinillmSettings) -> None:
-    """A rollback needs something to roll back to."""
-    named = {name: getattr(stage.alarms, name) for name in AlarmsConfig.model_fields}
-    back = [name for name, alarm in named.items() if alarm is not None and alarm.action == "rollback"]
-    if back and stage.validate_every == 0:
-        raise UnsupportedCombination(
-            f"alarms.{back[0]}.action 'rollback' with validate_every 0: no student is known to be better; "
-            "set validate_every, or action: stop"
         )
 
 

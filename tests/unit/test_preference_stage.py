@@ -36,6 +36,10 @@ def stage(**changes: Any) -> PreferenceStage:
         ({"target": "smoothed"}, "label_noise 0 with link 'sigmoid' and target 'smoothed'"),
         ({"link": "robust"}, "label_noise 0 with link 'robust'"),
         ({"patience": 2}, "patience 2 with validate_every 0"),
+        (
+            {"alarms": {"chosen_floor": {"action": "rollback"}}},
+            r"alarms\.chosen_floor\.action 'rollback' with validate",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_together_are_refused(settings: dict[str, Any], words: str) -> None:
@@ -71,6 +75,8 @@ def test_values_that_cannot_be_are_refused(settings: dict[str, Any], words: str)
         {"target": "smoothed", "label_noise": 0.2},
         {"link": "ipo", "sft_weight": 1.0, "sequential_kl": True},
         {"sources": ("a", "b")},
+        {"alarms": {"chosen_floor": {"action": "rollback"}}, "validate_every": 1},
+        {"alarms": {"chosen_floor": None}},
     ],
 )
 def test_what_may_stand_together_does_and_comes_back_from_its_dump(settings: dict[str, Any]) -> None:
