@@ -21,19 +21,20 @@ def source_of(stage: AnyOf, stages: Sequence[AnyOf]) -> AnyOf | None:
 
 
 def check_starts(stages: Sequence[NamedStage]) -> None:
-    """Raise ``ConfigError`` where two stages have one name, or one starts from what no stage before it hands on."""
+    """Raise ``ConfigError`` where two stages have one name, one that of the run's own student, if any starts from that
+    (merges write it beside the stages' students), or one starts from what no stage before it hands on."""
+    own = next((each.name for each in stages if each.start == OWN_START), None)
     for at, stage in enumerate(stages):
         before = [each.name for each in stages[:at]]
         where = f"stages.{at} ('{stage.name}')"
         if stage.name in before:
             raise ConfigError(f"{where} has the name of an earlier stage; give it another name")
+        if stage.name == OWN_START and own is not None:
+            raise ConfigError(
+                f"{where} is called as the run's own student is, from which stage '{own}' starts; give it another name"
+            )
         if stage.start is None:
             continue
-        if stage.start == OWN_START and OWN_START in before:
-            raise ConfigError(
-                f"{where} starts from '{OWN_START}', which is the run's own student and a stage as well; "
-                "give that stage another name"
-            )
         known = [OWN_START, *before]
         if stage.start not in known:
             near = did_you_mean(stage.start, known) or f"; wanted one of {', '.join(known)}"

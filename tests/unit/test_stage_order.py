@@ -28,13 +28,22 @@ def test_sources() -> None:
     ]
 
 
+def test_a_stage_may_be_called_student_where_none_starts_from_the_runs_own() -> None:
+    assert [stage.name for stage in config({"name": "a"}, {"name": "student"}).stages] == ["a", "student"]
+
+
 @pytest.mark.parametrize(
     ("stages", "words"),
     [
         ([{"name": "a"}, {"name": "b", "start": "c"}, {"name": "c"}], "'c', which is no stage before it"),
         ([{"name": "a", "start": "a"}], "starts from 'a', which is no stage before it; wanted one of student"),
         ([{"name": "first"}, {"name": "b", "start": "frist"}], "did you mean 'first'"),
-        ([{"name": "student"}, {"name": "b", "start": "student"}], "and a stage as well; give that stage another name"),
+        (
+            [{"name": "student"}, {"name": "b", "start": "student"}],
+            "is called as the run's own student is, from which stage",
+        ),
+        ([{"name": "b", "start": "student"}, {"name": "student"}], "stages.1 .* from which stage 'b' starts; give it"),
+        ([{"name": "student", "start": "student"}], "from which stage 'student' starts; give it another name"),
         ([{"name": "a"}, {"name": "a"}], "has the name of an earlier stage"),
         ([{"name": "a"}, {"name": "b", "start": ""}], "start"),
     ],
@@ -85,6 +94,15 @@ def test_a_merge_reads_its_start_and_what_it_merges() -> None:
         ([*TREE, {key: value for key, value in MERGE.items() if key != "start"}], "start: is missing"),
         ([{**MERGE, "start": "student"}], "merges 'b', which is no stage before it; wanted some of none"),
         ([*TREE, {**MERGE, "name": "a/b"}], "name: got 'a/b'"),
+        (
+            [
+                {"name": "b", "start": "student"},
+                {"name": "c", "start": "student"},
+                {**MERGE, "name": "student", "start": "student"},
+                {"name": "d"},
+            ],
+            "called as the run's own student is",
+        ),
     ],
 )
 def test_what_cannot_be_merged(stages: list[dict[str, Any]], words: str) -> None:
