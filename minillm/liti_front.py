@@ -4,7 +4,7 @@ what each is worth (LITI's front: what merging gained against what the start cou
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from minillm.config import RunConfig
 from minillm.errors import ConfigError, did_you_mean
 from minillm.measures import MAIN, MEASURES, QUALITIES
 from minillm.merge_figures import Measured, front_png
-from minillm.merge_models import merge_at
+from minillm.merge_models import eta_words, merge_at
 from minillm.ranks import Ranks
 from minillm.report_files import sets_in
 from minillm.report_text import figure, interval
@@ -49,7 +49,7 @@ def merge_front(
     )
     points: list[dict[str, Any]] = []
     for eta in wanted:
-        at = into / f"eta-{eta:g}"
+        at = into / f"eta-{eta_words(eta)}"
         points.append(
             {"eta": eta, "folder": at.name, "measures": _measures(api.evaluate(at / "student", config, out=at))}
         )
@@ -59,6 +59,8 @@ def merge_front(
         write_text(into / RECORD, json.dumps(front, indent=2) + "\n")
         write_bytes(into / PLOT, _drawn(front))
         _tell(front)
+        for line in _not_drawn(front):
+            say(line)
         say(f"written: {into / RECORD}, {into / PLOT}")
     ranks.barrier()
     return front
@@ -113,6 +115,8 @@ def _drawn(front: Mapping[str, Any]) -> bytes:
     axes: tuple[str, str] = (front["x"], front["y"])
     points = []
     for point in front["points"]:
+        if _missing(point, axes):
+            continue
         at, up = (
             Measured(mean=of["mean"], ci95=None if of["ci95"] is None else (of["ci95"][0], of["ci95"][1]))
             for of in (point["measures"][name] for name in axes)
@@ -120,6 +124,19 @@ def _drawn(front: Mapping[str, Any]) -> bytes:
         points.append((point["eta"], at, up))
     title = f"{len(front['models'])} models merged ({front['method']}), by eta"
     return front_png(points, x=_label(axes[0]), y=_label(axes[1]), title=title)
+
+
+def _missing(point: Mapping[str, Any], axes: Sequence[str]) -> list[str]:
+    """Those of the axes that a point has no figure for."""
+    return [name for name in axes if (point["measures"].get(name) or {}).get("mean") is None]
+
+
+def _not_drawn(front: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each point that is in the record and not in the picture."""
+    for point in front["points"]:
+        if missing := _missing(point, (front["x"], front["y"])):
+            eta, what = eta_words(point["eta"]), " and no ".join(map(_label, missing))
+            yield f"eta {eta} is not drawn: it has no {what} (infinite where a model forbids a token)"
 
 
 def _tell(front: Mapping[str, Any]) -> None:
@@ -135,7 +152,7 @@ def _tell(front: Mapping[str, Any]) -> None:
     for point in front["points"]:
         found = point["measures"]
         drawn = [part for name in axes for part in (_figure(found, name), _ends(found, name))]
-        rows.append([f"{point['eta']:g}", *drawn, *(_figure(found, name) for name in others)])
+        rows.append([eta_words(point["eta"]), *drawn, *(_figure(found, name) for name in others)])
     print_table("From the start (eta 0) to the merge (eta 1)", columns, rows, spare=list(map(_label, others))[::-1])
 
 
@@ -145,4 +162,4 @@ def _figure(found: Measures, name: str) -> str:
 
 def _ends(found: Measures, name: str) -> str:
     """An interval in one word, so that a narrow terminal does not break it."""
-    return interval(found[name], name.rpartition(":")[2]).replace(" to ", "–")
+    return interval(found.get(name), name.rpartition(":")[2]).replace(" to ", "–")

@@ -131,7 +131,7 @@ def merge_folders(
     for line in merging.notes:
         say(f"note: {line}")
     report = merging.write(into, eta=eta, card_words=card_words, shard_bytes=shard_bytes)
-    say(f"{into}: {len(models)} models merged ({method}, eta {eta:g})")
+    say(f"{into}: {len(models)} models merged ({method}, eta {eta_words(eta)})")
     say(merging.words)
     return report
 
@@ -148,11 +148,11 @@ def merge_at(
     for line in merging.notes:
         say(f"note: {line}")
     for eta in etas:
-        student = into / f"eta-{eta:g}" / "student"
+        student = into / f"eta-{eta_words(eta)}" / "student"
         make_folder(student.parent, setting="--out")
         if not merging.stands(student, eta=eta):
             merging.write(student, eta=eta)
-            say(f"{student}: {len(models)} models merged ({method}, eta {eta:g})")
+            say(f"{student}: {len(models)} models merged ({method}, eta {eta_words(eta)})")
     say(merging.words)
     return merging.record()
 
@@ -373,6 +373,12 @@ def _plain(record: Any) -> dict[str, Any]:
 
 def _bytes(kinds: Mapping[str, Kind]) -> int:
     return sum(math.prod(shape) * dtype.itemsize for dtype, shape in kinds.values())
+
+
+def eta_words(eta: float) -> str:
+    """An eta as folders are called by it: as short as may be, and never as another one."""
+    short = f"{eta:g}"
+    return short if float(short) == eta else repr(float(eta))
 
 
 def _require_eta(eta: float) -> None:

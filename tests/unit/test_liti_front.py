@@ -15,6 +15,7 @@ from minillm.config import RunConfig
 from minillm.errors import ConfigError, DataError
 from minillm.liti_front import _axes
 from minillm.measures import MEASURES
+from minillm.merge_models import eta_words, merge_at
 from minillm.plots import PNG
 from minillm.publish import weights_sha256
 from minillm.yaml_reader import write_yaml
@@ -159,6 +160,39 @@ def test_the_command_writes_one_folder_or_one_for_each_eta(home: Path, tmp_path:
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["eta-0", "eta-0.25"]
     refused = CliRunner().invoke(app, ["merge", *models, "--out", str(tmp_path / "two")])
     assert isinstance(refused.exception, DataError) and "holds something already" in str(refused.exception)
+
+
+def test_etas_that_agree_in_six_digits_are_models_of_their_own(home: Path, tmp_path: Path) -> None:
+    near = (0.12345671, 0.12345672)
+    found = merge_at(*_of(home), into=tmp_path / "it", method="lerp", etas=(*near, 0.25), say=lambda line: None)
+    assert len(found["models"]) == 2
+    assert sorted(path.name for path in (tmp_path / "it").iterdir()) == ["eta-0.12345671", "eta-0.12345672", "eta-0.25"]
+    for eta in near:
+        record = json.loads((tmp_path / "it" / f"eta-{eta}" / "student" / "merge.json").read_text(encoding="utf-8"))
+        assert record["eta"] == eta
+    assert [eta_words(eta) for eta in (0, 1.0, 0.5, 1e-5, 1 / 3)] == ["0", "1", "0.5", "1e-05", "0.3333333333333333"]
+
+
+@pytest.mark.parametrize("lacking", [{}, {"reverse_kl": {"mean": None, "ci95": None}}])
+def test_an_eta_without_a_measure_of_the_picture_is_named_and_the_others_are_drawn(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    lacking: dict[str, Any],
+) -> None:  # fmt: skip
+    """A measure that is infinite at one eta is left out of that evaluation."""
+
+    def evaluated(student: Path, config: RunConfig, *, out: Path) -> dict[str, Any]:
+        both = {name: {"mean": 0.5, "ci95": [0.4, 0.6]} for name in ("rouge_l", "reverse_kl")}
+        return {"measures": {"rouge_l": both["rouge_l"], **lacking} if out.name == "eta-0.5" else both}
+
+    drawn, said = [], list[str]()
+    monkeypatch.setattr(api, "evaluate", evaluated)
+    monkeypatch.setattr(liti_front, "front_png", lambda points, **words: drawn.extend(points) or PNG)
+    found = merge_front(*_of(home), config(home), into=tmp_path / "it", method="lerp", etas=ETAS, say=said.append)
+    assert [eta for eta, *_ in drawn] == [0.0, 1.0] and len(found["points"]) == 3
+    assert [line for line in said if "not drawn" in line] == [
+        f"eta 0.5 is not drawn: it has no {MEASURES['reverse_kl'].label} (infinite where a model forbids a token)"
+    ]
+    assert "0.5" in capsys.readouterr().out, "it has its row in the table"
 
 
 def _of(home: Path) -> tuple[Path, list[Path]]:
