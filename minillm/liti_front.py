@@ -14,6 +14,7 @@ from minillm.errors import ConfigError, did_you_mean
 from minillm.measures import MAIN, MEASURES, QUALITIES
 from minillm.merge_figures import Measured, front_png
 from minillm.merge_models import eta_words, merge_at
+from minillm.merge_places import FRONT
 from minillm.ranks import Ranks
 from minillm.report_files import sets_in
 from minillm.report_text import figure, interval
@@ -21,7 +22,7 @@ from minillm.store import write_bytes, write_text
 from minillm.terminal import print_table
 from minillm.weight_merging import Method
 
-RECORD, PLOT = "front.json", "front.png"
+RECORD, PLOT = FRONT, "front.png"
 Measures = Mapping[str, Mapping[str, Any]]
 """By name, as in results.json; of several sets by SET:MEASURE."""
 
@@ -29,14 +30,15 @@ Measures = Mapping[str, Mapping[str, Any]]
 def merge_front(
     start: Path, models: Sequence[Path], config: RunConfig, *, into: Path, method: Method,
     weights: Sequence[float] | None = None, etas: Sequence[float], x: str | None = None, y: str | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = print, fresh: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Merges once, writes a model at each of ``etas`` into ``into``/eta-ETA/student, and evaluates each on the test
     prompts of ``config`` by ``api.evaluate``; writes and gives back the front (``front.json``, ``front.png``).
 
     ``x`` and ``y`` are the measures to draw, of several test sets SET:MEASURE. Without them the quality of the first
     set is drawn against that of the second or, of a single set, against the reverse KL. Models and evaluations that
-    are there already are taken as they are; an interrupted front goes on.
+    are there already are taken as they are; an interrupted front goes on. ``fresh`` makes all of them again, and is
+    what replaces those of other models, another method or other weights.
 
     Works for a single process and on every rank of a launcher. Errors are those of ``merge_folders`` and
     ``api.evaluate``; a measure that no evaluation has is a ``ConfigError``.
@@ -45,14 +47,13 @@ def merge_front(
     ranks = Ranks(threads=config.threads)
     wanted = sorted(set(etas))
     sources = ranks.of_first(
-        lambda: merge_at(start, models, into=into, method=method, weights=weights, etas=wanted, say=say)
+        lambda: merge_at(start, models, into=into, method=method, weights=weights, etas=wanted, say=say, fresh=fresh)
     )
     points: list[dict[str, Any]] = []
     for eta in wanted:
         at = into / f"eta-{eta_words(eta)}"
-        points.append(
-            {"eta": eta, "folder": at.name, "measures": _measures(api.evaluate(at / "student", config, out=at))}
-        )
+        results = api.evaluate(at / "student", config, out=at, fresh=fresh)
+        points.append({"eta": eta, "folder": at.name, "measures": _measures(results)})
         x, y = _axes(points[0]["measures"], x, y)  # before hours go by for a measure that is not there
     front = {**sources, "x": x, "y": y, "points": points}
     if ranks.first:

@@ -25,6 +25,7 @@ from minillm.errors import ConfigError, DataError, ModelError
 from minillm.loading import quiet_transformers
 from minillm.manifests import parsed
 from minillm.merge_figures import BIN_DEGREES, angles_png, histogram
+from minillm.merge_places import AGAIN, FRONT, MERGED, answered, require_no_front, require_place_of_front
 from minillm.merge_sources import INDEX, WEIGHTS, lead_of, opened, pieces
 from minillm.model_card import MergeFacts, render_merge
 from minillm.model_files import few
@@ -33,7 +34,7 @@ from minillm.store import make_folder, replaced_folder, told_as_disk_error, writ
 from minillm.tensor_files import Kind, write_pieces
 from minillm.weight_merging import STILL, WIDE, Method, Mix, angles, combined, gram, mix, normalised, norms
 
-RECORD, ANGLES, CARD = "merge.json", "angles.png", "README.md"
+RECORD, ANGLES, CARD = MERGED, "angles.png", "README.md"
 SHARD_BYTES = 5_000_000_000
 """Longest file of weights; a longer model is written in several, with an index."""
 LEAST_COSINE = 0.1
@@ -105,7 +106,7 @@ class MergeReport:
 def merge_folders(
     start: Path, models: Sequence[Path], *, into: Path, method: Method, weights: Sequence[float] | None = None,
     eta: float = 1.0, known_start: bool = False, say: Callable[[str], None] = print, card_words: str = "",
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int = SHARD_BYTES, fresh: bool = False,
 ) -> MergeReport:  # fmt: skip
     """Writes ``models``, all trained from ``start``, as one model folder: theta_0 + eta * what ``method`` makes of
     their task vectors, layer group by layer group.
@@ -116,8 +117,8 @@ def merge_folders(
     what is no floating-point tensor must be equal in all and is kept. A folder with nothing but a LoRA adapter counts
     as the start with it (B A is what is merged, not B and A). ``card_words`` stand in the model card.
 
-    ``into`` is replaced where an earlier merge made it and nothing was added since; the new one appears when it is
-    whole.
+    ``into`` is left as it is where an earlier merge of the same weights made it; ``fresh`` replaces what any earlier
+    merge made, where nothing was added since. The new one appears when it is whole.
 
     Raises ``ModelError`` for models that do not share architecture, tokenizer and start, or whose task vectors cancel;
     ``ConfigError`` for unfit weights or eta; ``DataError`` where ``into`` holds anything else, one
@@ -130,29 +131,42 @@ def merge_folders(
     merging = Merging(start, models, method=method, weights=weights, known_start=known_start)
     for line in merging.notes:
         say(f"note: {line}")
-    report = merging.write(into, eta=eta, card_words=card_words, shard_bytes=shard_bytes)
-    say(f"{into}: {len(models)} models merged ({method}, eta {eta_words(eta)})")
+    require_no_front(into)
+    if merging.stands(into, eta=eta, fresh=fresh):
+        report = merging.report(into, eta=eta)
+        say(f"{into}: {AGAIN}")
+    else:
+        report = merging.write(into, eta=eta, card_words=card_words, shard_bytes=shard_bytes)
+        say(f"{into}: {len(models)} models merged ({method}, eta {eta_words(eta)})")
     say(merging.words)
     return report
 
 
 def merge_at(
     start: Path, models: Sequence[Path], *, into: Path, method: Method, weights: Sequence[float] | None = None,
-    etas: Sequence[float], say: Callable[[str], None] = print,
+    etas: Sequence[float], say: Callable[[str], None] = print, fresh: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """The same at several etas, each into ``into``/eta-ETA/student; what is there already is left as it is. The record
-    of what was merged, whatever the eta."""
+    """The same at several etas, each into ``into``/eta-ETA/student. All folders are looked at before one is written.
+    The record of what was merged, whatever the eta."""
     for eta in etas:
         _require_eta(eta)
     merging = Merging(start, models, method=method, weights=weights)
     for line in merging.notes:
         say(f"note: {line}")
-    for eta in etas:
-        student = into / f"eta-{eta_words(eta)}" / "student"
+    students = {eta: into / f"eta-{eta_words(eta)}" / "student" for eta in etas}
+    require_place_of_front(into)
+    if not fresh:
+        answered(into / FRONT, merging.record())
+    standing = {eta for eta, student in students.items() if merging.stands(student, eta=eta, fresh=fresh)}
+    if fresh and (into / FRONT).is_file():
+        (into / FRONT).unlink()  # of what is replaced: an interrupted front would be taken for its own
+    for eta, student in students.items():
+        if eta in standing:
+            say(f"{student}: {AGAIN}")
+            continue
         make_folder(student.parent, setting="--out")
-        if not merging.stands(student, eta=eta):
-            merging.write(student, eta=eta)
-            say(f"{student}: {len(models)} models merged ({method}, eta {eta_words(eta)})")
+        merging.write(student, eta=eta)
+        say(f"{student}: {len(models)} models merged ({method}, eta {eta_words(eta)})")
     say(merging.words)
     return merging.record()
 
@@ -188,11 +202,17 @@ class Merging:
         whole = self._report(eta=1.0, sha256="", files=()).record()
         return {name: whole[name] for name in ("start", "models", "method", "weights", "cosines_with_start", "angles")}
 
-    def stands(self, into: Path, *, eta: float) -> bool:
-        """Whether a folder holds what ``write`` would put there."""
-        stored = _stored(into)
-        files = _files(stored)
-        return bool(stored) and stored == self._report(eta=eta, sha256=weights_sha256(into), files=files).record()
+    def stands(self, into: Path, *, eta: float, fresh: bool = False) -> bool:
+        """Whether a folder holds what ``write`` would put there. ``DataError`` where it holds another merge, unless
+        ``fresh``, and where it holds what no merge made."""
+        if not fresh and answered(into / RECORD, self.report(into, eta=eta).record()):
+            return True
+        _require_free(into, [Path(source.folder) for source in self.sources])
+        return False
+
+    def report(self, into: Path, *, eta: float) -> MergeReport:
+        """What was found, and of a merge that stands in a folder."""
+        return self._report(eta=eta, sha256=weights_sha256(into), files=_files(_stored(into)))
 
     def write(
         self, into: Path, *, eta: float = 1.0, card_words: str = "", shard_bytes: int = SHARD_BYTES

@@ -40,7 +40,7 @@ def run_merge(
         start = _own_start(config, pair, folder.student_of(OWN_START)) if begun is None else place(begun)
         report = merge_folders(
             start, [of[name] for name in stage.of], into=into, method=stage.method, weights=stage.weights,
-            eta=stage.eta, known_start=True, say=say, card_words=words,
+            eta=stage.eta, known_start=True, say=say, card_words=words, fresh=True,
         )  # fmt: skip
         done = Progressed(published=weights_sha256(into), seconds=clock(), over=True)
         folder.log(

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, cast
 
 import typer
 
-from minillm.errors import ConfigError, DataError
+from minillm.errors import ConfigError
 
 METHODS = ("lerp", "slerp", "nlerp")
 
@@ -29,6 +29,7 @@ def merge(  # noqa: PLR0917 (typer reads options from parameters)
     ] = None,
     x: Annotated[str | None, typer.Option("--x", metavar="MEASURE", help="To draw the front over.")] = None,
     y: Annotated[str | None, typer.Option("--y", metavar="MEASURE", help="To draw the front of.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Replace what earlier merges left in --out.")] = False,
 ) -> None:
     """Merge models that were trained from one start into one.
 
@@ -57,7 +58,7 @@ def merge(  # noqa: PLR0917 (typer reads options from parameters)
 
         merge_front(
             start, models, load_config(evaluate), into=out, method=chosen, weights=shares, etas=etas, x=x, y=y,
-            say=_say,
+            say=_say, fresh=fresh,
         )  # fmt: skip
         return
     from minillm.merge_models import merge_at, merge_folders
@@ -65,11 +66,9 @@ def merge(  # noqa: PLR0917 (typer reads options from parameters)
 
     def work() -> None:
         if len(etas) > 1:
-            merge_at(start, models, into=out, method=chosen, weights=shares, etas=etas, say=_say)
+            merge_at(start, models, into=out, method=chosen, weights=shares, etas=etas, say=_say, fresh=fresh)
             return
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise DataError(f"{out} holds something already; nothing was touched.\n  give another --out")
-        merge_folders(start, models, into=out, method=chosen, weights=shares, eta=etas[0], say=_say)
+        merge_folders(start, models, into=out, method=chosen, weights=shares, eta=etas[0], say=_say, fresh=fresh)
 
     Ranks().of_first(work)
 

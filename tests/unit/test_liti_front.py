@@ -95,7 +95,7 @@ def test_again_it_makes_nothing_anew_and_other_models_are_refused(
     assert again["points"] == found["points"] and (again["x"], again["y"]) == ("mean_length", "distinct_4")
     after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     assert {path.name for path in before if before[path] != after[path]} == {"front.json", "front.png"}
-    with pytest.raises(DataError, match="other results"):
+    with pytest.raises(DataError, match="differs in: models, weights"):
         merge_front(
             home / "start", models[::-1], config(home), into=folder, method="slerp", weights=(0.9, 0.1), etas=ETAS,
             say=lambda line: None,
@@ -159,7 +159,7 @@ def test_the_command_writes_one_folder_or_one_for_each_eta(home: Path, tmp_path:
     ran = CliRunner().invoke(app, ["merge", *models, "--out", str(tmp_path / "two"), "--eta", "0,0.25"])
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["eta-0", "eta-0.25"]
     refused = CliRunner().invoke(app, ["merge", *models, "--out", str(tmp_path / "two")])
-    assert isinstance(refused.exception, DataError) and "holds something already" in str(refused.exception)
+    assert isinstance(refused.exception, DataError) and "holds models at several etas" in str(refused.exception)
 
 
 def test_etas_that_agree_in_six_digits_are_models_of_their_own(home: Path, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_an_eta_without_a_measure_of_the_picture_is_named_and_the_others_are_dra
 ) -> None:  # fmt: skip
     """A measure that is infinite at one eta is left out of that evaluation."""
 
-    def evaluated(student: Path, config: RunConfig, *, out: Path) -> dict[str, Any]:
+    def evaluated(student: Path, config: RunConfig, *, out: Path, fresh: bool) -> dict[str, Any]:
         both = {name: {"mean": 0.5, "ci95": [0.4, 0.6]} for name in ("rouge_l", "reverse_kl")}
         return {"measures": {"rouge_l": both["rouge_l"], **lacking} if out.name == "eta-0.5" else both}
 

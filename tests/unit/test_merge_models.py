@@ -359,7 +359,8 @@ def test_a_merge_that_fails_leaves_what_was_there(home: Path, tmp_path: Path) ->
     with pytest.raises(ModelError, match="beyond what"):
         Merging(wide, far, method="slerp", weights=None).write(into)
     assert weights_sha256(into) == before and [path.name for path in tmp_path.iterdir() if "staging" in path.name] == []
-    report = merge_folders(start, models, into=into, method="lerp", say=lambda line: None)  # and a good one replaces it
+    # and a good one replaces it
+    report = merge_folders(start, models, into=into, method="lerp", fresh=True, say=lambda line: None)
     assert weights_sha256(into) == report.weights_sha256 != before
 
 
@@ -496,7 +497,7 @@ def test_a_folder_around_what_is_merged_is_not_replaced(home: Path, tmp_path: Pa
     before = weights_sha256(inner)
     with pytest.raises(DataError, match=r"is around .*inner, one of the folders that are merged; nothing was touched"):
         both = (inner, models) if which == "start" else (start, [models[0], inner])
-        merge_folders(*both, into=into, method="slerp", say=lambda line: None)
+        merge_folders(*both, into=into, method="slerp", say=lambda line: None, fresh=True)
     assert weights_sha256(inner) == before
 
 
@@ -505,17 +506,17 @@ def test_a_merge_replaces_what_a_merge_wrote_and_nothing_that_was_added(home: Pa
     into = tmp_path / "it"
     report = merge_folders(start, models, into=into, method="slerp", say=lambda line: None)
     assert sorted(report.files) == sorted(path.name for path in into.iterdir())
-    merge_folders(start, models, into=into, method="lerp", say=lambda line: None)
+    merge_folders(start, models, into=into, method="lerp", say=lambda line: None, fresh=True)
     (into / "eval").mkdir()
     (into / "eval" / "results.json").write_text("{}", encoding="utf-8")
     with pytest.raises(DataError, match=r"holds eval/results.json, which no merge wrote; nothing was touched"):
-        merge_folders(start, models, into=into, method="slerp", say=lambda line: None)
+        merge_folders(start, models, into=into, method="slerp", say=lambda line: None, fresh=True)
     assert (into / "eval" / "results.json").is_file()
     assert Merging(start, models, method="lerp").stands(into, eta=1.0), "what was added does not make it another"
     (into / "eval" / "results.json").unlink()
     (into / "merge.json").write_text("[]", encoding="utf-8")
     with pytest.raises(DataError, match="which no merge wrote"):
-        merge_folders(start, models, into=into, method="slerp", say=lambda line: None)
+        merge_folders(start, models, into=into, method="slerp", say=lambda line: None, fresh=True)
 
 
 @pytest.mark.parametrize(
