@@ -259,12 +259,26 @@ class Merging:
                 if len(self._kinds[tensor][1]) > 1:
                     matrices_SS += found_SS
             if not bool(torch.isfinite(gram_SS).all()):
-                raise ModelError(f"{name}: weights of the start or of a model are not finite\n  merge others")
+                raise self._not_finite(name, tensors)
             if any(self._kinds[tensor][0].is_floating_point for tensor in tensors):
                 groups.append(self._group(name, tensors, gram_SS))
                 found = Mix(shares=groups[-1].shares, edges=groups[-1].edges)
                 mixes |= dict.fromkeys(tensors, found)
         return tuple(groups), mixes, _cosines(matrices_SS)
+
+    def _not_finite(self, group: str, tensors: Sequence[str]) -> ModelError:
+        """The error that names the folder and the tensor; only numbers so long that their squares are beyond 64 bits
+        are of none."""
+        folders = [self._start.folder, *(model.folder for model in self._models)]
+        for tensor in tensors:
+            for start, vectors in self._pieces(tensor):
+                for folder, piece in zip(folders, [start, *vectors], strict=True):
+                    if not bool(torch.isfinite(piece).all()):
+                        return ModelError(
+                            f"{folder}: {few([tensor])} is not finite (NaN or infinity in it)\n"
+                            "  such a model is of no use; write or fetch it again, or merge without it"
+                        )
+        return ModelError(f"{group}: squares of its weights are beyond 64 bits\n  merge others")
 
     def _group(self, name: str, tensors: Sequence[str], gram_SS: Tensor) -> Group:
         start_norm, *lengths = norms(gram_SS)

@@ -23,7 +23,7 @@ from minillm.errors import CheckpointError, ModelError
 from minillm.loading import ModelFacts, fingerprint, inspect
 from minillm.manifests import parsed
 from minillm.meta_models import meta_model
-from minillm.model_files import BOTTLENECK_RECORD, adapter_record, few
+from minillm.model_files import BOTTLENECK_RECORD, LORA_RECORD, adapter_record, few
 from minillm.tensor_files import CODES, Kind, open_tensors
 from minillm.vocabulary import identity, real_ids
 from minillm.weight_merging import WIDE, task_vector
@@ -173,6 +173,8 @@ def opened(start: Path, models: list[Path]) -> tuple[WholeModel, list[Trained], 
     tokenizer, and names, shapes and types of weights. The start's matrices may have rows beyond the tokenizer's ids,
     which published students have not: those are left out of it. And its floating-point type may be another.
     """
+    for folder in (start, *models):
+        _require_folder(folder, adapters=folder is not start)
     facts = inspect(_card(start))
     names = Names(facts.config)
     whole = WholeModel(start, facts, names)
@@ -206,6 +208,21 @@ def opened(start: Path, models: list[Path]) -> tuple[WholeModel, list[Trained], 
 def lead_of(start: WholeModel, trained: list[Trained]) -> WholeModel:
     """Whose shapes, types and files beside the weights the merged model has: the first whole one's."""
     return next((model for model in trained if isinstance(model, WholeModel)), start)
+
+
+def _require_folder(folder: Path, *, adapters: bool) -> None:
+    """``ModelError`` unless a model lies here, or where ``adapters`` may lie there, one: nothing else is read."""
+    wanted = f"config.json{f' or {LORA_RECORD}' if adapters else ''}"
+    if (folder / "config.json").is_file() or (adapters and adapter_record(folder)):
+        return
+    student = folder / "student"
+    hint = f"; did you mean {student}?" if (student / "config.json").is_file() else ""
+    raise ModelError(
+        f"{folder}: {f'no {wanted} in it' if folder.is_dir() else 'there is no such folder'}; looked for "
+        f"{folder.absolute()} with {wanted}{hint}\n"
+        "  merging takes folders alone: a student that a run wrote (runs/NAME/student), or any that transformers' "
+        "save_pretrained wrote; of a card or a name on the hub write one first"
+    )
 
 
 def _card(folder: Path) -> Card:
