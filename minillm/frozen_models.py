@@ -97,6 +97,8 @@ def require_version(found: Version, wanted: Version, *, file: Path, what: str, a
     before, now = found.model_dump(), wanted.model_dump()
     other = [f"{name} {before[name]}, wanted {now[name]}" for name in now if before[name] != now[name]]
     if other:
+        if before["dtype"] != now["dtype"] and len(other) == 1:
+            again = f"engine.precision was another when they were made; set it back, or {again}"
         raise CacheError(f"{file}: {what} of another model or of other pairs: {'; '.join(other)}\n  {again}")
 
 

@@ -106,9 +106,12 @@ class Preferences:
         """``CheckpointError`` where the stage was saved beside another reference."""
         before, now = state.record["reference"], self._known.version
         if before != now:
+            cure = "put back the student that the stage before handed on"
+            if before.rpartition("/")[0] == now.rpartition("/")[0]:  # the same weights in other numbers
+                cure = "engine.precision was another then: set it back"
             raise CheckpointError(
                 f"stage {self._stage.name} was saved beside the reference {before}, and starts from {now}\n"
-                "  put back the student that the stage before handed on, or start over with --fresh"
+                f"  {cure}, or start over with --fresh"
             )
 
     def pack(self, collected: list[int]) -> States:

@@ -22,7 +22,9 @@ from minillm.config import RunConfig, load_config
 from minillm.errors import DataError, UnsupportedCombination
 from minillm.loading import fingerprint
 from minillm.pairs import check_pair
+from minillm.preference_reading import pairs_in
 from minillm.preference_stage import PreferenceStage
+from minillm.run_splits import read_splits
 from tests import tiny
 
 LN_2 = math.log(2)
@@ -113,18 +115,30 @@ def test_a_reference_that_is_not_the_stages_start_begins_elsewhere(place: Path) 
 
 
 def test_log_ratios_of_stages_add_up_to_that_of_the_run(place: Path) -> None:
-    """Sum over stages of log M_t - log M_(t-1) is log M_T - log S, on any response."""
-    out = place / "runs" / "two-dpo"
-    folders = [place / "student", out / "stages" / "easy" / "student", out / "student"]
-    row = [tiny.WORDS.index(letter) for letter in "adgj"]
-    found = []
-    for folder in folders:
+    """Sum over stages of log M_t - log M_(t-1) is log M_T - log S where each stage's reference is what the one before
+    handed on: so what stage two kept of its pairs is what M_1 says of them, asked anew, and not what S does."""
+    settings = config(place, *(stage(name=name, sources=(name,), beta=0.5) for name in ("easy", "hard")), name="sum")
+    out = distill(settings)
+    kept = json.loads((out / "stages" / "hard" / "reference.json").read_text(encoding="utf-8"))
+    pairs = [
+        one for one in pairs_in(read_splits(settings, check_pair(settings))["preferences"]) if one.source == "hard"
+    ]
+
+    def said_by(folder: Path) -> list[float]:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-        with torch.no_grad():
-            logq_TV = model(torch.tensor([row])).logits[0].log_softmax(-1)
-        found.append(float(logq_TV[:-1].gather(1, torch.tensor(row[1:])[:, None]).sum()))
-    assert (found[1] - found[0]) + (found[2] - found[1]) == pytest.approx(found[2] - found[0], abs=1e-12)
-    assert abs(found[1] - found[0]) > 1e-3 and abs(found[2] - found[1]) > 1e-3
+        found = []
+        for one in pairs:
+            ids = torch.tensor([[*one.prompt.ids, *one.chosen_ids]])
+            with torch.no_grad():
+                logq_TV = model(ids).logits[0, :-1].log_softmax(-1)
+            logq_T = logq_TV.gather(1, ids[0, 1:, None])[:, 0]
+            found.append(float(logq_T[len(one.prompt.ids) - 1 :].sum()))
+        return found
+
+    first, middle, last = map(said_by, (place / "student", out / "stages" / "easy" / "student", out / "student"))
+    assert kept["chosen"] == pytest.approx(middle, abs=1e-4)
+    assert max(abs(one - other) for one, other in zip(kept["chosen"], first, strict=True)) > 1e-2, "the control: S"
+    assert max(abs(one - other) for one, other in zip(kept["chosen"], last, strict=True)) > 1e-2, "the control: M_2"
 
 
 def test_validation_on_held_out_pairs_decides_and_stops(place: Path) -> None:
