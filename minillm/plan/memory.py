@@ -75,11 +75,12 @@ def _standing(work: Work) -> Items:
     trained, frozen = work.trained, (work.student.parameters if work.frozen else 0)
     own = _share(trained, work)
     on_device = 0 if work.offloads else 1
-    items = {"student weights": (trained + frozen) * work.item}
+    average = {"moving average": SINGLE * work.student.parameters} if work.anchor else {}  # on each rank, whole
+    items = {"student weights": (trained + frozen) * work.item, **average}
     if work.stage == 0:
         return {**items, "optimiser": 2 * SINGLE * trained}
     if work.stage == 3:
-        items = {"student weights": on_device * _share(trained + frozen, work) * work.item}
+        items = {"student weights": on_device * _share(trained + frozen, work) * work.item, **average}
         items["gradients"] = on_device * SINGLE * own
         items["bucket of gradients"] = min(BUCKET, trained) * work.item
     if work.stage == 1 and work.precision == "bf16":  # its optimiser adds up whole gradients in 32 bits
@@ -129,6 +130,7 @@ def _phases(work: Work) -> dict[str, Items]:
         "scoring": {
             "teacher gathered": _teacher_gathered(work, reads=True),
             "student gathered": whole,
+            "moving average reads": _average_reads(work),
             "hidden states kept": 2 * states,  # those of sampled tokens are picked out
             "loss tiles": loss_tiles(work, rows * work.new_tokens),
         },
@@ -184,6 +186,15 @@ def _rollout(work: Work, *, whole: int, states: int) -> Items:
         "hidden states kept": states,
         "forward and sampling": max(reading, sampling, 2 * states),
     }
+
+
+def _average_reads(work: Work) -> int:
+    """The average in the student's precision, and its forward over the rows of a rollout."""
+    if not work.anchor:
+        return 0
+    student, item = work.student, work.item
+    copy = 0 if item == SINGLE else student.parameters * item
+    return copy + work.own_rows * work.length * (_passing(student, item) + student.hidden * item)
 
 
 def _passing(model: ModelSizes, item: int) -> int:

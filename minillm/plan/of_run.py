@@ -41,8 +41,8 @@ def work_of(
         inner_epochs=stage.inner_epochs, inner_batches=stage.inner_batches,
         teacher_mix=stage.teacher_mix, lora=0 if config.lora is None else config.lora.rank,
         bottleneck=0 if config.bottleneck is None else config.bottleneck.size,
-        recompute=config.engine.activation_checkpointing, gather=config.engine.gather, device=device,
-        at=config.stages.index(stage),
+        anchor=stage.anchor is not None, recompute=config.engine.activation_checkpointing,
+        gather=config.engine.gather, device=device, at=config.stages.index(stage),
     )  # fmt: skip
 
 

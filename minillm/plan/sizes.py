@@ -123,6 +123,8 @@ class Work:
     """Rank of an adapter; 0 has none."""
     bottleneck: int = 0
     """Hidden units of an adapter beside each MLP; 0 has none. Without either all weights are trained."""
+    anchor: bool = False
+    """Whether the student is held to a moving average of its weights (``anchor``)."""
     recompute: bool = False
     """Activation checkpointing."""
     gather: Literal["rollout", "forward"] = "rollout"

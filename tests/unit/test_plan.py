@@ -170,6 +170,20 @@ def test_an_adapter_has_moments_of_its_own_weights_only() -> None:
     assert memory_of(lora).standing["student weights"] == 2 * (full.student.parameters + lora.trained)
 
 
+@pytest.mark.parametrize("engine", ["zero0", "zero1", "zero2", "zero3", "zero3-offload"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_anchor_is_a_whole_student_in_32_bits_on_each_gpu_and_a_copy_to_read(engine: str, precision: str) -> None:
+    if (engine, precision) == ("zero0", "bf16"):
+        precision = "fp32"  # which is refused otherwise
+    without, held = (memory_of(big(engine=engine, precision=precision, anchor=anchor)) for anchor in (False, True))
+    weights = big().student.parameters
+    assert held.standing == {**without.standing, "moving average": 4 * weights}
+    more = {name: held.peaks[name] - without.peaks[name] for name in held.phases}
+    reads = held.phases["scoring"]["moving average reads"]
+    assert reads > (2 * weights if precision == "bf16" else 0) and more.pop("scoring") == 4 * weights + reads
+    assert set(more.values()) == {4 * weights}
+
+
 def test_units_beside_the_mlps_are_counted_as_they_would_be_made() -> None:
     full, beside = big(), big(bottleneck=16)
     assert beside.trained == 16 * full.student.unit < full.trained / 10

@@ -99,6 +99,17 @@ def settings(found: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in found["settings"].items() if name not in {"at", "samples_per_prompt"}}
 
 
+def test_a_runs_anchor_is_planned(tmp_path: Path) -> None:
+    file = healthy(tmp_path)
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    where = ("plan", "--config", str(file), "--gpus", "2", "--gpu-memory", "1")
+    assert "moving average" not in planned(tmp_path / "a.json", *where)["standing"]
+    values["stages"][0].update(anchor={"weight": 0.1})
+    file.write_text(json.dumps(values), encoding="utf-8")
+    found = planned(tmp_path / "b.json", *where)
+    assert found["standing"]["moving average"] == 4 * found["settings"]["student"]["parameters"]
+
+
 @pytest.mark.parametrize(("section", "setting"), [("lora", "rank"), ("bottleneck", "size")])
 def test_a_runs_file_is_planned_as_the_same_options(tmp_path: Path, section: str, setting: str) -> None:
     file = healthy(tmp_path)
