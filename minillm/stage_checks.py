@@ -49,13 +49,16 @@ def idle_settings(stage: MinillmSettings, *, tempered: bool) -> dict[str, list[s
     # The log-ratios that are held also tell how far the student has moved.
     held = [] if shared or stage.inner_kl is not None else ["max_log_ratio"]
     surrogate = ["clip", "dual_clip", *weights, *held, "published.weight_in_clip"]
-    held_here = stage.anchor is not None  # whose present token the single-step term does not hold
+    held_here = stage.anchor is not None and not _nothing_held(
+        stage
+    )  # whose present token the single-step term does not hold
     nothing_ahead = stage.gamma == 0 and not (present or held_here) and stage.repetition_weight == 0
     why: dict[str, tuple[bool, list[str]]] = {
         "long_weight 0": (
             stage.long_weight == 0,
             ["gamma", *surrogate, "published.present_twice", *long],
         ),
+        "anchor.rate 1: it is the student that samples": (_nothing_held(stage), ["anchor"]),
         "gamma 0: nothing is ahead": (nothing_ahead, [*surrogate, *long]),
         "gamma 0: the present token alone counts": (
             stage.gamma == 0 and (present or held_here),
@@ -74,6 +77,11 @@ def idle_settings(stage: MinillmSettings, *, tempered: bool) -> dict[str, list[s
         "decoding.temperature 1": (not tempered, ["published.untempered_reward"]),
     }
     return told_idle(stage, why)
+
+
+def _nothing_held(stage: MinillmSettings) -> bool:
+    """Whether the anchor arrives at the student after each update, so that no rollout finds it elsewhere."""
+    return stage.anchor is not None and stage.anchor.rate == 1
 
 
 def _check_anchor(stage: MinillmSettings) -> None:

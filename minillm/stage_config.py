@@ -62,7 +62,7 @@ class MinillmStage(MinillmSettings):
             "single-step and long-horizon terms weighted differently": 0 < self.single_weight != self.long_weight,
             "neither single-step nor long-horizon term": self.single_weight == self.long_weight == 0,
             "language-model anchor": self.lm_coefficient > 0,
-            **({} if self.anchor is None else {_anchored(self.anchor): long}),
+            **({} if self.anchor is None else {_anchored(self.anchor): long and self.anchor.rate < 1}),
             "responses without finite scores left out": self.non_finite == "drop_row",
             "truncated sampling": truncated,
             "temperature other than 1: tempered student against tempered teacher": tempered,

@@ -114,6 +114,13 @@ def test_what_is_wanted_is_what_finite_differences_say() -> None:
     torch.testing.assert_close(wanted(of), finite_difference(both, STUDENT), rtol=0, atol=1e-8)
 
 
+def test_an_anchor_at_rate_1_is_no_other_objective_and_is_told_to_have_no_effect() -> None:
+    for rate, idle in ((1.0, {"anchor.rate 1: it is the student that samples": ["anchor"]}), (0.99, {})):
+        chosen = held(anchor={"weight": 0.7, "rate": rate})
+        assert chosen.idle_settings(tempered=False) == idle
+        assert bool(chosen.bias_reasons(truncated=False, tempered=False)) == (rate < 1)
+
+
 @pytest.mark.parametrize("settings", EXACT, ids=str)
 def test_the_credit_is_the_gradient_of_both_divergences(settings: dict[str, Any]) -> None:
     of, chosen = listed(STUDENT, TEACHER), held(**settings)
