@@ -12,10 +12,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from minillm.adapter_files import KeptAdapter
 from minillm.adapters import read_adapter
 from minillm.bottleneck import Bottleneck
-from minillm.bottleneck_adapters import RECORD, read_bottleneck
+from minillm.bottleneck_adapters import read_bottleneck
 from minillm.bottleneck_config import BottleneckConfig
 from minillm.lora import Lora
 from minillm.lora_config import LoraConfig
+from minillm.model_files import BOTTLENECK_RECORD, adapter_record
 
 
 class Adaptation(Protocol):
@@ -63,5 +64,6 @@ def adaptation_of(
 
 
 def kept_adapter(folder: Path) -> KeptAdapter:
-    """The adapter of a folder: safetensors and JSON only; ``ModelError`` for anything else."""
-    return read_bottleneck(folder) if (folder / RECORD).is_file() else read_adapter(folder)
+    """The adapter of a folder, of the kind that ``adapter_record`` names: safetensors and JSON only; ``ModelError`` for
+    anything else."""
+    return read_bottleneck(folder) if adapter_record(folder) == BOTTLENECK_RECORD else read_adapter(folder)

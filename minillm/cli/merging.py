@@ -8,7 +8,7 @@ from typing import Annotated, Literal, cast
 
 import typer
 
-from minillm.errors import ConfigError
+from minillm.errors import ConfigError, visible
 
 METHODS = ("lerp", "slerp", "nlerp")
 
@@ -75,7 +75,7 @@ def merge(  # noqa: PLR0917 (typer reads options from parameters)
 
 def _say(line: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)
+        print(visible(line), flush=True)
 
 
 def _numbers(option: str, text: str) -> list[float]:

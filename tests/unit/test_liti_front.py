@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from minillm import api, liti_front, merge_folders, merge_front
-from minillm.cli import app
+from minillm.cli import app, merging
 from minillm.config import RunConfig
 from minillm.errors import ConfigError, DataError
 from minillm.liti_front import _axes
@@ -193,6 +193,11 @@ def test_an_eta_without_a_measure_of_the_picture_is_named_and_the_others_are_dra
         f"eta 0.5 is not drawn: it has no {MEASURES['reverse_kl'].label} (infinite where a model forbids a token)"
     ]
     assert "0.5" in capsys.readouterr().out, "it has its row in the table"
+
+
+def test_names_of_folders_do_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    merging._say("\x1b[2Jmerged")
+    assert capsys.readouterr().out == "\\x1b[2Jmerged\n"
 
 
 def _of(home: Path) -> tuple[Path, list[Path]]:

@@ -22,9 +22,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from minillm import merge_sources, tensor_files
+from minillm.adaptation import kept_adapter
 from minillm.adapters import read_adapter
 from minillm.errors import ConfigError, DataError, ModelError
 from minillm.merge_models import Merging, merge_folders, shards_of
+from minillm.model_files import adapter_record
 from minillm.plots import PNG
 from minillm.publish import weights_sha256
 from minillm.weight_merging import Method
@@ -262,6 +264,14 @@ def test_adapters_are_merged_as_what_they_add(home: Path, tmp_path: Path, family
     (adapters[0] / "base.json").write_text(json.dumps({"weights": "another"}), encoding="utf-8")
     with pytest.raises(ModelError, match="was trained on other weights"):
         merge_folders(other, adapters, into=tmp_path / "no", method="slerp")
+
+
+def test_a_folder_with_both_kinds_of_adapter_is_one_of_lora_everywhere(tmp_path: Path) -> None:
+    for name in ("adapter_config.json", "bottleneck.json"):
+        (tmp_path / name).write_text("{", encoding="utf-8")
+    record = adapter_record(tmp_path)
+    with pytest.raises(ModelError, match=rf"{record}.* cannot be read as JSON"):
+        kept_adapter(tmp_path)
 
 
 # 2: end points, precision, what is told
