@@ -49,6 +49,14 @@ class PairSplit:
         """A prompt for each pair."""
         return tuple(pair.prompt for pair in self.pairs)
 
+    def part(self, pairs: Sequence[PreferencePair], *, what: str) -> PairSplit:
+        """The same with these of its pairs alone, as a stage learns from them, under a name that says ``what`` they
+        are; itself where they are all."""
+        sha256 = _hash(pairs)
+        if sha256 == self.sha256:
+            return self
+        return dataclasses.replace(self, source=f"{self.source}, {what}", pairs=pairs, sha256=sha256)
+
 
 def pairs_in(split: AnySplit) -> Sequence[PreferencePair]:
     """Those of a split that was read as pairs."""

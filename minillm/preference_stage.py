@@ -89,6 +89,16 @@ class PreferenceStage(BaseStage):
         return "none"
 
     @property
+    def part(self) -> str:
+        """Which of the pairs it learns from, in words; "all" where it says nothing."""
+        named = {
+            "sources": "" if self.sources is None else ", ".join(self.sources),
+            "chunk": "" if self.chunk is None else str(self.chunk),
+            "rejected responses": "drawn anew" if self.refresh_rejected else "",
+        }
+        return "; ".join(f"{name} {value}" for name, value in named.items() if value) or "all"
+
+    @property
     def keeps_reference(self) -> bool:
         """Whether the reference is asked in every step, and not only once about the responses."""
         return self.value != "dpo" or self.sequential_kl

@@ -18,6 +18,7 @@ from minillm.loading import inspect
 from minillm.model_card import CardFacts, render
 from minillm.moments import Progressed
 from minillm.pairs import Pair
+from minillm.preference_reading import PairSplit
 from minillm.preference_reference import Prepared
 from minillm.preflight import Anchor, AnySplit, limits_record
 from minillm.profiling import profiled
@@ -120,6 +121,7 @@ def _run_stage(
     if saver is not None or resumed is not None:
         keeping = Keeping(saver=saver, behind=behind, resumed=resumed, ranks=ranks, say=partial(_say, ranks))
     validation = run.splits.get("validation")
+    told = split
     with contextlib.ExitStack() as stack:
         if isinstance(stage, PreferenceStage):
             known = stack.enter_context(
@@ -128,6 +130,8 @@ def _run_stage(
                     folder=run.folder, goes_on=resumed is not None, say=partial(_say, ranks),
                 )
             )  # fmt: skip
+            assert isinstance(split, PairSplit)
+            told = split.part(known.learnt.pairs, what=stage.part)
         stack.enter_context(profiled(run.folder.path, stage.name, run.profile, ranks=ranks, say=partial(_say, ranks)))
         return run_stage(
             config,
@@ -142,7 +146,7 @@ def _run_stage(
             into=run.into(stage),
             model_card=lambda student, scores: render(
                 _card_facts(
-                    config, stage, pair, split, run.anchor, start=start.card.name, student=student, teacher=teacher
+                    config, stage, pair, told, run.anchor, start=start.card.name, student=student, teacher=teacher
                 ),
                 scores,
                 step=student.updates_done,

@@ -137,6 +137,8 @@ def test_log_ratios_of_stages_add_up_to_that_of_the_run(place: Path) -> None:
 
     first, middle, last = map(said_by, (place / "student", out / "stages" / "easy" / "student", out / "student"))
     assert kept["chosen"] == pytest.approx(middle, abs=1e-4)
+    card = (out / "student" / "README.md").read_text(encoding="utf-8")
+    assert f"{len(pairs):,} rows used" in card and ", sources hard`" in card, "what the stage learnt from, and no more"
     assert max(abs(one - other) for one, other in zip(kept["chosen"], first, strict=True)) > 1e-2, "the control: S"
     assert max(abs(one - other) for one, other in zip(kept["chosen"], last, strict=True)) > 1e-2, "the control: M_2"
 
