@@ -13,11 +13,12 @@ from minillm.config import RunConfig
 from minillm.errors import ConfigError, did_you_mean
 from minillm.measures import MAIN, MEASURES, QUALITIES
 from minillm.merge_figures import Measured, front_png
-from minillm.merge_models import eta_words, merge_at
+from minillm.merge_models import eta_words, merge_at, require_etas
 from minillm.merge_places import FRONT
 from minillm.ranks import Ranks
 from minillm.report_files import sets_in
 from minillm.report_text import figure, interval
+from minillm.rows import counted
 from minillm.store import write_bytes, write_text
 from minillm.terminal import print_table
 from minillm.weight_merging import Method
@@ -45,7 +46,8 @@ def merge_front(
     """
     _require_known(x, y)
     ranks = Ranks(threads=config.threads)
-    wanted = sorted(set(etas))
+    require_etas(etas)
+    wanted = sorted(etas)
     sources = ranks.of_first(
         lambda: merge_at(start, models, into=into, method=method, weights=weights, etas=wanted, say=say, fresh=fresh)
     )
@@ -123,7 +125,7 @@ def _drawn(front: Mapping[str, Any]) -> bytes:
             for of in (point["measures"][name] for name in axes)
         )
         points.append((point["eta"], at, up))
-    title = f"{len(front['models'])} models merged ({front['method']}), by eta"
+    title = f"{counted(len(front['models']), 'model')} merged ({front['method']}), by eta"
     return front_png(points, x=_label(axes[0]), y=_label(axes[1]), title=title)
 
 

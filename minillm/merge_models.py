@@ -30,6 +30,7 @@ from minillm.merge_sources import INDEX, WEIGHTS, lead_of, opened, pieces
 from minillm.model_card import MergeFacts, render_merge
 from minillm.model_files import few
 from minillm.publish import weights_sha256
+from minillm.rows import counted
 from minillm.store import make_folder, replaced_folder, told_as_disk_error, write_bytes, write_text
 from minillm.tensor_files import Kind, write_pieces
 from minillm.weight_merging import STILL, WIDE, Method, Mix, angles, combined, gram, mix, normalised, norms
@@ -137,7 +138,7 @@ def merge_folders(
         say(f"{into}: {AGAIN}")
     else:
         report = merging.write(into, eta=eta, card_words=card_words, shard_bytes=shard_bytes)
-        say(f"{into}: {len(models)} models merged ({method}, eta {eta_words(eta)})")
+        say(f"{into}: {counted(len(models), 'model')} merged ({method}, eta {eta_words(eta)})")
     say(merging.words)
     return report
 
@@ -148,8 +149,7 @@ def merge_at(
 ) -> dict[str, Any]:  # fmt: skip
     """The same at several etas, each into ``into``/eta-ETA/student. All folders are looked at before one is written.
     The record of what was merged, whatever the eta."""
-    for eta in etas:
-        _require_eta(eta)
+    require_etas(etas)
     merging = Merging(start, models, method=method, weights=weights)
     for line in merging.notes:
         say(f"note: {line}")
@@ -166,7 +166,7 @@ def merge_at(
             continue
         make_folder(student.parent, setting="--out")
         merging.write(student, eta=eta)
-        say(f"{student}: {len(models)} models merged ({method}, eta {eta_words(eta)})")
+        say(f"{student}: {counted(len(models), 'model')} merged ({method}, eta {eta_words(eta)})")
     say(merging.words)
     return merging.record()
 
@@ -235,7 +235,8 @@ class Merging:
             write_text(staging / RECORD, json.dumps(report.record(), indent=2, allow_nan=False) + "\n")
             if report.angles:
                 write_bytes(
-                    staging / ANGLES, angles_png(report.angles, title=f"{into.name}: {len(self._models)} models")
+                    staging / ANGLES,
+                    angles_png(report.angles, title=f"{into.name}: {counted(len(self._models), 'model')}"),
                 )
             write_text(staging / CARD, _card(report, into, kinds=self._kinds, words=card_words))
         return report
@@ -418,6 +419,14 @@ def eta_words(eta: float) -> str:
 def _require_eta(eta: float) -> None:
     if not 0.0 <= eta <= 1.0:
         raise ConfigError(f"eta: got {eta}, wanted 0 (the start) to 1 (what was merged)")
+
+
+def require_etas(etas: Sequence[float]) -> None:
+    """``ConfigError`` for one that is out of range, or there twice."""
+    for eta in etas:
+        _require_eta(eta)
+    if twice := [eta for at, eta in enumerate(etas) if eta in etas[:at]]:
+        raise ConfigError(f"eta: got {twice[0]:g} more than once, wanted each once; leave one out, or mend it")
 
 
 def _require_free(into: Path, sources: Sequence[Path]) -> None:

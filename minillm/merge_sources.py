@@ -24,6 +24,7 @@ from minillm.loading import ModelFacts, fingerprint, inspect
 from minillm.manifests import parsed
 from minillm.meta_models import meta_model
 from minillm.model_files import BOTTLENECK_RECORD, LORA_RECORD, adapter_record, few
+from minillm.rows import counted
 from minillm.tensor_files import CODES, Kind, open_tensors
 from minillm.vocabulary import identity, real_ids
 from minillm.weight_merging import WIDE, task_vector
@@ -250,10 +251,11 @@ def _require_architecture(start: WholeModel, own: ModelFacts, folder: Path) -> N
     if rows != wanted and not (rows < wanted and rows == real_ids(own.tokenizer)):
         differing.append("vocab_size")
     if differing:
-        name = differing[0]
+        name, others = differing[0], counted(len(differing) - 1, "other difference")
+        more = f" (and {others})" if len(differing) > 1 else ""
         raise ModelError(
             f"{folder}: {name} is {other.get(name)!r:.60}, and that of {start.folder} is {one.get(name)!r:.60}"
-            f"{f' (and {len(differing) - 1} more fields differ)' if len(differing) > 1 else ''}.\n"
+            f"{more}.\n"
             "  only models of one architecture can be merged; name the model that this one was trained from"
         )
 
@@ -268,7 +270,9 @@ def _left_out(whole: list[WholeModel], names: Names) -> list[str]:
             if name not in names.known and not all(name in other.weights.kinds for other in whole)
         ]  # fmt: skip
         if spare:
-            notes.append(f"{model.folder}: left out {len(spare):,} tensors that the model does not use: {few(spare)}")
+            notes.append(
+                f"{model.folder}: left out {counted(len(spare), 'tensor')} that the model does not use: {few(spare)}"
+            )
         model.weights.kinds = {name: kind for name, kind in kinds.items() if name not in spare}
     return notes
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from minillm.rows import counted
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CardFacts:
@@ -103,7 +105,9 @@ def render_merge(facts: MergeFacts) -> str:
         lines.append(f"| merged, weight {weight:.4g} | `{folder}`, weights_sha256 `{weights}` |")
     lines.append(f"| method | {facts.method} of task vectors, layer group by layer group |")
     lines.append(f"| eta | {facts.eta:g} of the way from the start (0) to what was merged (1) |")
-    lines.append(f"| {facts.groups} layer groups | {facts.angles} |")
+    lines.append(f"| {counted(facts.groups, 'layer group')} | {facts.angles} |")
     if facts.edges:
-        lines.append(f"| merged on a line | {facts.edges} groups: a task vector is zero, or two have one direction |")
+        lines.append(
+            f"| merged on a line | {counted(facts.edges, 'group')}: a task vector is zero, or two have one direction |"
+        )
     return "\n".join([*lines, ""])

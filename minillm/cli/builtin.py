@@ -54,9 +54,10 @@ def merge_adapter(
       minillm merge-adapter gpt2 runs/mine/student/adapter --out merged
     """
     from minillm import merging
+    from minillm.rows import counted
 
     layers = merging.merge_adapter(base, adapter, out)
-    print(f"{out}: {base} with {adapter} merged into {layers:,} layers")
+    print(f"{out}: {base} with {adapter} merged into {counted(layers, 'layer')}")
 
 
 def _usable(file: Path | None) -> Path | None:

@@ -48,7 +48,7 @@ def merge(  # noqa: PLR0917 (typer reads options from parameters)
     if method not in METHODS:
         raise ConfigError(f"--method {method!r}: wanted one of {', '.join(METHODS)}")
     chosen = cast(Literal["lerp", "slerp", "nlerp"], method)
-    etas = sorted(set(_numbers("--eta", eta)))
+    etas = sorted(_numbers("--eta", eta))
     shares = None if weights is None else _numbers("--weights", weights)
     if evaluate is None and (x is not None or y is not None):
         raise ConfigError("--x and --y draw a front; add --evaluate RUN.yaml, or leave them out")

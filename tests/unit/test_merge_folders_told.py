@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from minillm.cli import app
 from minillm.errors import ModelError
 from tests import tiny
-from tests.unit.test_merge_models import changed, trained
+from tests.unit.test_merge_models import changed, rewrite, stored, trained
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +69,15 @@ def test_a_number_that_is_none_is_told_with_its_folder_and_tensor(
     said = str(refused(*map(str, places), "--out", str(tmp_path / "out")))
     assert said.startswith(f"{tmp_path / sick}: model.layers.1.mlp.up_proj.weight is not finite")
     assert not (tmp_path / "out").exists()
+
+
+def test_words_fit_their_numbers(home: Path, tmp_path: Path) -> None:
+    """One model; and one tensor of no use, which is a note and no refusal."""
+    odd = shutil.copytree(home / "model-0", tmp_path / "odd")
+    rewrite(odd, {**stored(odd), "spare": torch.ones(2)})
+    one, both = tmp_path / "one", tmp_path / "both"
+    said = CliRunner().invoke(app, ["merge", str(home / "start"), str(odd), "--out", str(one)]).output
+    assert "left out 1 tensor that the model does not use: spare" in said and "one: 1 model merged" in said
+    assert "spare" not in stored(one)
+    models = [str(home / name) for name in ("start", "model-0", "model-1")]
+    assert "both: 2 models merged" in CliRunner().invoke(app, ["merge", *models, "--out", str(both)]).output
