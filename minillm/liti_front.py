@@ -13,8 +13,9 @@ from minillm.config import RunConfig
 from minillm.errors import ConfigError, did_you_mean
 from minillm.measures import MAIN, MEASURES, QUALITIES
 from minillm.merge_figures import Measured, front_png
-from minillm.merge_models import eta_words, merge_at, require_etas
+from minillm.merge_models import merge_at, require_etas
 from minillm.merge_places import FRONT
+from minillm.merge_report import eta_words
 from minillm.ranks import Ranks
 from minillm.report_files import sets_in
 from minillm.report_text import figure, interval

@@ -11,9 +11,7 @@ import contextlib
 import json
 import math
 import re
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +19,22 @@ import torch
 from torch import Tensor
 
 from minillm.disk import DISK, Sink
-from minillm.errors import ConfigError, DataError, ModelError
+from minillm.errors import ConfigError, ModelError
 from minillm.loading import quiet_transformers
-from minillm.manifests import parsed
-from minillm.merge_figures import BIN_DEGREES, angles_png, histogram
-from minillm.merge_places import AGAIN, FRONT, MERGED, answered, require_no_front, require_place_of_front
+from minillm.merge_figures import angles_png
+from minillm.merge_places import (
+    AGAIN,
+    FRONT,
+    MERGED,
+    answered,
+    files_in,
+    files_of,
+    require_free,
+    require_no_front,
+    require_place_of_front,
+    stored_record,
+)
+from minillm.merge_report import Group, MergeReport, Source, angle_words, angles_of, eta_words
 from minillm.merge_sources import INDEX, WEIGHTS, lead_of, opened, pieces
 from minillm.model_card import MergeFacts, render_merge
 from minillm.model_files import few
@@ -43,65 +52,6 @@ LEAST_COSINE = 0.1
 not see that weight decay shrinks what is left of the start, only how much was learnt beside that. Of independent starts
 it is 0, give or take one over the root of the number of weights."""
 _BLOCK = re.compile(r"(?:^|.*?\.)\d+(?=\.)")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
-    """What was found and done in one layer group."""
-
-    name: str
-    parameters: int
-    start_norm: float
-    norms: tuple[float, ...]
-    """By model: of its task vector."""
-    angles: tuple[float | None, ...]
-    """In degrees, of models 0 and 1, 0 and 2, …, 1 and 2, …; None where a task vector is zero."""
-    shares: tuple[float, ...]
-    """By model: what its task vector was multiplied with, before eta."""
-    edges: tuple[str, ...]
-    """What made it LERP there: "zero" task vectors, "parallel" ones."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """A folder that was merged."""
-
-    folder: str
-    weights_sha256: str
-    """As ``publish.weights_sha256`` has it of a published student."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MergeReport:
-    """A merge that was made: ``merge.json`` has the same."""
-
-    start: Source
-    models: tuple[Source, ...]
-    method: Method
-    weights: tuple[float, ...]
-    """They sum to 1."""
-    eta: float
-    cosines: tuple[float, ...]
-    """By model: of its matrices and those of the start."""
-    groups: tuple[Group, ...]
-    weights_sha256: str
-    """Of what was written."""
-    files: tuple[str, ...]
-    """Of what was written: another merge into the same folder replaces these, and nothing else."""
-
-    @property
-    def angles(self) -> tuple[float, ...]:
-        """All of all groups and pairs, in degrees."""
-        return angles_of(self.groups)
-
-    def record(self) -> dict[str, Any]:
-        """What ``merge.json`` holds."""
-        return {
-            "start": _plain(self.start), "models": [_plain(model) for model in self.models], "method": self.method,
-            "weights": list(self.weights), "eta": self.eta, "cosines_with_start": list(self.cosines),
-            "angles": angle_words(self.angles), "weights_sha256": self.weights_sha256,
-            "files": list(self.files), "groups": [_plain(group) for group in self.groups],
-        }  # fmt: skip
 
 
 def merge_folders(
@@ -207,19 +157,19 @@ class Merging:
         ``fresh``, and where it holds what no merge made."""
         if not fresh and answered(into / RECORD, self.report(into, eta=eta).record()):
             return True
-        _require_free(into, [Path(source.folder) for source in self.sources])
+        require_free(into, [Path(source.folder) for source in self.sources])
         return False
 
     def report(self, into: Path, *, eta: float) -> MergeReport:
         """What was found, and of a merge that stands in a folder."""
-        return self._report(eta=eta, sha256=weights_sha256(into), files=_files(_stored(into)))
+        return self._report(eta=eta, sha256=weights_sha256(into), files=files_of(stored_record(into)))
 
     def write(
         self, into: Path, *, eta: float = 1.0, card_words: str = "", shard_bytes: int = SHARD_BYTES
     ) -> MergeReport:
         """Merges into a folder; see ``merge_folders``."""
         _require_eta(eta)
-        _require_free(into, [Path(source.folder) for source in self.sources])
+        require_free(into, [Path(source.folder) for source in self.sources])
         size = _bytes(self._kinds)
         with told_as_disk_error(f"{into}: a model of {size:,} bytes"), replaced_folder(into) as staging:
             self._write_weights(staging, eta=eta, shard_bytes=shard_bytes)
@@ -230,7 +180,7 @@ class Merging:
                 if facts.generation is not None:
                     facts.generation.save_pretrained(staging)
             added = {RECORD, CARD, *([ANGLES] if angles_of(self._groups) else [])}
-            files = tuple(sorted({*_files_in(staging), *added}))
+            files = tuple(sorted({*files_in(staging), *added}))
             report = self._report(eta=eta, sha256=weights_sha256(staging), files=files)
             write_text(staging / RECORD, json.dumps(report.record(), indent=2, allow_nan=False) + "\n")
             if report.angles:
@@ -378,21 +328,6 @@ def shards_of(kinds: Mapping[str, Kind], most: int) -> list[dict[str, Kind]]:
     return shards
 
 
-def angles_of(groups: Sequence[Group]) -> tuple[float, ...]:
-    """All of all groups and pairs, in degrees; of groups that stood still there are none."""
-    return tuple(angle for group in groups for angle in group.angles if angle is not None)
-
-
-def angle_words(degrees: Sequence[float]) -> str:
-    """Angles in a line: their median and range, and how many stand in each part of the half circle."""
-    if not degrees:
-        return "no angles between task vectors"
-    counts = enumerate(histogram(degrees))
-    bins = ", ".join(f"{at * BIN_DEGREES}-{(at + 1) * BIN_DEGREES}° {count}" for at, count in counts if count)
-    middle, least, most = statistics.median(degrees), min(degrees), max(degrees)
-    return f"angles of task vectors: median {middle:.0f}°, {least:.0f}° to {most:.0f}°; {bins}"
-
-
 def _cosines(matrices_SS: Tensor) -> tuple[float, ...]:
     """Of each model with the start, from dot products of the start and the task vectors; 1 where one of the two is
     zero. Of matrices alone, since vectors begin alike (all ones, all zeros) in every start."""
@@ -401,19 +336,8 @@ def _cosines(matrices_SS: Tensor) -> tuple[float, ...]:
     return tuple(torch.where(product_M > 0, (own + across_M) / product_M, 1.0).tolist())
 
 
-def _plain(record: Any) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value
-            for name, value in ((field, getattr(record, field)) for field in record.__dataclass_fields__)}  # fmt: skip
-
-
 def _bytes(kinds: Mapping[str, Kind]) -> int:
     return sum(math.prod(shape) * dtype.itemsize for dtype, shape in kinds.values())
-
-
-def eta_words(eta: float) -> str:
-    """An eta as folders are called by it: as short as may be, and never as another one."""
-    short = f"{eta:g}"
-    return short if float(short) == eta else repr(float(eta))
 
 
 def _require_eta(eta: float) -> None:
@@ -427,37 +351,6 @@ def require_etas(etas: Sequence[float]) -> None:
         _require_eta(eta)
     if twice := [eta for at, eta in enumerate(etas) if eta in etas[:at]]:
         raise ConfigError(f"eta: got {twice[0]:g} more than once, wanted each once; leave one out, or mend it")
-
-
-def _require_free(into: Path, sources: Sequence[Path]) -> None:
-    """``DataError`` unless a folder may be replaced: it holds no source, and nothing but what a merge wrote."""
-    if not into.exists():
-        return
-    if inside := [source for source in sources if source.resolve().is_relative_to(into.resolve())]:
-        where = "one of" if inside[0].resolve() == into.resolve() else f"around {inside[0]}, one of"
-        raise DataError(f"{into} is {where} the folders that are merged; nothing was touched.\n  name another")
-    if into.is_dir() and not (others := sorted({*_files_in(into)} - {*_files(_stored(into))})):
-        return
-    what = f"holds {few(others)}, which no merge wrote" if into.is_dir() else "is no folder"
-    raise DataError(f"{into} {what}; nothing was touched.\n  name another folder")
-
-
-def _stored(folder: Path) -> Any:
-    """The record of the merge that made a folder; None where no whole one is there."""
-    try:
-        return parsed((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def _files(record: Any) -> tuple[str, ...]:
-    """The files that a record names; none where it is no merge's."""
-    found = record.get("files") if isinstance(record, dict) else None
-    return tuple(map(str, found)) if isinstance(found, list) else ()
-
-
-def _files_in(folder: Path) -> list[str]:
-    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
 
 
 def _card(report: MergeReport, into: Path, *, kinds: Mapping[str, Kind], words: str) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from minillm.errors import DataError
 from minillm.manifests import parsed
+from minillm.model_files import few
 
 MERGED, FRONT = "merge.json", "front.json"
 """The records of one merge, and of the front that several make."""
@@ -59,6 +60,38 @@ def require_no_front(into: Path) -> None:
             f"{into} holds models at several etas ({', '.join(etas)}), not one; nothing was touched.\n"
             "  give another --out"
         )
+
+
+def require_free(into: Path, sources: Sequence[Path]) -> None:
+    """``DataError`` unless a folder may be replaced: it holds no source, and nothing but what a merge wrote."""
+    if not into.exists():
+        return
+    if inside := [source for source in sources if source.resolve().is_relative_to(into.resolve())]:
+        where = "one of" if inside[0].resolve() == into.resolve() else f"around {inside[0]}, one of"
+        raise DataError(f"{into} is {where} the folders that are merged; nothing was touched.\n  name another")
+    if into.is_dir() and not (others := sorted({*files_in(into)} - {*files_of(stored_record(into))})):
+        return
+    what = f"holds {few(others)}, which no merge wrote" if into.is_dir() else "is no folder"
+    raise DataError(f"{into} {what}; nothing was touched.\n  name another folder")
+
+
+def stored_record(folder: Path) -> Any:
+    """The record of the merge that made a folder; None where no whole one is there."""
+    try:
+        return parsed((folder / MERGED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def files_of(record: Any) -> tuple[str, ...]:
+    """The files that a record names; none where it is no merge's."""
+    found = record.get("files") if isinstance(record, dict) else None
+    return tuple(map(str, found)) if isinstance(found, list) else ()
+
+
+def files_in(folder: Path) -> list[str]:
+    """All files and links below a folder, by their paths in it."""
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -107,7 +107,7 @@ FLOORS: dict[int, tuple[str, ...]] = {
         "own_files",
         "publish",
         "merging",
-        *("plots", "merge_figures", "merge_places", "merge_sources", "merge_models"),
+        *("plots", "merge_figures", "merge_report", "merge_places", "merge_sources", "merge_models"),
         "model_card",
         *("generated", "pair_manifest"),
         "generation_parts",

@@ -15,7 +15,8 @@ from minillm.config import RunConfig
 from minillm.errors import ConfigError, DataError
 from minillm.liti_front import _axes
 from minillm.measures import MEASURES
-from minillm.merge_models import eta_words, merge_at
+from minillm.merge_models import merge_at
+from minillm.merge_report import eta_words
 from minillm.plots import PNG
 from minillm.publish import weights_sha256
 from minillm.yaml_reader import write_yaml
