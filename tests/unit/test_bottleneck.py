@@ -35,6 +35,7 @@ from minillm.pairs import check_pair
 from minillm.store import RunFolder
 from minillm.yaml_reader import write_yaml
 from tests import quick, tiny
+from tests.broken_off import assert_it_goes_on_to_the_same_bits
 
 SIZE = 5
 SFT = {"kind": "sft", "steps": 3, "batch": 6, "optimiser": {"lr": 1e-2}}
@@ -280,28 +281,10 @@ def test_it_is_put_on_no_other_model_and_not_twice(run: tuple[Path, Path, Seen],
 
 
 def test_it_goes_on_after_a_break_to_the_same_bits(inputs: Path) -> None:
-    whole = distill(config(inputs, name="whole"))
-    broken = config(inputs, name="broken", checkpoints={"every_steps": 1, "keep": 9, "every_minutes": 0})
-    steps = iter(range(99))
-
-    class Cut(Exception):
-        pass
-
-    update = student_engine.Student.update
-
-    def until(self: Any, losses: Any) -> Any:
-        if next(steps) == 4:
-            raise Cut
-        return update(self, losses)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Cut):
-        patch.setattr(student_engine.Student, "update", until)
-        distill(broken)
-    shutil.rmtree(inputs / "runs" / "broken" / "student", ignore_errors=True)
-    again = distill(broken)
-    for name in ("student/model.safetensors", "student/adapter/bottleneck.safetensors"):
-        assert (again / name).read_bytes() == (whole / name).read_bytes(), name
-    assert [line["loss"] for line in tiny.logged(again)] == [line["loss"] for line in tiny.logged(whole)]
+    saves = {"every_steps": 1, "keep": 9, "every_minutes": 0}
+    files = ("student/model.safetensors", "student/adapter/bottleneck.safetensors")
+    broken = config(inputs, name="broken", checkpoints=saves)
+    assert_it_goes_on_to_the_same_bits(config(inputs, name="whole"), broken, files=files)
 
 
 def test_other_settings_are_another_run(inputs: Path) -> None:

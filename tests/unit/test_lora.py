@@ -35,6 +35,7 @@ from minillm.pairs import check_pair
 from minillm.store import RunFolder
 from minillm.yaml_reader import write_yaml
 from tests import quick, tiny
+from tests.broken_off import assert_it_goes_on_to_the_same_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own
 
@@ -206,29 +207,10 @@ def test_the_teacher_has_no_adapter_and_its_weights_are_its_own(inputs: Path) ->
 
 def test_it_goes_on_after_a_break_and_really_trains(inputs: Path) -> None:
     """The official code loaded it frozen. Here the bits are those of a run that nothing happened to."""
-    whole = distill(config(inputs, name="whole"))
-    kept = {"checkpoints": {"every_steps": 1, "keep": 9, "every_minutes": 0}}
-    broken = config(inputs, name="broken", **kept)
-    steps = iter(range(99))
-
-    class Cut(Exception):
-        pass
-
-    update = student_engine.Student.update
-
-    def until(self: Any, losses: Any) -> Any:
-        if next(steps) == 4:
-            raise Cut
-        return update(self, losses)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Cut):
-        patch.setattr(student_engine.Student, "update", until)
-        distill(broken)
-    shutil.rmtree(inputs / "runs" / "broken" / "student", ignore_errors=True)
-    again = distill(broken)
-    for name in ("student/model.safetensors", "student/adapter/adapter_model.safetensors"):
-        assert (again / name).read_bytes() == (whole / name).read_bytes(), name
-    assert [line["loss"] for line in tiny.logged(again)] == [line["loss"] for line in tiny.logged(whole)]
+    saves = {"every_steps": 1, "keep": 9, "every_minutes": 0}
+    files = ("student/model.safetensors", "student/adapter/adapter_model.safetensors")
+    broken = config(inputs, name="broken", checkpoints=saves)
+    assert_it_goes_on_to_the_same_bits(config(inputs, name="whole"), broken, files=files)
 
 
 def test_other_settings_are_another_run(inputs: Path) -> None:
