@@ -7,8 +7,8 @@ got and what was wanted. When all problems are of two settings that exclude each
 from __future__ import annotations
 
 import typing
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -101,7 +101,8 @@ def _line(problem: Mapping[str, Any], *, of: type[BaseModel]) -> str:
     got = problem["input"]
     if kind == "union_tag_invalid":
         path, got = f"{path}.kind", context["tag"]
-        return f"{path}: got {_show(got)}, wanted {context['expected_tags']}{_near(got, context['expected_tags'])}"
+        meant = _near(got, context["expected_tags"]) or _as_setting(got, _choices(problem["loc"], models))
+        return f"{path}: got {_show(got)}, wanted {context['expected_tags']}{meant}"
     wanted = _WANTED[kind].format(**context) if kind in _WANTED else problem["msg"]
     near = _near(got, wanted) if kind == "literal_error" else ""
     return f"{at}got {_show(got)}, wanted {wanted}{near}"
@@ -109,9 +110,28 @@ def _line(problem: Mapping[str, Any], *, of: type[BaseModel]) -> str:
 
 def _kinds(loc: Sequence[int | str], models: Sequence[Any]) -> list[str]:
     """The kinds of the setting, or of each entry of the list, that a path leads to."""
+    return [choice.model_fields["kind"].default for choice in _choices(loc, models)]
+
+
+def _choices(loc: Sequence[int | str], models: Sequence[Any]) -> list[type[BaseModel]]:
+    """The classes that have one of these kinds each."""
     name, model = next((part, model) for part, model in zip(loc[::-1], models[::-1], strict=True) if model is not None)
-    choices = _models_in(model.model_fields[name].annotation)
-    return [choice.model_fields["kind"].default for choice in choices if "kind" in choice.model_fields]
+    return [choice for choice in _models_in(model.model_fields[name].annotation) if "kind" in choice.model_fields]
+
+
+def _as_setting(got: Any, choices: Iterable[type[BaseModel]]) -> str:
+    """Where what was taken for a kind is a word that some kind's setting may have: ``kind: tdpo2``."""
+    for choice in choices:
+        for name, field in choice.model_fields.items():
+            if name != "kind" and isinstance(got, str) and got in _words(field.annotation):
+                return f"; did you mean kind: {choice.model_fields['kind'].default} with {name}: {got}?"
+    return ""
+
+
+def _words(annotation: Any) -> set[Any]:
+    """The values that an annotation lists one by one."""
+    inner = typing.get_args(annotation)
+    return set(inner) if typing.get_origin(annotation) is Literal else set().union(*map(_words, inner))
 
 
 def _unknown(path: str, *, model: Any, key: str) -> str:

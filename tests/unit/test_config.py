@@ -98,6 +98,10 @@ def stage(**changes: Any) -> MinillmStage:
             "stages.0.kind: got 'minilm', wanted 'sft', 'seqkd', 'kd', 'imitkd', 'gkd', 'rkl', 'skew_fkl', 'skew_rkl', "
             "'minillm', 'preference', 'merge'; did you mean 'minillm'?",
         ),
+        ("stages.0.kind=tdpo2", "did you mean kind: preference with value: tdpo2?"),
+        ("stages.0.kind=ipo", "did you mean kind: preference with link: ipo?"),
+        ("stages.0.kind=slerp", "did you mean kind: merge with method: slerp?"),
+        ("stages.0.kind=5", "stages.0.kind: got '5', wanted 'sft', "),
         ("stages.0.importance=coins", "'per_decision' or 'truncated'; did you mean 'coin'?"),
         ("evaluation.seeds=[]", "evaluation.seeds: got an empty list"),
         ("evaluation.seeds=[1,1]", "evaluation.seeds: got [1, 1], wanted each value once"),
