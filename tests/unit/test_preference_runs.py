@@ -96,6 +96,16 @@ def test_the_first_loss_of_every_stage_is_ln_2(place: Path, value: str, capsys: 
         assert weights["hard"] == fingerprint(card.of_folder(out / "stages" / "easy" / "student"))
 
 
+@pytest.mark.parametrize("value", ["dpo", "tdpo2"])
+def test_in_bf16_the_first_loss_is_near_ln_2(place: Path, value: str) -> None:
+    """What DPO keeps of its reference was read in other shapes, which bf16 rounds in other places."""
+    run = config(
+        place, stage(value=value, beta=0.5), name=f"bf16-{value}", engine={"student": "zero1", "precision": "bf16"}
+    )
+    first = trained(distill(run))[0]
+    assert abs(first["loss"] - LN_2) < 0.005 and abs(first["chosen_log_ratio"]) < 0.02
+
+
 def test_a_reference_that_is_not_the_stages_start_begins_elsewhere(place: Path) -> None:
     """The control: 'init from the first student', with the first reference."""
     from minillm import stages as module
