@@ -256,7 +256,9 @@ def test_the_summary_is_the_cells(finished: StudyConfig) -> None:
     assert ends[1] - ends[0] == pytest.approx(12.7062 * abs((kl[0] - base[0]) - (kl[1] - base[1])), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["long-horizon", "world-160k", "world", "world-tenth", "world-seconds"])
+@pytest.mark.parametrize(
+    "name", ["long-horizon", "world-160k", "world", "world-tenth", "world-seconds", "preferences", "sdpo"]
+)
 def test_the_cells_that_are_committed_are_those_of_their_study(name: str) -> None:
     """A recipe that changes makes them stale, which should be seen."""
     found, notes = read_cells(load_study(ROOT / "docs" / "results" / f"{name}.yaml"))
