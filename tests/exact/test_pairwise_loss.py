@@ -2,7 +2,7 @@
 
 1. DPO: the loss and its slope at given log-probs, every link and target.
 2. TDPO: the hand example, which gradients flow, and the closed forms of all three by the logits.
-3. Soft targets: descent ends at the teacher. Hard ones: it has no end.
+3. Soft targets: descent ends at the teacher, and begins along the reverse KL. Hard ones: it has no end.
 
 Legend: B pairs, T response positions, V vocabulary ids, R responses of a table.
 """
@@ -297,3 +297,31 @@ def test_the_margin_of_one_pair_with_a_hard_label_has_no_end() -> None:
         margins.append(float(logq_R[0] - logq_R[1]))
     assert margins[0] < margins[1] < margins[2]
     assert abs(margins[2] - 75.98) < 0.005  # it grows as the logarithm of the steps
+
+
+def test_soft_targets_on_the_students_own_pairs_begin_along_the_reverse_kl() -> None:
+    """Where student = reference, the mean gradient over pairs that it drew itself is beta² / 2 of that of KL(q ‖ p), up
+    to higher powers of beta: what a policy gradient of whole responses has, from one number a pair."""
+    teacher_R, weights_R = numbers(0.5, 0.3, 0.15, 0.05).log(), numbers(0.4, -0.3, 0.2, 0.9)
+
+    def gradients(beta: float, *, drawn_R: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        logits_R = weights_R.clone().requires_grad_()
+        logq_R = logits_R.log_softmax(-1)
+        ref_R, first_R = logq_R.detach(), logq_R.detach() if drawn_R is None else drawn_R
+        chosen_B, rejected_B = torch.cartesian_prod(torch.arange(4), torch.arange(4)).T
+        sides = {
+            "teacher_w_B": teacher_R[chosen_B], "teacher_l_B": teacher_R[rejected_B], "ref_w_B": ref_R[chosen_B],
+            "ref_l_B": ref_R[rejected_B],
+        }  # fmt: skip
+        target_B = soft_target(**sides, beta=beta)
+        h_B = (logq_R - ref_R)[chosen_B] - (logq_R - ref_R)[rejected_B]
+        losses_B = pairwise_loss(h_B, beta=beta, target="soft", soft_target_B=target_B)
+        share_B = (first_R[chosen_B] + ref_R[rejected_B]).exp()
+        (ours_R,) = torch.autograd.grad((share_B * losses_B).sum(), logits_R, retain_graph=True)
+        (kl_R,) = torch.autograd.grad((logq_R.exp() * (logq_R - teacher_R)).sum(), logits_R)
+        return ours_R, kl_R
+
+    ours_R, kl_R = gradients(1e-3)
+    torch.testing.assert_close(ours_R / (1e-6 / 2), kl_R, rtol=1e-5, atol=1e-7)
+    others_R, _ = gradients(1e-3, drawn_R=teacher_R)  # the control: the chosen ones are the teacher's
+    assert float((others_R / (1e-6 / 2) - kl_R).abs().max()) > 0.05
