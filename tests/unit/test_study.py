@@ -257,7 +257,18 @@ def test_the_summary_is_the_cells(finished: StudyConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["long-horizon", "world-160k", "world", "world-tenth", "world-seconds", "preferences", "sdpo", "merging"]
+    "name",
+    [
+        "long-horizon",
+        "world-160k",
+        "world",
+        "world-tenth",
+        "world-seconds",
+        "preferences",
+        "preferences-fast",
+        "sdpo",
+        "merging",
+    ],
 )
 def test_the_cells_that_are_committed_are_those_of_their_study(name: str) -> None:
     """A recipe that changes makes them stale, which should be seen."""
