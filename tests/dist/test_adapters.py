@@ -1,4 +1,8 @@
-"""An adapter of each kind on two ranks, at every ZeRO stage, has the losses, the text and the weights of one process."""
+"""An adapter of each kind on two ranks, at every ZeRO stage, has the losses, the text and the weights of one process.
+
+A run of every day has each stage and each kind; for the other cells
+``bash scripts/test.sh -m slow tests/dist/test_adapters.py``.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,13 @@ from tests.dist import adapter_worker
 from tests.dist.ranks import start_ranks
 
 CELLS = [
+    "gpt2-zero0-lora",
+    "gpt2-zero1-bottleneck",
+    "llama-zero2-bottleneck",
+    "llama-zero3-lora",
+    "gpt2-zero3-bottleneck",
+]
+ALL = [
     *(f"gpt2-zero{stage}-{adapter}" for adapter in adapter_worker.ADAPTERS for stage in range(4)),
     *(f"llama-{stage}-{adapter}" for adapter in adapter_worker.ADAPTERS for stage in ("zero2", "zero3")),
 ]
@@ -50,6 +61,18 @@ def apart(folder: Path, one: str, other: str) -> set[str]:
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_two_ranks_have_the_losses_and_weights_of_one_process(runs: Path, cell: str) -> None:
+    check_cell(runs, cell)
+
+
+@pytest.mark.slow
+def test_so_they_have_in_every_other_cell(runs: Path) -> None:
+    others = [cell for cell in ALL if cell not in CELLS]
+    start_ranks("tests.dist.adapter_worker", str(runs), *others)
+    for cell in others:
+        check_cell(runs, cell)
+
+
+def check_cell(runs: Path, cell: str) -> None:
     family, _, adapter = cell.split("-")
     alone = f"alone-{family}-{adapter}"
     assert not apart(runs, alone, cell)

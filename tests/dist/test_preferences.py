@@ -1,4 +1,7 @@
-"""Two ranks write the pairs that one process writes, with the models on each of them or sharded over both."""
+"""Two ranks write the pairs that one process writes, with the models on each of them or sharded over both.
+
+Not in a run of every day: ``bash scripts/test.sh -m slow tests/dist/test_preferences.py``.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ import pytest
 from minillm.pair_manifest import read_pair_manifest
 from tests.dist.pairs_worker import CELLS, write, write_inputs
 from tests.dist.ranks import start_ranks
+
+pytestmark = pytest.mark.slow
 
 LOGPS = ("teacher_logps", "student_logps")
 

@@ -1,4 +1,7 @@
-"""Two ranks find the win rate and the pair accuracy of one process, the model on each of them or sharded over both."""
+"""Two ranks find the win rate and the pair accuracy of one process, the model on each of them or sharded over both.
+
+Not in a run of every day: ``bash scripts/test.sh -m slow tests/dist/test_preferring.py``.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import pytest
 
 from tests.dist.preferring_worker import PLACEMENTS, measure, write_inputs
 from tests.dist.ranks import start_ranks
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,8 @@
 """sDPO on two ranks, the student whole or sharded: the chunks, the answers of each stage's start and the losses of one
-process."""
+process.
+
+Not in a run of every day: ``bash scripts/test.sh -m slow tests/dist/test_sdpo.py``.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from minillm import distill
 from tests import tiny
 from tests.dist import sdpo_worker
 from tests.dist.ranks import start_ranks
+
+pytestmark = pytest.mark.slow
 
 ENGINES = ("zero2", "zero3")
 CLOSE = 1e-5
