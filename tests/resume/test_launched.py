@@ -1,4 +1,9 @@
-"""Two ranks under ``minillm launch``: a signal to the launcher saves and stops both; any number of ranks goes on."""
+"""Two ranks under ``minillm launch``: a signal to the launcher saves and stops both; any number of ranks goes on.
+
+Not in a run of every day, which has two ranks that go on (``tests/dist/test_moments.py``, ``test_unfinished.py``),
+whole runs that are stopped and killed (``test_whole_runs.py``) and launchers that get signals (``tests/stops``):
+``bash scripts/test.sh -m slow tests/resume/test_launched.py``.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +24,7 @@ from minillm.publish import weights_sha256
 from minillm.run_log import OF_THE_PROCESS
 from tests import tiny
 
+pytestmark = pytest.mark.slow
 LIMIT_S = 150
 
 
