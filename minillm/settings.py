@@ -119,11 +119,11 @@ def _choices(loc: Sequence[int | str], models: Sequence[Any]) -> list[type[BaseM
     return [choice for choice in _models_in(model.model_fields[name].annotation) if "kind" in choice.model_fields]
 
 
-def _as_setting(got: Any, choices: Iterable[type[BaseModel]]) -> str:
+def _as_setting(got: str, choices: Iterable[type[BaseModel]]) -> str:
     """Where what was taken for a kind is a word that some kind's setting may have: ``kind: tdpo2``."""
     for choice in choices:
         for name, field in choice.model_fields.items():
-            if name != "kind" and isinstance(got, str) and got in _words(field.annotation):
+            if name != "kind" and got in _words(field.annotation):
                 return f"; did you mean kind: {choice.model_fields['kind'].default} with {name}: {got}?"
     return ""
 

@@ -1,7 +1,8 @@
 """Promises: the sum over each response's tokens that plain forwards give, in the rows' order; neither batches nor rows
 beside it change one; what is no number is refused.
 
-That two ranks agree is held in ``dist/test_preferences``.
+That two ranks agree is held in ``dist/test_preferences`` (slow), and of a reference
+that is sharded in ``dist/test_preference_stages``.
 """
 
 from __future__ import annotations
